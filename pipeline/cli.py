@@ -1,0 +1,133 @@
+"""The command line: the only code that prints results or chooses an exit code.
+
+Exit codes: 0 done, 1 `verify` found damage, 2 a mistake or fault that the user can mend. Anything
+else keeps its traceback. A command imports its stage inside its function, so that `--help` loads
+neither torch nor vllm.
+"""
+
+import errno
+import os
+import sys
+from typing import Any
+
+import click
+
+from pipeline.config import CacheConfig, DemoConfig, PrepareConfig, TrainConfig, VerifyConfig
+from pipeline.errors import CacheCorruptError, PipelineError
+from pipeline.options import config_command
+from pipeline.progress import TerminalReporter
+
+MENDABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG}
+"""Operating-system errors that are the user's to mend: a full disk, a read-only folder."""
+
+QUIET = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1"}
+"""What keeps the libraries from talking over our own progress, and from asking a model hub."""
+
+
+class _Main(click.Group):
+    def invoke(self, context: click.Context) -> Any:
+        for name, value in QUIET.items():
+            os.environ.setdefault(name, value)
+        try:
+            return super().invoke(context)
+        except PipelineError as error:
+            click.echo(f"error: {error}", err=True)
+        except OSError as error:
+            if error.errno not in MENDABLE:
+                raise
+            click.echo(f"error: {error.filename or 'writing'}: {error.strerror}.", err=True)
+        sys.exit(2)
+
+
+@click.group(cls=_Main, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+@click.version_option(package_name="logit-cache-pipeline")
+def main() -> None:
+    """Cache a teacher's exact softened targets once; train any number of students from the shards."""
+
+
+@main.command("prepare")
+@config_command(PrepareConfig)
+def prepare_command(config: PrepareConfig) -> None:
+    """Turn text into a tokenised corpus. INPUTS are files or folders."""
+    from stages.prepare import prepare
+
+    prepare(config, TerminalReporter())
+
+
+@main.command("cache-logits")
+@config_command(CacheConfig)
+def cache_logits_command(config: CacheConfig) -> None:
+    """Score a corpus with the teacher and write its top-k targets to shards.
+
+    Run the same command again after a crash: it continues with what is missing.
+    """
+    from stages.cache_logits import cache_logits
+
+    cache_logits(config, TerminalReporter())
+
+
+@main.command("verify")
+@config_command(VerifyConfig)
+def verify_command(config: VerifyConfig) -> None:
+    """Check every file of a cache. Exit code 1 names what is damaged or missing."""
+    from pipeline.manifest import CacheManifest
+    from pipeline.shards.verify import verify_cache
+
+    try:
+        num_tokens = CacheManifest.read(config.cache).num_tokens
+    except CacheCorruptError as damage:
+        click.echo(damage)
+        sys.exit(1)
+    with TerminalReporter().progress("verify", num_tokens) as progress:
+        report = verify_cache(config.cache, progress.advance)
+    for problem in report.problems:
+        click.echo(problem)
+    if report.problems:
+        click.echo(f"{config.cache}: {len(report.problems)} problems in {report.num_partitions} partitions.")
+        sys.exit(1)
+    click.echo(
+        f"{config.cache}: sound: {report.num_partitions} partitions, {report.num_sequences:,} sequences, "
+        f"{report.num_targets:,} targets, {report.bytes / max(report.num_targets, 1):.1f} bytes a target."
+    )
+
+
+@main.command("train-student")
+@config_command(TrainConfig)
+def train_student_command(config: TrainConfig) -> None:
+    """Train a student on cached targets: (1 - alpha) CE + alpha T^2 KL.
+
+    Run the same command again after a crash: it continues from the newest whole checkpoint.
+    """
+    from stages.train_student import train_student
+
+    train_student(config, TerminalReporter())
+
+
+@main.command("demo")
+@config_command(DemoConfig)
+def demo_command(config: DemoConfig) -> None:
+    """Run everything on this machine: text, a small teacher, its cache, two students, a report."""
+    from stages.demo import demo
+
+    for line in demo(config, TerminalReporter()):
+        click.echo(line)
+
+
+def run() -> None:
+    """The process's entry point: `main`, without the interpreter's teardown once vLLM was loaded.
+
+    Native threads of its libraries now and then abort the process there (exit code -6), when all work
+    is done and on the disk.
+    """
+    try:
+        main()
+    except SystemExit as leaving:
+        if "vllm" in sys.modules and isinstance(leaving.code, int):
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(leaving.code)
+        raise
+
+
+if __name__ == "__main__":
+    run()

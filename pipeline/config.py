@@ -1,0 +1,300 @@
+"""The settings of every command: one frozen dataclass a command, checked before any work starts.
+
+A field made by `setting` is at the same time a YAML key, a flag of the command line and a row
+of its `--help`. The order of precedence is flag, YAML file, default.
+"""
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from pipeline.errors import ConfigError
+
+ENGINES = ("vllm", "transformers")
+CONTAINERS = ("arrow", "zarr")
+CODECS = ("compact", "lossless")
+PACKINGS = ("isolated", "crossing", "none")
+TAILS = ("ghost", "hybrid", "zero", "renormalise", "uniform")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup")
+
+Config = TypeVar("Config", bound="_Config")
+_REQUIRED: Any = object()
+
+
+def setting(default: Any, help: str, *, choices: tuple[str, ...] = (), flag: str = "", argument: bool = False) -> Any:
+    """A field of a config class. `flag` names its option where that differs from the field's name."""
+    metadata = {"help": help, "choices": choices, "flag": flag, "argument": argument, "required": default is _REQUIRED}
+    return field(default=None if default is _REQUIRED else default, metadata=metadata)
+
+
+def required(help: str, *, flag: str = "", argument: bool = False) -> Any:
+    """A setting without a default."""
+    return setting(_REQUIRED, help, flag=flag, argument=argument)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Config:
+    def __post_init__(self) -> None:
+        for spec in dataclasses.fields(self):
+            value = getattr(self, spec.name)
+            if value is None and spec.metadata["required"]:
+                raise ConfigError(f"{flag_of(spec)} is missing; give it as a flag or as `{spec.name}:` in the file.")
+            choices = spec.metadata["choices"]
+            if choices and value not in choices:
+                raise ConfigError(f"{spec.name} is {value!r}; choose one of: {', '.join(choices)}.")
+        self.check()
+
+    def check(self) -> None:
+        """Raise ConfigError if the values do not make sense, alone or together."""
+
+    def _at_least(self, name: str, minimum: float) -> None:
+        value = getattr(self, name)
+        if value is not None and not (value >= minimum and math.isfinite(value)):
+            raise ConfigError(f"{name} is {value}; it must be at least {minimum}.")
+
+    def _positive(self, name: str, values: tuple[float, ...]) -> None:
+        for value in values:
+            if not (value > 0 and math.isfinite(value)):
+                raise ConfigError(f"{name} is {value}; a {name.rstrip('s')} must be a finite number above 0.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareConfig(_Config):
+    """Settings of `pipeline prepare`."""
+
+    inputs: tuple[Path, ...] = required(
+        "Files or folders: .txt, .jsonl, .jsonl.gz, .jsonl.zst, .parquet.", argument=True
+    )
+    tokenizer: Path = required("Folder of the teacher's tokenizer.")
+    out: Path = required("Folder to write the tokenised corpus to.")
+    sequence_length: int = setting(2048, "Longest sequence, in tokens.")
+    text_field: str = setting("text", "Field or column that holds a document's text.")
+    packing: str = setting(
+        "isolated",
+        "How short documents share a sequence: 'isolated' keeps attention inside each document, "
+        "'crossing' lets it cross, 'none' writes one piece of a document a sequence.",
+        choices=PACKINGS,
+    )
+    partition_tokens: int = setting(16_777_216, "Tokens in one file of the corpus.")
+    skip_bad_lines: bool = setting(False, "Count and skip records that cannot be read, instead of stopping.")
+
+    def check(self) -> None:
+        if not self.inputs:
+            raise ConfigError("no input was given; name at least one file or folder.")
+        self._at_least("sequence_length", 2)
+        self._at_least("partition_tokens", 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheConfig(_Config):
+    """Settings of `pipeline cache-logits`."""
+
+    teacher: Path = required("Folder of the teacher: config.json, weights, tokenizer.")
+    corpus: Path = required("Folder that `pipeline prepare` wrote.")
+    out: Path = required("Folder to write the cache to.")
+    top_k: int = setting(64, "Largest probabilities kept for each position.")
+    temperatures: tuple[float, ...] = setting(
+        (1.0, 2.0), "A temperature T at which targets are exact; repeatable.", flag="--temperature"
+    )
+    tail_samples: int = setting(0, "Draws from the teacher's tail, outside the top k, kept for each position.")
+    draw_temperature: float | None = setting(
+        None, "Captured temperature T of the draws; none takes the largest.  Train with --tail hybrid at this T."
+    )
+    engine: str = setting("vllm", "What runs the teacher.", choices=ENGINES)
+    format: str = setting("arrow", "Container of the shards.", choices=CONTAINERS)
+    codec: str = setting(
+        "compact",
+        "'lossless' keeps float32 log-probabilities; 'compact' rounds them to 8 mantissa bits "
+        "(probabilities within 0.0008).",
+        choices=CODECS,
+    )
+    shard_tokens: int = setting(1_048_576, "Tokens in one shard: the work that a crash can lose.")
+    dtype: str = setting("auto", "Type of the teacher's body; its head always runs in float32.", choices=DTYPES)
+    tensor_parallel: int = setting(1, "Devices that share each layer of the teacher (vLLM).")
+    pipeline_parallel: int = setting(1, "Devices that share the stack of layers (vLLM).")
+    batch_tokens: int = setting(8192, "Tokens in one step of the engine.")
+    row_chunk: int = setting(1024, "Positions whose full logits exist at the same time.")
+    gpu_memory_utilization: float = setting(0.9, "Share of a GPU's memory that vLLM takes, 0 to 1.")
+    quantization: str | None = setting(None, "vLLM's name of the teacher's quantisation, such as fp8.")
+    enforce_eager: bool = setting(False, "Skip vLLM's compilation: starts sooner, runs slower on a GPU.")
+
+    def check(self) -> None:
+        self._at_least("top_k", 0)
+        self._at_least("tail_samples", 0)
+        if self.top_k + self.tail_samples == 0:
+            raise ConfigError("top_k is 0 and tail_samples is 0; keep at least one entry of a position.")
+        for name in ("shard_tokens", "tensor_parallel", "pipeline_parallel", "batch_tokens", "row_chunk"):
+            self._at_least(name, 1)
+        if not self.temperatures:
+            raise ConfigError("temperatures is empty; give at least one, such as --temperature 2.0.")
+        self._positive("temperatures", self.temperatures)
+        if len(set(self.temperatures)) != len(self.temperatures):
+            raise ConfigError(f"temperatures is {list(self.temperatures)}; each may be given once.")
+        if self.draw_temperature is not None and self.draw_temperature not in self.temperatures:
+            raise ConfigError(f"draw_temperature is {self.draw_temperature}; choose one of: {list(self.temperatures)}.")
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise ConfigError(f"gpu_memory_utilization is {self.gpu_memory_utilization}; it must lie in (0, 1].")
+
+    @property
+    def resolved_draw_temperature(self) -> float:
+        """The temperature of the draws."""
+        return max(self.temperatures) if self.draw_temperature is None else self.draw_temperature
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyConfig(_Config):
+    """Settings of `pipeline verify`."""
+
+    cache: Path = required("Folder that `pipeline cache-logits` wrote.", argument=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(_Config):
+    """Settings of `pipeline train-student`."""
+
+    student: Path = required("Folder of the student, or a config.json for one that starts from random weights.")
+    cache: Path = required("Folder that `pipeline cache-logits` wrote.")
+    out: Path = required("Folder for checkpoints, logs and the finished student.")
+    alpha: float = setting(0.5, "Weight of the distillation term; 0 trains from the labels alone.")
+    temperature: float = setting(2.0, "Temperature T of the distillation term; the cache must hold it.")
+    tail: str = setting("ghost", "What stands for the teacher's probability outside the top k.", choices=TAILS)
+    eval_cache: Path | None = setting(None, "A held-out cache to evaluate on.")
+    epochs: float = setting(1.0, "Passes over the cache; --max-steps takes precedence.")
+    max_steps: int | None = setting(None, "Optimizer steps to train for.")
+    batch_size: int = setting(8, "Sequences in a micro-batch, for each device.")
+    gradient_accumulation: int = setting(1, "Micro-batches in an optimizer step.")
+    learning_rate: float = setting(3e-4, "Peak learning rate of AdamW.")
+    schedule: str = setting("cosine", "Shape of the learning rate over the steps.", choices=SCHEDULES)
+    warmup_ratio: float = setting(0.03, "Share of the steps in which the learning rate rises, 0 to 1.")
+    weight_decay: float = setting(0.1, "AdamW's weight decay.")
+    max_grad_norm: float = setting(1.0, "Norm at which gradients are clipped; 0 clips nothing.")
+    dtype: str = setting("auto", "Type of the computation; weights are kept in float32.", choices=DTYPES)
+    gradient_checkpointing: bool = setting(False, "Recompute activations: less memory, more time.")
+    seed: int = setting(0, "Seed of the initial weights and of the order of the data.")
+    log_steps: int = setting(10, "Steps between two lines of the log.")
+    save_steps: int = setting(500, "Steps between two checkpoints.")
+    eval_steps: int | None = setting(None, "Steps between two evaluations; none evaluates at the end only.")
+    keep_checkpoints: int = setting(2, "Checkpoints kept.")
+
+    def check(self) -> None:
+        for name in ("max_steps", "batch_size", "gradient_accumulation", "log_steps", "save_steps", "eval_steps"):
+            self._at_least(name, 1)
+        for name in ("weight_decay", "max_grad_norm"):
+            self._at_least(name, 0)
+        self._positive("temperature", (self.temperature,))
+        self._positive("learning_rate", (self.learning_rate,))
+        self._positive("epochs", (self.epochs,))
+        self._at_least("keep_checkpoints", 1)
+        for name in ("alpha", "warmup_ratio"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must lie in [0, 1].")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig(_Config):
+    """Settings of `pipeline demo`."""
+
+    work: Path = setting(Path("data/demo"), "Folder for everything that the demo makes; finished steps are reused.")
+    engine: str = setting("vllm", "What runs the teacher.", choices=ENGINES)
+    format: str = setting("arrow", "Container of the shards.", choices=CONTAINERS)
+
+
+def load_config(config_class: type[Config], path: Path | None, overrides: Mapping[str, Any] | None = None) -> Config:
+    """The settings in the YAML file at `path`, with `overrides` (field names to values) on top."""
+    values = _read_yaml(path) if path is not None else {}
+    specs = {spec.name: spec for spec in dataclasses.fields(config_class)}
+    for key in values:
+        if key not in specs:
+            raise ConfigError(f"{path}: unknown key {key!r}; {_nearest(key, specs)}")
+    values |= {key: value for key, value in (overrides or {}).items() if value is not None}
+    hints = typing.get_type_hints(config_class)
+    where = str(path) if path is not None else "command line"
+    return config_class(**{key: _convert(f"{where}: {key}", value, hints[key]) for key, value in values.items()})
+
+
+def resolved(config: _Config) -> dict[str, Any]:
+    """The settings as plain YAML and JSON values."""
+    return {spec.name: _plain(getattr(config, spec.name)) for spec in dataclasses.fields(config)}
+
+
+def flag_of(spec: dataclasses.Field[Any]) -> str:
+    """The option or argument that sets a field."""
+    if spec.metadata["argument"]:
+        return spec.name.upper()
+    return spec.metadata["flag"] or f"--{spec.name.replace('_', '-')}"
+
+
+def value_type(annotation: Any) -> tuple[type, bool]:
+    """The scalar type of a field's annotation, and whether the field takes several."""
+    if typing.get_origin(annotation) is tuple:
+        return typing.get_args(annotation)[0], True
+    if isinstance(annotation, types.UnionType):
+        return next(arg for arg in typing.get_args(annotation) if arg is not type(None)), False
+    return annotation, False
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value)
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such file; give the path of a YAML file with the command's settings.")
+    try:
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as exc:
+        raise ConfigError(f"{path}: not YAML: {' '.join(str(exc).split())}") from exc
+    if document is None:
+        return {}
+    if not isinstance(document, dict):
+        raise ConfigError(f"{path}: found a {type(document).__name__}; expected `key: value` lines.")
+    return document
+
+
+def _nearest(key: Any, specs: Mapping[str, Any]) -> str:
+    close = difflib.get_close_matches(str(key).replace("-", "_"), specs, n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else f"valid keys are: {', '.join(specs)}."
+
+
+def _convert(where: str, value: Any, annotation: Any) -> Any:
+    kind, several = value_type(annotation)
+    if value is None and isinstance(annotation, types.UnionType):
+        return None
+    if several:
+        items = value if isinstance(value, list | tuple) else [value]
+        return tuple(_scalar(where, item, kind) for item in items)
+    return _scalar(where, value, kind)
+
+
+def _scalar(where: str, value: Any, kind: type) -> Any:
+    if kind is bool or isinstance(value, bool):
+        fits = kind is bool and isinstance(value, bool)
+    elif kind is Path:
+        fits = isinstance(value, str | Path)
+    elif kind in (int, float):
+        value, fits = _number(value, kind)
+    else:
+        fits = isinstance(value, kind)
+    if not fits:
+        raise ConfigError(f"{where} is {value!r}; expected a value of type {kind.__name__.lower()}.")
+    return kind(value)
+
+
+def _number(value: Any, kind: type) -> tuple[Any, bool]:
+    """YAML reads 1e-4 as a string: take any spelling of a number, but no fraction for an integer."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return value, False
+    return (number, True) if kind is float else (int(number) if number.is_integer() else value, number.is_integer())

@@ -1,0 +1,46 @@
+"""The errors that a user can mend.
+
+    PipelineError                   printed as one line, exit code 2
+    ├── ConfigError                 a setting, a flag or a YAML key
+    ├── CorpusError                 input text, or a tokenised corpus
+    ├── EngineError                 a teacher that the chosen engine cannot serve
+    └── CacheError                  a folder of cached targets
+        ├── CacheIncompleteError    partitions are missing: run `pipeline cache-logits` again
+        ├── CacheCorruptError       a file is damaged; `pipeline verify` names all of them
+        └── CacheMismatchError      made by other settings, or for another vocabulary
+
+A message says where, what was found, what was expected and what to do. Anything that is not
+a PipelineError is a bug of ours or a fault of the machine and keeps its traceback.
+"""
+
+
+class PipelineError(Exception):
+    """A mistake or a fault that the user can mend."""
+
+
+class ConfigError(PipelineError):
+    """A setting, a flag or a YAML key is wrong."""
+
+
+class CorpusError(PipelineError):
+    """Input text or a tokenised corpus is missing, empty or damaged."""
+
+
+class EngineError(PipelineError):
+    """The teacher cannot be served by the chosen engine."""
+
+
+class CacheError(PipelineError):
+    """A folder of cached targets cannot be used."""
+
+
+class CacheIncompleteError(CacheError):
+    """Some partitions have not been captured yet."""
+
+
+class CacheCorruptError(CacheError):
+    """A file of the cache is damaged, truncated or foreign."""
+
+
+class CacheMismatchError(CacheError):
+    """The cache was made by other settings, or for another vocabulary."""

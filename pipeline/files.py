@@ -1,0 +1,134 @@
+"""Crash-safe files: what exists under its final name is whole.
+
+Every file is written under a temporary name in its own folder, flushed to the disk, and
+moved to its final name in one step. JSON documents carry a checksum of themselves.
+Knows nothing of corpora or caches.
+"""
+
+import json
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+PARTIAL = ".partial"
+"""Suffix of files that are being written; nothing reads them."""
+
+
+def owner_name() -> str:
+    """Name of this process, unique among processes that may share the folder: host, pid namespace, pid."""
+    namespace = os.stat("/proc/self/ns/pid").st_ino if os.path.exists("/proc/self/ns/pid") else 0
+    return f"{socket.gethostname()}.{namespace}.{os.getpid()}"
+
+
+def owner_is_dead(owner: str) -> bool:
+    """True only if `owner` is a process of this host and pid namespace that no longer runs."""
+    place, _, pid = owner.rpartition(".")
+    if place != owner_name().rpartition(".")[0] or not pid.isdigit():
+        return False
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        return False
+    return False
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames inside `folder` survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_file(path: Path) -> None:
+    """Flush the contents of `path` to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def publish(partial: Path, final: Path) -> None:
+    """Move a finished file or folder to its final name, replacing a file of that name."""
+    if partial.is_dir():
+        for path in sorted(partial.rglob("*")):
+            sync_folder(path) if path.is_dir() else sync_file(path)
+        sync_folder(partial)
+    else:
+        sync_file(partial)
+    os.replace(partial, final)
+    sync_folder(final.parent)
+
+
+def publish_first(partial: Path, final: Path) -> bool:
+    """Give a finished file its final name unless that name is taken; True if this call won."""
+    sync_file(partial)
+    try:
+        os.link(partial, final)
+    except FileExistsError:
+        return False
+    finally:
+        partial.unlink()
+    sync_folder(final.parent)
+    return True
+
+
+def partial_path(final: Path) -> Path:
+    """A temporary name for `final` in its own folder, unique to this process."""
+    return final.with_name(f"{final.name}.{owner_name()}{PARTIAL}")
+
+
+def write_json(path: Path, document: dict[str, Any], *, first_wins: bool = False) -> bool:
+    """Write `document` with a checksum of itself, atomically; False if `first_wins` and the name was taken."""
+    body = json.dumps(document, indent=1, ensure_ascii=False).encode()
+    partial = partial_path(path)
+    try:
+        partial.write_bytes(body.removesuffix(b"\n}") + _seal(body))
+        if first_wins:
+            return publish_first(partial, path)
+        publish(partial, path)
+        return True
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def read_json(path: Path, error: Callable[[str], Exception]) -> dict[str, Any]:
+    """The document that `write_json` wrote, less its checksum; raises `error(message)` unless every byte is as it was."""
+    contents = path.read_bytes()
+    head, mark, _ = contents.rpartition(_MARK)
+    body = head + b"\n}"
+    if not mark or contents != head + _seal(body):
+        raise error(
+            f"{path}: its checksum does not match its contents; the file is damaged, foreign or edited by hand."
+        )
+    return json.loads(body)
+
+
+_MARK = b',\n "checksum": "'
+"""Begins the last entry of a document: the hash of its bytes without that entry."""
+
+
+def _seal(body: bytes) -> bytes:
+    return _MARK + xxhash.xxh3_128_hexdigest(body).encode() + b'"\n}\n'
+
+
+def canonical_json(value: Any) -> bytes:
+    """One byte string for equal JSON values, whatever the order of their keys."""
+    return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def hash_file(path: Path, block_bytes: int = 1 << 22) -> str:
+    """xxh3-128 of the file's contents, as hex."""
+    digest = xxhash.xxh3_128()
+    with path.open("rb", buffering=0) as file:
+        while block := file.read(block_bytes):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,124 @@
+"""The manifest of a cache: what it is a cache of, and how its work is divided.
+
+Written once, before the teacher runs, and never changed. It is the only interface between the
+two stages. `identity` is what must be equal for two runs to write into one folder.
+
+    CACHE/
+      manifest.json           this document
+      shards/                 one file a partition, named by its partition and writer
+      commits/00000.json      names the shard of partition 0 and its checksum
+      tokenizer/              the tokenizer that made the ids
+"""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import CacheCorruptError, CacheIncompleteError, CacheMismatchError
+from pipeline.files import read_json, write_json
+from pipeline.shards.layout import ALIGNMENT, ShardLayout
+from pipeline.tokenizer import TokenizerIdentity
+
+FORMAT = "sparse-target-cache"
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+TOKENIZER = "tokenizer"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheManifest:
+    """What the targets of a cache are targets of."""
+
+    teacher: dict[str, Any]
+    """Architecture, hashes of config and weights, dtypes of body and head, quantisation, engine."""
+    tokenizer: TokenizerIdentity
+    vocab_size: int
+    """Real vocabulary: columns of the teacher's head from here on are padding and take no part."""
+    padded_vocab_size: int
+    """Rows of the teacher's head."""
+    top_k: int
+    temperatures: tuple[float, ...]
+    tail_samples: int
+    """Draws from the tail of each position."""
+    draw_temperature: float | None
+    """Temperature of the draws; None without draws."""
+    codec: str
+    container: str
+    corpus: str
+    """Fingerprint of the tokenised corpus."""
+    packing: str
+    sequence_length: int
+    """Longest sequence, tokens."""
+    num_tokens: int
+    num_targets: int
+    partitions: tuple[int, ...]
+    """Row boundaries: partition i holds the sequences partitions[i] to partitions[i + 1]."""
+    settings: dict[str, Any]
+    """The resolved settings of the run that made the folder; not part of the identity."""
+    software: dict[str, str]
+    """Versions of the libraries; not part of the identity."""
+
+    @property
+    def num_sequences(self) -> int:
+        return self.partitions[-1]
+
+    @property
+    def num_partitions(self) -> int:
+        return len(self.partitions) - 1
+
+    def layout(self, *, num_sequences: int, num_tokens: int, num_documents: int, num_targets: int) -> ShardLayout:
+        """The layout of a shard of this cache."""
+        return ShardLayout(
+            num_sequences=num_sequences,
+            num_tokens=num_tokens,
+            num_documents=num_documents,
+            num_targets=num_targets,
+            top_k=self.top_k,
+            num_draws=self.tail_samples,
+            temperatures=self.temperatures,
+            codec=self.codec,
+        )
+
+    def identity(self) -> dict[str, Any]:
+        """The entries that decide what is in the cache, flat."""
+        document = asdict(self)
+        nested = {name: document.pop(name) for name in ("teacher", "tokenizer")}
+        for name in ("settings", "software"):
+            del document[name]
+        document |= {f"{name}.{key}": value for name, entries in nested.items() for key, value in entries.items()}
+        return document
+
+    def require_equal(self, requested: "CacheManifest", folder: Path) -> None:
+        """Raise CacheMismatchError, naming every difference, unless both describe the same targets."""
+        ours, theirs = self.identity(), requested.identity()
+        different = [name for name in ours if ours[name] != theirs.get(name)]
+        if different:
+            found = "; ".join(f"{name} is {_short(ours[name])}, now {_short(theirs.get(name))}" for name in different)
+            raise CacheMismatchError(f"{folder}: holds a cache made by other settings: {found}; choose another --out.")
+
+    def write(self, folder: Path) -> bool:
+        """Publish the manifest; False if another process was first."""
+        document = {"format": FORMAT, "format_version": FORMAT_VERSION, "alignment": ALIGNMENT, **asdict(self)}
+        return write_json(folder / MANIFEST, document, first_wins=True)
+
+    @classmethod
+    def read(cls, folder: Path) -> "CacheManifest":
+        """The manifest of the cache in `folder`; raises CacheError."""
+        path = folder / MANIFEST
+        if not path.is_file():
+            raise CacheIncompleteError(
+                f"{folder}: no cache there ({MANIFEST} is missing); run `pipeline cache-logits`."
+            )
+        document = read_json(path, CacheCorruptError)
+        found = (document.pop("format", None), document.pop("format_version", None), document.pop("alignment", None))
+        if found != (FORMAT, FORMAT_VERSION, ALIGNMENT):
+            raise CacheMismatchError(f"{path}: format {found[:2]}; this version reads {(FORMAT, FORMAT_VERSION)}.")
+        document["tokenizer"] = TokenizerIdentity(**document["tokenizer"])
+        document["temperatures"] = tuple(document["temperatures"])
+        document["partitions"] = tuple(document["partitions"])
+        return cls(**document)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,135 @@
+"""Shards as Arrow IPC files: one row a sequence, memory-mapped, readable by anything that reads Arrow.
+
+Columns of targets are lists of fixed-size lists. Rows come in record batches of about
+BATCH_TARGETS targets, so that a writer's memory stays bounded.
+"""
+
+import contextlib
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.errors import CacheCorruptError
+from pipeline.shards.layout import ALIGNMENT, RAGGED, ShardLayout
+
+BATCH_TARGETS = 65_536
+
+
+def arrow_schema(layout: ShardLayout) -> pa.Schema:
+    """The schema of a shard; its metadata states the temperatures and the alignment."""
+    fields = [pa.field("key", pa.binary(16), nullable=False)]
+    for name in layout.ragged():
+        dtype, shape = layout.columns()[name]
+        value = pa.from_numpy_dtype(dtype)
+        if len(shape) == 2:
+            value = pa.list_(pa.field("item", value, nullable=False), shape[1])
+        fields.append(pa.field(name, pa.list_(pa.field("item", value, nullable=False)), nullable=False))
+    metadata = {"temperatures": ",".join(map(repr, layout.temperatures)), "alignment": ALIGNMENT, "codec": layout.codec}
+    return pa.schema(fields, metadata=metadata)
+
+
+class ArrowShardWriter:
+    """Appends sequences to a new file at `path`; the file is complete only after `close`."""
+
+    def __init__(self, path: Path, layout: ShardLayout) -> None:
+        self._schema = arrow_schema(layout)
+        self._file = pa.OSFile(str(path), "wb")
+        self._writer = pa.ipc.new_file(self._file, self._schema)
+        self._pending: list[dict[str, np.ndarray]] = []
+        self._pending_targets = 0
+
+    def append(self, columns: dict[str, np.ndarray]) -> None:
+        """Add the stored columns of one sequence."""
+        self._pending.append(columns)
+        self._pending_targets += int(columns["num_targets"][0])
+        if self._pending_targets >= BATCH_TARGETS:
+            self._flush()
+
+    def close(self) -> None:
+        """Write what is pending and the footer."""
+        self._flush()
+        self._writer.close()
+        self._file.close()
+
+    def discard(self) -> None:
+        """Let go of the file, finished or not."""
+        with contextlib.suppress(OSError):
+            self._file.close()
+
+    def _flush(self) -> None:
+        if self._pending:
+            self._writer.write_batch(_record_batch(self._pending, self._schema))
+            self._pending, self._pending_targets = [], 0
+
+
+class ArrowShard:
+    """A finished Arrow shard, memory-mapped; reading a sequence copies nothing but its mask."""
+
+    def __init__(self, path: Path, layout: ShardLayout) -> None:
+        self.path = path
+        try:
+            self._file = pa.ipc.open_file(pa.memory_map(str(path)))
+        except pa.ArrowInvalid as exc:
+            raise CacheCorruptError(f"{path}: not a whole Arrow file; the shard is truncated or foreign.") from exc
+        if not self._file.schema.equals(arrow_schema(layout), check_metadata=True):
+            raise CacheCorruptError(f"{path}: its schema is not the manifest's; the shard belongs to another cache.")
+        self._batches = [self._file.get_batch(index) for index in range(self._file.num_record_batches)]
+        self._starts = np.cumsum([0, *(batch.num_rows for batch in self._batches)])
+        self._views: dict[int, dict[str, tuple[np.ndarray, np.ndarray]]] = {}
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def columns(self, start: int, stop: int) -> dict[str, np.ndarray]:
+        """The stored columns of sequences `start` to `stop`."""
+        first, last = np.searchsorted(self._starts, (start, stop - 1), side="right") - 1
+        parts = []
+        for batch in range(int(first), int(last) + 1):
+            begin, end = int(self._starts[batch]), int(self._starts[batch + 1])
+            parts.append(self._slice(batch, max(start, begin) - begin, min(stop, end) - begin))
+        if len(parts) == 1:
+            return parts[0]
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    def close(self) -> None:
+        """Forget the mapping; arrays that were handed out keep it alive."""
+        self._views.clear()
+        self._batches.clear()
+
+    def _slice(self, batch: int, start: int, stop: int) -> dict[str, np.ndarray]:
+        if batch not in self._views:
+            self._views[batch] = _views(self._batches[batch])
+        columns = {}
+        for name, (values, offsets) in self._views[batch].items():
+            columns[name] = values[offsets[start] : offsets[stop]]
+            if name in RAGGED:
+                columns[RAGGED[name]] = np.diff(offsets[start : stop + 1])
+        return columns
+
+
+def _record_batch(rows: list[dict[str, np.ndarray]], schema: pa.Schema) -> pa.RecordBatch:
+    arrays = [pa.array([row["key"].tobytes() for row in rows], pa.binary(16))]
+    for name in schema.names[1:]:
+        counted = RAGGED[name]
+        offsets = np.cumsum([0, *(int(row[counted][0]) for row in rows)]).astype(np.int32)
+        values = np.concatenate([row[name] for row in rows])
+        list_type = schema.field(name).type
+        flat = pa.array(np.ascontiguousarray(values).reshape(-1))
+        if values.ndim == 2:
+            flat = pa.FixedSizeListArray.from_arrays(flat, type=list_type.value_type)
+        arrays.append(pa.ListArray.from_arrays(pa.array(offsets), flat, type=list_type))
+    return pa.RecordBatch.from_arrays(arrays, schema=schema)
+
+
+def _views(batch: pa.RecordBatch) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    keys = np.frombuffer(batch.column("key").buffers()[1], np.uint8).reshape(-1, 16)
+    views = {"key": (keys, np.arange(batch.num_rows + 1))}
+    for name in batch.schema.names[1:]:
+        column = batch.column(name)
+        values, width = column.values, None
+        if isinstance(values.type, pa.FixedSizeListType):
+            values, width = values.values, values.type.list_size
+        flat = values.to_numpy(zero_copy_only=not pa.types.is_boolean(values.type))
+        views[name] = (flat.reshape(-1, width) if width else flat, column.offsets.to_numpy())
+    return views

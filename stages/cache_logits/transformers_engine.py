@@ -1,0 +1,110 @@
+"""The transformers engine: any causal LM that transformers loads, one process, no serving machinery.
+
+Slower than vLLM on large models; serves architectures that vLLM does not know.
+"""
+
+from collections.abc import Hashable, Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+from pipeline.config import CacheConfig
+from pipeline.errors import ConfigError, EngineError
+from pipeline.targets import SparseTargets
+from stages.cache_logits.draws import reduce_rows
+from stages.cache_logits.engine import Request, reduction_of, unpack
+from stages.cache_logits.teacher import Teacher
+
+PROBE_TOKENS = 8
+"""Tokens on which the float32 head is compared with the model's own logits at start."""
+
+
+class TransformersEngine:
+    """A teacher in transformers, on the first CUDA device if there is one."""
+
+    def __init__(self, teacher: Teacher, config: CacheConfig, longest_request: int) -> None:
+        from transformers import AutoModelForCausalLM
+
+        if config.tensor_parallel > 1 or config.pipeline_parallel > 1 or teacher.quantization != "none":
+            raise ConfigError("--engine transformers runs on one device, unquantised; take --engine vllm for more.")
+        self._reduction = reduction_of(config)
+        self._batch_tokens, self._row_chunk = config.batch_tokens, config.row_chunk
+        self._vocab_size = teacher.vocab_size
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        text = teacher.config.get("text_config", teacher.config)
+        model = AutoModelForCausalLM.from_pretrained(
+            str(teacher.folder),
+            dtype=getattr(torch, teacher.dtype),
+            # The other implementations leave out the cap on attention scores, and say nothing.
+            attn_implementation="eager" if text.get("attn_logit_softcapping") else None,
+            local_files_only=True,
+        )
+        self._model = model.to(self._device).eval()
+        head = model.get_output_embeddings()
+        self._head_VH = head.weight[: self._vocab_size].float()
+        self._bias_V = head.bias[: self._vocab_size].float() if getattr(head, "bias", None) is not None else None
+        self._soft_cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+        self._check_head()
+
+    @torch.inference_mode()
+    def score(self, requests: Iterable[Request]) -> Iterator[tuple[Hashable, SparseTargets]]:
+        """Targets in the order of the requests."""
+        for batch in _batches(requests, self._batch_tokens):
+            hidden_BSH = self._hidden([torch.tensor(request.token_ids, dtype=torch.long) for request in batch])
+            for request, hidden_SH in zip(batch, hidden_BSH):
+                positions, labels = (
+                    torch.tensor(part, dtype=torch.long) for part in (request.positions, request.labels)
+                )
+                uniforms = torch.tensor(request.uniforms)
+                yield request.key, self._reduce(hidden_SH[positions.to(self._device)], labels, uniforms)
+
+    def close(self) -> None:
+        """Let go of the model."""
+        del self._model, self._head_VH
+
+    def _hidden(self, token_ids: list[Tensor]) -> Tensor:
+        """[batch, longest, H] after the final norm. Padding lies to the right, where causal attention never looks."""
+        padded = torch.nn.utils.rnn.pad_sequence(token_ids, batch_first=True).to(self._device)
+        return self._model.base_model(input_ids=padded, use_cache=False).last_hidden_state
+
+    def _logits(self, hidden_NH: Tensor) -> Tensor:
+        logits_NV = torch.nn.functional.linear(hidden_NH.float(), self._head_VH, self._bias_V)
+        if self._soft_cap is not None:
+            logits_NV = torch.tanh(logits_NV / self._soft_cap) * self._soft_cap
+        return logits_NV
+
+    def _reduce(self, hidden_NH: Tensor, labels_N: Tensor, uniforms_N: Tensor) -> SparseTargets:
+        rows = []
+        for hidden, labels, uniforms in zip(
+            *(part.split(self._row_chunk) for part in (hidden_NH, labels_N, uniforms_N))
+        ):
+            packed_NW = reduce_rows(self._reduction, self._logits(hidden), labels, uniforms)
+            rows.append(packed_NW.cpu())
+        return unpack(torch.cat(rows).numpy(), self._reduction)
+
+    @torch.inference_mode()
+    def _check_head(self) -> None:
+        """Refuse a model whose logits are more than its head's weight times its last hidden state."""
+        ids = torch.arange(PROBE_TOKENS, device=self._device)[None] % self._vocab_size
+        own = self._model(input_ids=ids, use_cache=False).logits[0, :, : self._vocab_size].float()
+        difference = (self._logits(self._hidden([ids[0].cpu()])[0]) - own).abs().max().item()
+        allowed = 1e-4 if self._model.dtype == torch.float32 else 2e-2
+        if difference > allowed * max(1.0, own.abs().max().item()):
+            raise EngineError(
+                f"{type(self._model).__name__}: its logits differ by {difference:.2g} from its head times its last "
+                "hidden state (a scaling that this engine does not know); take --engine vllm."
+            )
+
+
+def _batches(requests: Iterable[Request], budget_tokens: int) -> Iterator[list[Request]]:
+    """Consecutive requests whose padded size stays within the budget."""
+    batch: list[Request] = []
+    longest = 0
+    for request in requests:
+        longest = max(longest, len(request.token_ids))
+        if batch and longest * (len(batch) + 1) > budget_tokens:
+            yield batch
+            batch, longest = [], len(request.token_ids)
+        batch.append(request)
+    if batch:
+        yield batch

@@ -1,0 +1,151 @@
+"""The vLLM engine: drives vLLM's own loop with a bounded number of requests in flight."""
+
+import dataclasses
+import importlib.metadata
+import os
+import warnings
+from collections.abc import Hashable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import CacheConfig
+from pipeline.errors import EngineError
+from pipeline.files import owner_name
+from pipeline.targets import SparseTargets
+from stages.cache_logits.engine import Request, reduction_of, unpack
+from stages.cache_logits.teacher import Teacher
+from stages.cache_logits.vllm_plugin import FRONT_END, OPTIONS, PREFIX
+
+PLUGIN = "pipeline_teacher"
+IN_FLIGHT_STEPS = 2
+"""Requests are handed over until this many steps' worth of tokens wait or run."""
+
+
+class VllmEngine:
+    """A teacher in vLLM. Construction loads the model and takes 10 s to minutes."""
+
+    def __init__(self, teacher: Teacher, config: CacheConfig, longest_request: int) -> None:
+        _prepare_environment(config)
+        self._reduction = reduction_of(config)
+        self._budget_tokens = IN_FLIGHT_STEPS * config.batch_tokens
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # vLLM's imports use what torch has deprecated
+            self._llm = _load(teacher, config, longest_request)
+        head_dtype = self._llm.llm_engine.vllm_config.model_config.head_dtype
+        if str(head_dtype) != "torch.float32":
+            self.close()
+            raise EngineError(f"{teacher.folder}: vLLM runs its head in {head_dtype}; targets need a float32 head.")
+
+    def score(self, requests: Iterable[Request]) -> Iterator[tuple[Hashable, SparseTargets]]:
+        """Targets in the order in which vLLM finishes."""
+        from vllm import PoolingParams
+
+        from stages.cache_logits.vllm_plugin.pooler import pack_rows
+
+        engine = self._llm.llm_engine
+        waiting: dict[str, Request] = {}
+        source, exhausted, tokens, serial = iter(requests), False, 0, 0
+        while waiting or not exhausted:
+            while not exhausted and (tokens < self._budget_tokens or not waiting):
+                request = next(source, None)
+                if request is None:
+                    exhausted = True
+                    break
+                params = PoolingParams(task="token_classify", extra_kwargs=pack_rows(request))
+                (prompt,) = engine.renderer.render_cmpl([{"prompt_token_ids": request.token_ids.tolist()}])
+                engine.add_request(str(serial), prompt, params)
+                waiting[str(serial)] = request
+                tokens += len(request.token_ids)
+                serial += 1
+            for output in engine.step() if waiting else ():
+                if output.finished:
+                    request = waiting.pop(output.request_id)
+                    tokens -= len(request.token_ids)
+                    yield request.key, self._targets(request, output.outputs.data)
+
+    def close(self) -> None:
+        """Stop the engine core and its workers."""
+        self._llm.llm_engine.engine_core.shutdown()
+
+    def _targets(self, request: Request, rows_NW: Any) -> SparseTargets:
+        expected = (len(request.positions), self._reduction.width)
+        if tuple(rows_NW.shape) != expected:
+            raise RuntimeError(f"request {request.key}: vLLM returned {tuple(rows_NW.shape)} values of {expected}")
+        return unpack(rows_NW.numpy(), self._reduction)
+
+
+def _load(teacher: Teacher, config: CacheConfig, longest_request: int) -> Any:
+    from vllm import LLM
+
+    options = {
+        "reduction": dataclasses.asdict(reduction_of(config)),
+        "row_chunk": config.row_chunk,
+        "vocab_size": teacher.vocab_size,
+    }
+    overrides: dict[str, Any] = {"architectures": [PREFIX + teacher.architecture]}
+    return LLM(
+        model=str(teacher.folder),
+        skip_tokenizer_init=True,
+        runner="pooling",
+        hf_overrides=overrides,
+        pooler_config={"task": "token_classify"},
+        additional_config={OPTIONS: options},
+        dtype=teacher.dtype,
+        quantization=config.quantization,
+        tensor_parallel_size=config.tensor_parallel,
+        pipeline_parallel_size=config.pipeline_parallel,
+        max_model_len=longest_request,
+        max_num_batched_tokens=max(config.batch_tokens, longest_request),
+        gpu_memory_utilization=config.gpu_memory_utilization,
+        enforce_eager=config.enforce_eager,
+        enable_prefix_caching=False,
+        disable_log_stats=True,
+    )
+
+
+def _prepare_environment(config: CacheConfig) -> None:
+    """Defaults for what vLLM reads from the environment; what the user has set stays."""
+    names = {entry.name for entry in importlib.metadata.entry_points(group="vllm.general_plugins")}
+    if PLUGIN not in names:
+        raise EngineError(
+            f"vLLM cannot see the plugin {PLUGIN!r}: this package is not installed; "
+            "run `pip install --no-deps -e .` in its folder."
+        )
+    allowed = os.environ.get("VLLM_PLUGINS")
+    if allowed is not None and PLUGIN not in allowed.split(","):
+        raise EngineError(f"VLLM_PLUGINS is {allowed!r} and hides {PLUGIN!r}; add it or unset the variable.")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    os.environ.setdefault("PYTHONWARNINGS", "ignore")  # of the processes that vLLM starts
+    os.environ[FRONT_END] = owner_name()
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", _cores_of_workers(config))
+
+
+def _cores_of_workers(config: CacheConfig) -> str:
+    """Which cores each worker gets, in vLLM's notation; read on a CPU only.
+
+    Left to itself vLLM takes a NUMA node a worker: it binds a single one to the cores of one node, in
+    a container to one core, and refuses to start several on fewer nodes.
+    """
+    workers = config.tensor_parallel * config.pipeline_parallel
+    nodes = len(list(Path("/sys/devices/system/node").glob("node[0-9]*")))
+    if 1 < workers <= nodes:
+        return "auto"
+    cores = sorted(os.sched_getaffinity(0)) if workers > 1 else []
+    share = len(cores) // workers
+    shares = [cores[start : start + share] for start in range(0, share * workers, share)] if share else []
+    return "|".join(",".join(map(str, part)) for part in shares) or "nobind"
+
+
+def require_vllm(architecture: str, folder: Path) -> None:
+    """Raise EngineError unless vLLM is there and serves the teacher's architecture."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            from vllm import ModelRegistry
+    except ImportError as exc:
+        raise EngineError(f"vLLM is not installed ({exc}); see the README, or take --engine transformers.") from exc
+    if architecture not in ModelRegistry.get_supported_archs():
+        raise EngineError(f"{folder}: vLLM does not serve the architecture {architecture}; take --engine transformers.")

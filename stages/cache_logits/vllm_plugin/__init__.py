@@ -1,0 +1,55 @@
+"""vLLM plugin (entry point group `vllm.general_plugins`): teachers whose output is sparse targets.
+
+vLLM calls `register` in the front end, the engine core and every worker.
+"""
+
+import os
+import signal
+import threading
+import time
+
+from pipeline.files import owner_is_dead, owner_name
+
+PREFIX = "SparseTargets"
+"""Put before the name of an architecture to get its capturing twin."""
+OPTIONS = "sparse_targets"
+"""Key of the pooler's options in vLLM's `additional_config`."""
+ROWS = "sparse_target_rows"
+"""Key of a request's positions and labels in `PoolingParams.extra_kwargs`."""
+FRONT_END = "PIPELINE_FRONT_END"
+"""Environment variable with the `owner_name` of the process that drives the engine."""
+WATCH_INTERVAL_S = 1.0
+
+
+def register() -> None:
+    """Add a capturing twin of every text-generation architecture to vLLM's registry. Can be called twice."""
+    from vllm import ModelRegistry
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+
+    _die_with_front_end()
+    known = set(ModelRegistry.get_supported_archs())
+    for architecture in known:
+        twin = PREFIX + architecture
+        if architecture.endswith("ForCausalLM") and not architecture.startswith(PREFIX) and twin not in known:
+            # "module:class" is looked up late: no process imports CUDA because of this.
+            ModelRegistry.register_model(twin, f"{__name__}.models:{twin}")
+            if architecture in MODELS_CONFIG_MAP:  # settings that vLLM adjusts by the architecture's name
+                MODELS_CONFIG_MAP[twin] = MODELS_CONFIG_MAP[architecture]
+
+
+def _die_with_front_end() -> None:
+    """Let an engine process end itself when the front end is gone.
+
+    vLLM's processes outlive a front end that was killed with SIGKILL and would keep the GPUs' memory.
+    """
+    front_end = os.environ.get(FRONT_END)
+    watching = any(thread.name == FRONT_END for thread in threading.enumerate())
+    if front_end is None or front_end == owner_name() or watching:
+        return
+
+    def watch() -> None:
+        while not owner_is_dead(front_end):
+            time.sleep(WATCH_INTERVAL_S)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, name=FRONT_END, daemon=True).start()

@@ -1,0 +1,140 @@
+"""The pooler that runs inside vLLM's workers: hidden states in, packed sparse targets out.
+
+Only the rows that a request asks for are projected, in chunks, so that full logits never exceed
+row_chunk x this rank's columns. Under tensor parallelism every rank reduces its own columns and
+only candidates and sums are gathered.
+"""
+
+import functools
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from vllm.distributed import (
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+    tensor_model_parallel_all_gather,
+)
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.model_executor.layers.pooler import Pooler
+from vllm.v1.pool.metadata import PoolingMetadata
+
+from stages.cache_logits.draws import reduce_rows
+from stages.cache_logits.engine import Request
+from stages.cache_logits.reduction import Reduction
+from stages.cache_logits.vllm_plugin import ROWS
+
+
+class SparseTargetPooler(Pooler):
+    """Reduces logits at the requested positions; int32 [rows, Reduction.width] a request."""
+
+    def __init__(self, model: nn.Module, *, reduction: dict[str, Any], row_chunk: int, vocab_size: int) -> None:
+        super().__init__()
+        # A closure: as a submodule the model would be registered inside itself.
+        self._model = lambda: model
+        self._reduction = Reduction(**reduction | {"temperatures": tuple(reduction["temperatures"])})
+        self._row_chunk = row_chunk
+        self._vocab_size = vocab_size
+        self._ranks = get_tensor_model_parallel_world_size()
+        # Models differ in the head's name and bias, in scales and in norms: only their compute_logits knows.
+        for processor in model.modules():
+            if isinstance(processor, LogitsProcessor):
+                processor._get_logits = functools.partial(self._local_logits, processor)
+
+    def get_supported_tasks(self) -> set[str]:
+        """The one task under which vLLM returns a row for every token."""
+        return {"token_classify"}
+
+    def forward(self, hidden_states: Tensor, pooling_metadata: PoolingMetadata) -> list[Tensor | None]:
+        """The packed targets of every request whose last token is in this step; None for the others."""
+        cursor = pooling_metadata.get_pooling_cursor()
+        scheduled = cursor.num_scheduled_tokens_cpu.tolist()
+        ends, prompt_lengths = cursor.seq_lens_cpu.tolist(), cursor.prompt_lens_cpu.tolist()
+        wanted = []
+        offset = 0
+        for params, count, end in zip(pooling_metadata.pooling_params, scheduled, ends):
+            wanted.append(_wanted_rows(params.extra_kwargs, offset, end - count, end))
+            offset += count
+        packed = self._reduce(hidden_states, *(torch.cat(parts) for parts in list(zip(*wanted))[:3]))
+        results: list[Tensor | None] = []
+        pieces = packed.split([len(rows) for rows, *_ in wanted])
+        for state, piece, (*_, before), count, end, length in zip(
+            pooling_metadata.pooling_states, pieces, wanted, scheduled, ends, prompt_lengths
+        ):
+            held = state.hidden_states_cache
+            if end == count:
+                held.clear()  # the first chunk, or the first again after a preemption
+            if sum(map(len, held)) != before:
+                raise RuntimeError(f"chunked prompt: {sum(map(len, held))} rows are held where {before} came before")
+            held.append(piece.clone())
+            if end < length:
+                results.append(None)
+                continue
+            results.append(torch.cat(held))
+            state.clean()
+        return results
+
+    def _reduce(self, hidden_states: Tensor, rows: Tensor, labels: Tensor, uniforms: Tensor) -> Tensor:
+        device = hidden_states.device
+        chunks = [torch.empty((0, self._reduction.width), dtype=torch.int32, device=device)]
+        for chunk in zip(*(part.to(device).split(self._row_chunk) for part in (rows, labels, uniforms))):
+            if len(chunk[0]):
+                chunks.append(self._reduce_chunk(hidden_states[chunk[0]], *chunk[1:]))
+        return torch.cat(chunks)
+
+    def _reduce_chunk(self, hidden_NH: Tensor, labels_N: Tensor, uniforms_N: Tensor) -> Tensor:
+        logits_NV = self._model().compute_logits(hidden_NH)
+        first_id = self._columns.org_vocab_start_index
+        real = max(0, min(self._columns.num_org_elements, self._vocab_size - first_id))
+        return reduce_rows(
+            self._reduction,
+            logits_NV[:, :real].float(),
+            labels_N,
+            uniforms_N,
+            ranks=self._ranks,
+            rank=get_tensor_model_parallel_rank(),
+            first_id=first_id,
+            gather=_gather,
+        )
+
+    def _local_logits(
+        self, processor: LogitsProcessor, hidden_NH: Tensor, head: nn.Module, bias: Tensor | None = None, *_: bool
+    ) -> Tensor:
+        """Stands in for `LogitsProcessor._get_logits`: this rank's columns, not gathered; notes which they are."""
+        self._columns = head.shard_indices
+        return processor._apply_head(head, hidden_NH, bias)
+
+
+def pack_rows(request: Request) -> dict[str, bytes]:
+    """What a request wants, in the form in which it travels to the workers."""
+    columns = [
+        request.positions.astype("<i4"),
+        request.labels.astype("<i4"),
+        request.uniforms.astype("<f4").view("<i4"),
+    ]
+    return {ROWS: np.stack(columns).tobytes()}
+
+
+def _gather(columns: Tensor) -> Tensor:
+    """Every rank's columns, side by side, bit by bit: vLLM's all-gather on a CPU takes no integers."""
+    if columns.dtype != torch.int32:
+        return tensor_model_parallel_all_gather(columns)
+    return tensor_model_parallel_all_gather(columns.view(torch.float32)).view(torch.int32)
+
+
+def _wanted_rows(
+    extra: dict[str, bytes] | None, offset: int, start: int, end: int
+) -> tuple[Tensor, Tensor, Tensor, int]:
+    """What a request wants of a step in which it has the positions `start` to `end`.
+
+    Rows of the flattened step, their labels and uniforms, and how many rows earlier steps gave.
+    """
+    if extra is None or ROWS not in extra:  # vLLM's own profiling run: every position
+        rows = torch.arange(offset, offset + end - start)
+        return rows, torch.zeros_like(rows), torch.zeros(len(rows)), start
+    positions, labels, uniforms = np.frombuffer(extra[ROWS], "<i4").reshape(3, -1).copy()
+    first, last = np.searchsorted(positions, (start, end))
+    rows = torch.from_numpy(positions[first:last]).long() - start + offset
+    labels_N = torch.from_numpy(labels[first:last]).long()
+    return rows, labels_N, torch.from_numpy(uniforms[first:last].view("<f4")), int(first)

@@ -1,0 +1,272 @@
+"""The run: unit after unit, each committed before the next begins, so that a killed run goes on where it was.
+
+The same inputs, settings and tokenizer give the same partitions, interrupted or not.
+"""
+
+import shutil
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import xxhash
+
+from pipeline.config import PrepareConfig, resolved
+from pipeline.corpus import (
+    MANIFEST,
+    TOKENIZER,
+    CorpusManifest,
+    CorpusPartition,
+    TokenSequence,
+    read_partition,
+    write_partition,
+)
+from pipeline.errors import ConfigError, CorpusError
+from pipeline.files import partial_path, publish
+from pipeline.progress import Progress, Reporter
+from pipeline.tokenizer import TokenizerIdentity, identify, load_tokenizer
+from stages.prepare.documents import Document, DocumentEncoder
+from stages.prepare.inputs import UNIT_BYTES, InputFile, InputFiles, describe, divide, find_inputs
+from stages.prepare.packing import PACKERS
+from stages.prepare.readers import BadLines, Record, read_records
+from stages.prepare.units import (
+    FinishedUnit,
+    check_folder,
+    check_same,
+    commit,
+    document_keys_of,
+    exclusive,
+    remove_units,
+    resume,
+    start,
+)
+
+PROGRESS_BYTES = 1 << 20
+
+
+def prepare(config: PrepareConfig, reporter: Reporter | None = None, *, unit_bytes: int = UNIT_BYTES) -> CorpusManifest:
+    """Write the corpus that `config` describes and return its manifest; a finished one is returned as it is.
+
+    Raises ConfigError or CorpusError. After a crash or an error, the same call goes on.
+    """
+    reporter = reporter or Reporter()
+    check_folder(config.out)
+    inputs = find_inputs(config.inputs, config.out)
+    tokenizer = load_tokenizer(config.tokenizer)
+    identity = identify(tokenizer)
+    settings = _compared_settings(config, tokenizer, identity)
+    if manifest := _finished(config, settings, inputs, reporter):
+        return manifest
+    with exclusive(config.out):
+        if manifest := _finished(config, settings, inputs, reporter):  # by the process that held the lock
+            return manifest
+        start(config.out, settings)
+        _save_tokenizer(tokenizer, identity, config.out / TOKENIZER)
+        units = _run(config, tokenizer, divide(inputs.files, unit_bytes), reporter)
+        statistics = sum((Counter(unit.statistics) for unit in units), Counter())
+        names = [*units[0].statistics, "ignored_files"]
+        statistics["ignored_files"] = inputs.ignored
+        manifest = CorpusManifest(
+            sequence_length=config.sequence_length,
+            packing=config.packing,
+            tokenizer=identity,
+            partitions=tuple(partition for unit in units for partition in unit.partitions),
+            settings={**resolved(config), **settings, "input_files": [file.identity for file in inputs.files]},
+            statistics={name: statistics[name] for name in names},
+        )
+        if not manifest.partitions:
+            raise CorpusError(
+                f"{', '.join(map(str, config.inputs))}: nothing to train on is left ({_counts(manifest)}); "
+                "give more text, or look at the loss masks."
+            )
+        manifest.write(config.out)
+        remove_units(config.out)
+    reporter.log(f"{config.out}: {_summary(manifest)}")
+    return manifest
+
+
+def _run(
+    config: PrepareConfig, tokenizer: Any, groups: Sequence[Sequence[InputFile]], reporter: Reporter
+) -> list[FinishedUnit]:
+    units = resume(config.out, groups, config.skip_bad_lines)
+    with reporter.progress("prepare", sum(file.size for files in groups for file in files), "bytes") as progress:
+        work = _Work(config, tokenizer, reporter, progress)
+        for index, unit in enumerate(units):
+            work.recall(index, unit)
+        for index in range(len(units), len(groups)):
+            units.append(work.do(index, groups[index]))
+    return units
+
+
+class _Work:
+    """Does one unit after the other; remembers every key, about 90 bytes of memory a document and a row."""
+
+    def __init__(self, config: PrepareConfig, tokenizer: Any, reporter: Reporter, progress: Progress) -> None:
+        self._config = config
+        self._tokenizer = tokenizer
+        self._reporter = reporter
+        self._progress = progress
+        self._document_keys: set[bytes] = set()
+        self._row_keys: set[bytes] = set()
+        self._num_partitions = 0
+        self._documents = self._tokens = 0
+        self._started = time.monotonic()
+
+    def recall(self, index: int, unit: FinishedUnit) -> None:
+        """Count a unit that is finished as done, and remember its keys."""
+        self._document_keys.update(document_keys_of(self._config.out, index, unit))
+        for partition in unit.partitions:
+            self._row_keys.update(_row_keys(read_partition(self._config.out, partition)))
+        self._num_partitions += len(unit.partitions)
+        self._progress.advance(unit.statistics["input_bytes"], "from an earlier run")
+
+    def do(self, index: int, files: Sequence[InputFile]) -> FinishedUnit:
+        """Read, pack and write one unit, and commit it."""
+        config = self._config
+        bad_lines = BadLines(config.skip_bad_lines, self._reporter)
+        encoder = DocumentEncoder(self._tokenizer, config.tokenizer, config.text_field, bad_lines, self._reporter)
+        packer = PACKERS[config.packing](config.sequence_length)
+        counts: Counter[str] = Counter(duplicate_documents=0, documents=0, duplicate_sequences=0)
+        partitions: list[CorpusPartition] = []
+        keys: list[bytes] = []
+
+        def rows() -> Iterator[TokenSequence]:
+            for document in encoder.encode(self._records(files, bad_lines)):
+                if self._is_new_document(document, keys, counts):
+                    yield from packer.add(document)
+            yield from packer.flush()
+
+        for sequences in self._partitions(rows(), counts):
+            partitions.append(write_partition(config.out, self._num_partitions, sequences))
+            self._num_partitions += 1
+        self._progress.advance(0, self._note())
+        _check_unchanged(files)
+        if bad_lines.count:
+            self._reporter.log(f"skipped {bad_lines.count:,} records of {files[0].path} to {files[-1].path}")
+        statistics = {
+            "files": len(files),
+            "input_bytes": sum(file.size for file in files),
+            "records": encoder.records,
+            "bad_lines": bad_lines.count,
+            "empty_documents": encoder.empty_documents,
+            **counts,
+            **packer.counts,
+        }
+        return commit(config.out, index, files, partitions, statistics, b"".join(keys))
+
+    def _records(self, files: Sequence[InputFile], bad_lines: BadLines) -> Iterator[Record]:
+        for file in files:
+            said = 0
+            for record in read_records(file, self._config.text_field, bad_lines):
+                yield record
+                if record.offset - said >= PROGRESS_BYTES:
+                    self._progress.advance(record.offset - said, self._note())
+                    said = record.offset
+            self._progress.advance(file.size - said, self._note())
+
+    def _note(self) -> str:
+        seconds = max(time.monotonic() - self._started, 1e-9)
+        return f"{self._documents:,} documents, {self._tokens:,} tokens, {self._tokens / seconds:,.0f} tokens/s"
+
+    def _is_new_document(self, document: Document, keys: list[bytes], counts: Counter[str]) -> bool:
+        key = document.key
+        if key in self._document_keys:
+            counts["duplicate_documents"] += 1
+            return False
+        self._document_keys.add(key)
+        keys.append(key)
+        counts["documents"] += 1
+        self._documents += 1
+        self._tokens += len(document.token_ids)
+        return True
+
+    def _partitions(self, rows: Iterator[TokenSequence], counts: Counter[str]) -> Iterator[list[TokenSequence]]:
+        sequences: list[TokenSequence] = []
+        tokens = 0
+        for row in rows:
+            if row.key in self._row_keys:
+                counts["duplicate_sequences"] += 1
+                continue
+            self._row_keys.add(row.key)
+            if sequences and tokens + len(row.token_ids) > self._config.partition_tokens:
+                yield sequences
+                sequences, tokens = [], 0
+            sequences.append(row)
+            tokens += len(row.token_ids)
+        if sequences:
+            yield sequences
+
+
+def _compared_settings(config: PrepareConfig, tokenizer: Any, identity: TokenizerIdentity) -> dict[str, Any]:
+    """What decides the tokens, other than the inputs; `skip_bad_lines` does so only where a record was skipped."""
+    template = tokenizer.chat_template
+    return {
+        "sequence_length": config.sequence_length,
+        "text_field": config.text_field,
+        "packing": config.packing,
+        "partition_tokens": config.partition_tokens,
+        **{f"tokenizer_{name}": value for name, value in identity.to_dict().items()},
+        "tokenizer_special_ids": list(tokenizer("", verbose=False)["input_ids"]),
+        "tokenizer_eos_id": tokenizer.eos_token_id,
+        "chat_template": None if template is None else xxhash.xxh3_128_hexdigest(repr(template).encode()),
+    }
+
+
+def _finished(
+    config: PrepareConfig, settings: dict[str, Any], inputs: InputFiles, reporter: Reporter
+) -> CorpusManifest | None:
+    """The manifest in `out`, if there is one; raises ConfigError if it is not of this run."""
+    if not (config.out / MANIFEST).is_file():
+        return None
+    manifest = CorpusManifest.read(config.out)
+    check_same(config.out, manifest.settings, settings)
+    if manifest.statistics["bad_lines"] and not config.skip_bad_lines:
+        check_same(config.out, manifest.settings, {"skip_bad_lines": False})
+    found, wanted = manifest.settings["input_files"], [file.identity for file in inputs.files]
+    if found != wanted:
+        changed = [identity for identity in [*wanted, *found] if identity not in found or identity not in wanted]
+        name = changed[0][0] if changed else "their order"
+        raise ConfigError(
+            f"{config.out}: was made from {len(found)} input files, this run has {len(wanted)}, and {name} differs "
+            "(path, size or time of change); choose another --out, or delete this folder."
+        )
+    remove_units(config.out)
+    reporter.log(f"{config.out}: already finished by the same settings and inputs; {_summary(manifest)}")
+    return manifest
+
+
+def _save_tokenizer(tokenizer: Any, identity: TokenizerIdentity, folder: Path) -> None:
+    partial = partial_path(folder)
+    tokenizer.save_pretrained(str(partial))
+    difference = identify(load_tokenizer(partial)).difference(identity)
+    if difference:
+        raise ConfigError(
+            f"{tokenizer.name_or_path}: transformers does not save this tokenizer as it is: {difference}."
+        )
+    shutil.rmtree(folder, ignore_errors=True)
+    publish(partial, folder)
+
+
+def _row_keys(table: pa.Table) -> list[bytes]:
+    return table.column("key").to_pylist()
+
+
+def _check_unchanged(files: Sequence[InputFile]) -> None:
+    for file in files:
+        if not file.path.is_file() or describe(file.path, file.name) != file:
+            raise CorpusError(
+                f"{file.path}: changed while it was read; run `pipeline prepare` again once it is complete."
+            )
+
+
+def _summary(manifest: CorpusManifest) -> str:
+    return (
+        f"{manifest.num_sequences:,} sequences, {manifest.num_tokens:,} tokens, {manifest.num_targets:,} targets "
+        f"from {_counts(manifest)}."
+    )
+
+
+def _counts(manifest: CorpusManifest) -> str:
+    return ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in manifest.statistics.items() if count)

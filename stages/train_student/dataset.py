@@ -1,0 +1,107 @@
+"""Cached sequences as training batches.
+
+Shapes: B sequences of a batch, S their padded length, M target tokens of the whole batch,
+K stored entries.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from pipeline.shards.layout import CachedSequence
+from pipeline.shards.reader import Cache
+from pipeline.targets import SparseTargets
+
+
+class CacheDataset(Dataset[CachedSequence]):
+    """A cache as a torch dataset; every worker process opens its own files."""
+
+    def __init__(self, cache: Cache) -> None:
+        self.cache = cache
+
+    def __len__(self) -> int:
+        return len(self.cache)
+
+    def __getitem__(self, index: int) -> CachedSequence:
+        return self.cache[index]
+
+
+class Collate:
+    """Makes a batch of sequences; a callable object, so that worker processes can be sent it.
+
+    Padding is a document of its own behind the others, without targets. Position ids restart with
+    every document: transformers then keeps attention inside it.
+    """
+
+    def __init__(self, temperature: float, tail: str = "ghost") -> None:
+        self.temperature, self.tail = temperature, tail
+
+    def __call__(self, sequences: list[CachedSequence]) -> dict[str, Any]:
+        """Tensors named as the student's forward takes them.
+
+        input_ids, position_ids  int64 [B, S]
+        shift_labels             int64 [M]: the tokens to predict, sequence by sequence
+        target_rows              int64 [M]: the rows of the flattened [B * S] hidden states that predict them
+        teacher_ids              int64 [M, K]
+        teacher_probs            float32 [M, K]: p_T over the full vocabulary, restricted to the ids
+        teacher_tail             float32 [M]: p_T of all other ids
+        temperature, tail        float and str: T, and what stands for the other ids
+        teacher_entropy          float32 [M], for the tail "hybrid" alone: of p_T over the full vocabulary, nats
+
+        With the tail "hybrid", K counts the draws too: a repeated draw is one entry with its draws' weight,
+        and the place of the others is padding, which repeats the row's first id with probability 0.
+        """
+        longest = max(len(sequence.token_ids) for sequence in sequences)
+        input_ids = np.zeros((len(sequences), longest), np.int64)
+        position_ids = np.zeros((len(sequences), longest), np.int64)
+        for row, sequence in enumerate(sequences):
+            length = len(sequence.token_ids)
+            input_ids[row, :length] = sequence.token_ids
+            padding = [longest - length] if length < longest else []
+            position_ids[row] = np.concatenate([np.arange(n) for n in [*sequence.document_lengths, *padding]])
+        targets = [sequence.targets for sequence in sequences]
+        starts = np.arange(len(sequences)) * longest
+        columns = {
+            "shift_labels": [sequence.token_ids[sequence.target_positions + 1] for sequence in sequences],
+            "target_rows": [start + sequence.target_positions for start, sequence in zip(starts, sequences)],
+        }
+        batch: dict[str, Any] = {name: _int64(np.concatenate(parts)) for name, parts in columns.items()}
+        batch |= {"input_ids": torch.from_numpy(input_ids), "position_ids": torch.from_numpy(position_ids)}
+        ids, probs = (np.concatenate(parts) for parts in zip(*map(self._entries, targets)))
+        batch |= {"teacher_ids": _int64(ids), "teacher_probs": torch.from_numpy(probs)}
+        batch["teacher_tail"] = torch.from_numpy(np.concatenate([t.tail_mass(self.temperature) for t in targets]))
+        batch["labels"] = batch["shift_labels"]  # the Trainer counts target tokens only where it sees this name
+        if self.tail == "hybrid":
+            entropies = np.concatenate([target.entropy(self.temperature) for target in targets])
+            batch["teacher_entropy"] = torch.from_numpy(entropies)
+        return batch | {"temperature": self.temperature, "tail": self.tail}
+
+    def _entries(self, targets: SparseTargets) -> tuple[np.ndarray, np.ndarray]:
+        """int32 and float32 [N, K]: the ids that are given, and their weights."""
+        if self.tail != "hybrid":
+            return targets.ids, targets.probs(self.temperature)
+        drawn, weights = merge_draws(targets.draws, targets.tail_mass(self.temperature))
+        ids, probs = np.hstack([targets.ids, drawn]), np.hstack([targets.probs(self.temperature), weights])
+        return np.where((probs > 0) | (np.arange(ids.shape[1]) < targets.top_k), ids, ids[:, :1]), probs
+
+
+def merge_draws(draws_ND: np.ndarray, tail_mass_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """int32 and float32 [N, D]: each drawn id once, with tail mass / D a draw; weight 0 on what is left over.
+
+    The first id of a row keeps a weight wherever the row has a tail.
+    """
+    num_rows, num_draws = draws_ND.shape
+    ids = np.sort(draws_ND, axis=1)
+    is_first = np.ones(ids.shape, bool)
+    is_first[:, 1:] = ids[:, 1:] != ids[:, :-1]
+    starts = np.flatnonzero(is_first)
+    counts = np.zeros(ids.size, np.float32)
+    counts[starts] = np.diff([*starts, ids.size])
+    return ids, counts.reshape(num_rows, num_draws) * (tail_mass_N / np.float32(num_draws))[:, None]
+
+
+def _int64(values: np.ndarray) -> Tensor:
+    return torch.from_numpy(values.astype(np.int64))

@@ -1,0 +1,84 @@
+"""Putting the fused loss into a student: its LM head returns the loss instead of logits.
+
+The loss is computed inside the head module's own forward, so that whatever shards or gathers the
+head (DDP, FSDP2) does so for us; reading the weight from outside would miss its gradient's
+reduction. Without targets in the call the model behaves as before.
+"""
+
+import types
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import ModelOutput
+
+from pipeline.errors import ConfigError
+from stages.train_student.loss import fused_distillation_loss
+
+
+@dataclass
+class DistillationOutput(ModelOutput):
+    """What the student's forward returns when it is given targets; scalars, float32."""
+
+    loss: Tensor | None = None
+    cross_entropy: Tensor | None = None
+    kl: Tensor | None = None
+
+
+def attach_fused_loss(model: PreTrainedModel, *, alpha: float, vocab_size: int) -> None:
+    """Make `model(**batch)` of a batch by `dataset.Collate` return a DistillationOutput.
+
+    `num_items_in_batch` is the number of target tokens of the whole step, over all micro-batches
+    and ranks; without it the mean is over the batch. Rows of the head from `vocab_size` on are
+    padding. Raises ConfigError for a head with a bias.
+    """
+    head = model.get_output_embeddings()
+    if getattr(head, "bias", None) is not None:
+        raise ConfigError(f"{type(model).__name__}: its head has a bias, which the fused loss does not know.")
+    head_forward, model_forward = head.forward, model.forward
+
+    def fused_head(self: Any, hidden: Tensor, targets: tuple[Any, ...] | None = None) -> Any:
+        if targets is None:
+            return head_forward(hidden)
+        labels, ids, probs, tail_mass, entropy, temperature, tail, num_items = targets
+        return fused_distillation_loss(
+            hidden,
+            self.weight,
+            labels,
+            ids,
+            probs,
+            tail_mass,
+            alpha=alpha,
+            temperature=temperature,
+            tail=tail,
+            num_target_tokens=num_items,
+            vocab_size=vocab_size,
+            teacher_entropy_N=entropy,
+        )
+
+    def forward(
+        self: Any,
+        input_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        shift_labels: Tensor | None = None,
+        target_rows: Tensor | None = None,
+        teacher_ids: Tensor | None = None,
+        teacher_probs: Tensor | None = None,
+        teacher_tail: Tensor | None = None,
+        teacher_entropy: Tensor | None = None,
+        temperature: float | None = None,
+        tail: str | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        if target_rows is None:
+            return model_forward(input_ids=input_ids, position_ids=position_ids, **kwargs)
+        hidden_BSH = self.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
+        hidden_MH = hidden_BSH.flatten(0, 1)[target_rows]
+        teacher = (teacher_ids, teacher_probs, teacher_tail, teacher_entropy)
+        targets = (shift_labels, *teacher, temperature, tail, num_items_in_batch)
+        return DistillationOutput(*self.get_output_embeddings()(hidden_MH, targets))
+
+    head.forward = types.MethodType(fused_head, head)
+    model.forward = types.MethodType(forward, model)

@@ -1,0 +1,160 @@
+"""Cross-entropy, KL and their gradient for a block of rows of logits, in place.
+
+Owns the maths of a row. Knows nothing of heads, chunks or autograd.
+
+Shapes: N rows, K stored entries of a row, V the real vocabulary. `_N1` columns broadcast over V or K.
+
+With Q the student's mass on the stored ids S, A and B the weights of the two gradients, and the weights
+w, t, u and their total M from row_targets.py, the gradient of a row with respect to its logits z is
+
+    A (softmax(z) - onehot(label)) + B (M q - w)                                  on S
+    A (softmax(z) - onehot(label)) + B ((M (1 - Q) - t) softmax_rest(z/T) - u)    on the rest
+
+The columns of S are taken out of the row first, so that every pass over V runs on the rest alone. That makes
+1 - Q a sum of its own instead of a difference, which in float32 is noise once Q > 0.9999.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from stages.train_student.row_targets import RowTargets
+
+_ABSENT = -1e30
+"""Stands for the logit of what does not exist. Unlike -inf it stays finite under 0 * x, x - x and x / T."""
+
+
+class _Rest(NamedTuple):
+    """The columns that are not stored; both exponentials are relative to the maximum, hence both sums at least 1."""
+
+    max_N1: Tensor
+    exp_NV: Tensor
+    """exp(z - max)"""
+    softened_exp_NV: Tensor
+    """exp((z - max) / T); the same tensor as `exp_NV` at T = 1."""
+    exp_sum_N1: Tensor
+    softened_exp_sum_N1: Tensor
+
+
+class _Logprobs(NamedTuple):
+    """A row of log softmax(z / T), where `shift` is the row's maximum of z."""
+
+    entries_NK: Tensor
+    rest_N1: Tensor
+    """log(1 - Q)"""
+    logsumexp_N1: Tensor
+    """Of (z - shift) / T."""
+
+
+def cross_entropy_rows_(logits_NV: Tensor, labels_N: Tensor, weight: float | None) -> Tensor:
+    """Cross-entropy of every row in nats, [N]; `logits_NV` becomes `weight` times its gradient, or scratch if None."""
+    labels_N1 = labels_N[:, None]
+    max_N1 = logits_NV.amax(1, keepdim=True)
+    label_logits_N1 = logits_NV.gather(1, labels_N1) - max_N1
+    exp_sum_N1 = logits_NV.sub_(max_N1).exp_().sum(1, keepdim=True)
+    if weight is not None:
+        logits_NV.mul_(weight / exp_sum_N1)
+        logits_NV.scatter_add_(1, labels_N1, torch.full_like(label_logits_N1, -weight))
+    return (exp_sum_N1.log() - label_logits_N1).squeeze(1)
+
+
+def distillation_rows_(
+    logits_NV: Tensor,
+    labels_N: Tensor,
+    targets: RowTargets,
+    temperature: float,
+    weights: tuple[float, float] | None,
+    scratch_NV: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy and KL(p_T || q_T) of every row in nats, both [N].
+
+    With `weights` (A, B), `logits_NV` becomes A dCE/dz + B T dKL/dz; without it is left as scratch.
+    `scratch_NV` is overwritten and must not overlap the logits.
+    """
+    label_logits_N1 = logits_NV.gather(1, labels_N[:, None])
+    entry_logits_NK = logits_NV.gather(1, targets.ids_NK)
+    rest_sum_N = None
+    if targets.level_N is not None:
+        rest_sum_N = logits_NV.scatter_(1, targets.ids_NK, 0.0).sum(1)
+    logits_NV.scatter_(1, targets.ids_NK, float("-inf"))
+    entry_logits_NK.masked_fill_(~targets.is_entry_NK, _ABSENT)
+    rest = _exponentiate_rest_(logits_NV, temperature, scratch_NV)
+
+    shift_N1 = torch.maximum(rest.max_N1, entry_logits_NK.amax(1, keepdim=True))
+    entry_logits_NK -= shift_N1
+    rest_max_N1 = rest.max_N1 - shift_N1
+    hard = _logprobs(entry_logits_NK, rest_max_N1, rest.exp_sum_N1, 1.0)
+    soft = _logprobs(entry_logits_NK, rest_max_N1, rest.softened_exp_sum_N1, temperature)
+    cross_entropy_N = (hard.logsumexp_N1 - (label_logits_N1 - shift_N1)).squeeze(1)
+    kl_N = _kl_rows(targets, soft, rest_sum_N, shift_N1, temperature)
+    if weights is not None:
+        _gradient_rows_(logits_NV, labels_N, targets, rest, hard, soft, weights)
+    return cross_entropy_N, kl_N
+
+
+def _exponentiate_rest_(logits_NV: Tensor, temperature: float, scratch_NV: Tensor) -> _Rest:
+    """Both exponentials of a row whose stored columns are -inf: one replaces the logits, the other the scratch."""
+    max_N1 = logits_NV.amax(1, keepdim=True).clamp_min_(_ABSENT)  # nothing is left where k = V
+    logits_NV.sub_(max_N1)
+    if temperature == 1.0:
+        exp_NV = softened_exp_NV = logits_NV.exp_()
+    elif temperature == 2.0:  # one exponential instead of two
+        softened_exp_NV = logits_NV.mul_(0.5).exp_()
+        exp_NV = torch.mul(softened_exp_NV, softened_exp_NV, out=scratch_NV)
+    else:
+        softened_exp_NV = torch.mul(logits_NV, 1.0 / temperature, out=scratch_NV).exp_()
+        exp_NV = logits_NV.exp_()
+    exp_sum_N1 = exp_NV.sum(1, keepdim=True).clamp_min_(1.0)
+    softened_exp_sum_N1 = exp_sum_N1
+    if temperature != 1.0:
+        softened_exp_sum_N1 = softened_exp_NV.sum(1, keepdim=True).clamp_min_(1.0)
+    return _Rest(max_N1, exp_NV, softened_exp_NV, exp_sum_N1, softened_exp_sum_N1)
+
+
+def _logprobs(entry_logits_NK: Tensor, rest_max_N1: Tensor, rest_exp_sum_N1: Tensor, temperature: float) -> _Logprobs:
+    entries_NK = entry_logits_NK / temperature
+    rest_N1 = rest_max_N1 / temperature + rest_exp_sum_N1.log()
+    logsumexp_N1 = torch.logaddexp(rest_N1, torch.logsumexp(entries_NK, 1, keepdim=True))
+    return _Logprobs(entries_NK - logsumexp_N1, rest_N1 - logsumexp_N1, logsumexp_N1)
+
+
+def _kl_rows(
+    targets: RowTargets, soft: _Logprobs, rest_sum_N: Tensor | None, shift_N1: Tensor, temperature: float
+) -> Tensor:
+    """The formula of row_targets.py; `rest_sum_N` is the sum of the unstored logits, needed for a level only."""
+    kl_N = targets.entropy_term_N - (targets.weights_NK * soft.entries_NK).sum(1)
+    kl_N -= targets.bucket_N * soft.rest_N1.squeeze(1)
+    if targets.level_N is not None:
+        normaliser_N = (shift_N1 / temperature + soft.logsumexp_N1).squeeze(1)
+        kl_N -= targets.level_N * (rest_sum_N / temperature - targets.num_rest_N * normaliser_N)
+    return kl_N
+
+
+def _gradient_rows_(
+    logits_NV: Tensor,
+    labels_N: Tensor,
+    targets: RowTargets,
+    rest: _Rest,
+    hard: _Logprobs,
+    soft: _Logprobs,
+    weights: tuple[float, float],
+) -> None:
+    """Writes the gradient of the module's formula over `logits_NV`, which is one of the exponentials of `rest`."""
+    hard_weight, soft_weight = weights
+    total_N1, bucket_N1 = targets.total_N[:, None], targets.bucket_N[:, None]
+    hard_scale_N1 = hard_weight * hard.rest_N1.exp() / rest.exp_sum_N1
+    soft_scale_N1 = soft_weight * (total_N1 * soft.rest_N1.exp() - bucket_N1) / rest.softened_exp_sum_N1
+    if rest.exp_NV is rest.softened_exp_NV:
+        logits_NV.mul_(hard_scale_N1 + soft_scale_N1)
+    else:
+        torch.addcmul(rest.exp_NV.mul_(hard_scale_N1), rest.softened_exp_NV, soft_scale_N1, out=logits_NV)
+    if targets.level_N is not None:
+        logits_NV.sub_(soft_weight * targets.level_N[:, None])
+
+    entries_NK = hard_weight * hard.entries_NK.exp()
+    entries_NK += soft_weight * (total_N1 * soft.entries_NK.exp() - targets.weights_NK)
+    entries_NK = torch.where(targets.is_entry_NK, entries_NK, entries_NK[:, :1])  # padding writes slot 0 again
+    logits_NV.scatter_(1, targets.ids_NK, entries_NK)
+    labels_N1 = labels_N[:, None]
+    logits_NV.scatter_add_(1, labels_N1, torch.full_like(labels_N1, -hard_weight, dtype=logits_NV.dtype))

@@ -1,0 +1,85 @@
+"""The student as its folder describes it: checked against the cache before anything is loaded."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import CacheMismatchError, ConfigError
+from pipeline.manifest import CacheManifest
+from pipeline.tokenizer import identify_folder
+
+WEIGHT_PATTERNS = ("*.safetensors", "*.bin")
+UNSUPPORTED = ("final_logit_softcapping", "logit_scale", "logits_scaling", "mup_output_alpha")
+"""Keys of config.json that change the logits after the head; the fused loss does not know them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Student:
+    """What to train, and where it starts from."""
+
+    folder: Path
+    """Where config.json lies."""
+    config: dict[str, Any]
+    has_weights: bool
+    """False: start from random weights."""
+
+    def load(self, seed: int) -> Any:
+        """The transformers model, float32, with its weights or fresh ones that the seed decides."""
+        from transformers import AutoConfig, AutoModelForCausalLM, set_seed
+
+        set_seed(seed)
+        if self.has_weights:
+            return AutoModelForCausalLM.from_pretrained(str(self.folder), dtype="float32", local_files_only=True)
+        config = AutoConfig.from_pretrained(str(self.folder), local_files_only=True)
+        config.dtype = "float32"
+        return AutoModelForCausalLM.from_config(config)
+
+
+def read_student(path: Path, manifest: CacheManifest) -> Student:
+    """The student at `path`, a model folder or a config.json; raises ConfigError or CacheMismatchError."""
+    folder = path.parent if path.suffix == ".json" else path
+    config_path = path if path.suffix == ".json" else path / "config.json"
+    if not config_path.is_file():
+        raise ConfigError(f"{path}: no student there; expected a folder with config.json, or a config.json.")
+    if config_path.name != "config.json":
+        raise ConfigError(
+            f"{path}: the file of a student's settings must be called config.json, in a folder of its own."
+        )
+    try:
+        document = json.loads(config_path.read_text(encoding="utf-8"))
+        vocab_size, architecture = int(document["vocab_size"]), document["model_type"]
+    except (ValueError, KeyError, TypeError) as exc:
+        raise ConfigError(f"{config_path}: not the config of a causal LM ({exc}).") from exc
+    for key in UNSUPPORTED:
+        if document.get(key) not in (None, 1, 1.0):
+            raise ConfigError(
+                f"{config_path}: {key} is {document[key]}; a {architecture} student with it is not supported."
+            )
+    _check_vocabulary(folder, config_path, vocab_size, manifest)
+    context = document.get("max_position_embeddings", manifest.sequence_length)
+    if context < manifest.sequence_length:
+        raise CacheMismatchError(
+            f"{config_path}: a context of {context} tokens; the cache has sequences of {manifest.sequence_length}; "
+            "take a student with a longer context, or prepare and cache with a shorter --sequence-length."
+        )
+    has_weights = path.suffix != ".json" and any(any(folder.glob(pattern)) for pattern in WEIGHT_PATTERNS)
+    return Student(folder=folder, config=document, has_weights=has_weights)
+
+
+def _check_vocabulary(folder: Path, config_path: Path, vocab_size: int, manifest: CacheManifest) -> None:
+    own = identify_folder(folder)
+    difference = own.difference(manifest.tokenizer) if own is not None else ""
+    if difference:
+        raise CacheMismatchError(
+            f"{folder}: the student's tokenizer is not the cache's: {difference}; "
+            "cache again with a teacher that shares the student's tokenizer."
+        )
+    fits = vocab_size in (manifest.vocab_size, manifest.padded_vocab_size) or (
+        own is not None and vocab_size >= manifest.vocab_size
+    )
+    if not fits:
+        raise CacheMismatchError(
+            f"{config_path}: a vocabulary of {vocab_size}; the cache has {manifest.vocab_size} ids "
+            f"(padded to {manifest.padded_vocab_size}); take a student with the teacher's vocabulary."
+        )

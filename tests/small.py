@@ -1,0 +1,204 @@
+"""Small teachers, corpora and caches, made on the spot in milliseconds."""
+
+import functools
+import itertools
+import shutil
+from collections.abc import Hashable, Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from pipeline.corpus import TOKENIZER, Corpus, CorpusManifest, TokenSequence, write_partition
+from pipeline.manifest import CacheManifest
+from pipeline.runs.commits import COMMITS, SHARDS, read_commit
+from pipeline.runs.plan import plan_partitions
+from pipeline.targets import SparseTargets
+from pipeline.tokenizer import identify
+from stages.cache_logits.capture import capture
+from stages.cache_logits.engine import Request
+from tests.helpers import tiny_tokenizer
+
+CONTEXT = 96
+
+
+def llama_config(vocab_size: int, **changes: object) -> LlamaConfig:
+    """A one-layer Llama that vLLM serves on a CPU."""
+    settings = {
+        "vocab_size": vocab_size,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": CONTEXT,
+        "initializer_range": 0.25,
+    }
+    return LlamaConfig(**settings | changes)
+
+
+def make_teacher(folder: Path, padding: int = 21, seed: int = 0) -> Path:
+    """A random Llama with a peaked output, its tokenizer beside it; its head has `padding` dead rows."""
+    tokenizer = tiny_tokenizer(folder)
+    torch.manual_seed(seed)
+    LlamaForCausalLM(llama_config(len(tokenizer) + padding)).save_pretrained(folder)
+    return folder
+
+
+def make_counting_teacher(folder: Path) -> Path:
+    """A Llama whose answer is known: after token t it expects token t + 1, whatever came before."""
+    vocab_size = len(tiny_tokenizer(folder))
+    model = LlamaForCausalLM(llama_config(vocab_size))
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+        codes = torch.nn.functional.normalize(torch.randn(vocab_size, 64), dim=1)
+        model.model.embed_tokens.weight.copy_(codes)
+        model.lm_head.weight.copy_(4 * codes.roll(1, dims=0))
+    model.save_pretrained(folder)
+    return folder
+
+
+def random_sequences(count: int, vocab_size: int, seed: int = 0, longest: int = CONTEXT) -> list[TokenSequence]:
+    """Sequences of one to three isolated documents with random masks; the last one is one that fills the context."""
+    random = np.random.default_rng(seed)
+    sequences = []
+    for index in range(count):
+        length = longest if index == count - 1 else int(random.integers(6, longest))
+        num_cuts = 0 if index == count - 1 else int(random.integers(0, 3))
+        cuts = np.sort(random.choice(np.arange(1, length - 1), size=num_cuts, replace=False))
+        mask = random.random(length) < 0.7
+        mask[0], mask[cuts], mask[-1] = False, False, True
+        sequences.append(
+            TokenSequence(
+                token_ids=random.integers(0, vocab_size, length).astype(np.int32),
+                loss_mask=mask,
+                document_lengths=np.diff([0, *cuts, length]).astype(np.int32),
+            )
+        )
+    return sequences
+
+
+def make_corpus(folder: Path, sequences: list[TokenSequence], num_partitions: int = 2) -> Path:
+    """A finished corpus of the given sequences, in the vocabulary of `tiny_tokenizer`."""
+    tokenizer = tiny_tokenizer(folder / TOKENIZER)
+    cuts = np.linspace(0, len(sequences), num_partitions + 1).astype(int)
+    parts = tuple(write_partition(folder, i, sequences[a:b]) for i, (a, b) in enumerate(itertools.pairwise(cuts)))
+    CorpusManifest(
+        sequence_length=max(len(sequence.token_ids) for sequence in sequences),
+        packing="isolated",
+        tokenizer=identify(tokenizer),
+        partitions=parts,
+        settings={},
+        statistics={},
+    ).write(folder)
+    return folder
+
+
+def fake_targets(
+    token_ids: np.ndarray, top_k: int, temperatures: tuple[float, ...], vocab_size: int, num_draws: int = 0
+) -> SparseTargets:
+    """Valid targets that depend on the token of their position alone: it is the most probable id, geometric decay."""
+    ids = (token_ids[:, None] + np.arange(top_k)) % vocab_size
+    decay = 0.5 + 0.001 * token_ids
+    all_logits = -decay[:, None] * np.arange(vocab_size)
+    weights = [np.exp(all_logits / temperature) for temperature in temperatures]
+    probs = [weight / weight.sum(1, keepdims=True) for weight in weights]
+    columns = {
+        "logits": all_logits[:, :top_k],
+        "logsumexps": np.stack([np.log(weight.sum(1)) for weight in weights], axis=1),
+        "tail_logprobs": np.stack([np.log(prob[:, top_k:].sum(1)) for prob in probs], axis=1),
+        "entropies": np.stack([-(prob * np.log(prob)).sum(1) for prob in probs], axis=1),
+        "label_logits": all_logits[:, 1],
+    }
+    floats = {name: values.astype(np.float32) for name, values in columns.items()}
+    draws = (token_ids[:, None] + top_k + np.arange(num_draws) // 2) % vocab_size
+    return SparseTargets(temperatures=temperatures, ids=ids.astype(np.int32), draws=draws.astype(np.int32), **floats)
+
+
+class FakeEngine:
+    """An instant engine with known targets, which finishes requests out of order."""
+
+    def __init__(self, manifest: CacheManifest) -> None:
+        self._manifest = manifest
+
+    def score(self, requests: Iterable[Request]) -> Iterator[tuple[Hashable, SparseTargets]]:
+        """Requests in groups of three, each group backwards."""
+        group: list[Request] = []
+        for request in requests:
+            group.append(request)
+            if len(group) == 3:
+                yield from map(self._answer, reversed(group))
+                group = []
+        yield from map(self._answer, reversed(group))
+
+    def close(self) -> None:
+        """Nothing was started."""
+
+    def _answer(self, request: Request) -> tuple[Hashable, SparseTargets]:
+        tokens = request.token_ids[request.positions]
+        manifest = self._manifest
+        settings = (manifest.top_k, manifest.temperatures, manifest.vocab_size, manifest.tail_samples)
+        return request.key, fake_targets(tokens, *settings)
+
+
+def fake_manifest(
+    corpus: Corpus, *, container: str = "arrow", codec: str = "compact", top_k: int = 8, tail_samples: int = 0
+) -> CacheManifest:
+    """The manifest of a cache of `corpus` by FakeEngine."""
+    tokens, _ = corpus.lengths()
+    return CacheManifest(
+        teacher={"architecture": "fake"},
+        tokenizer=corpus.manifest.tokenizer,
+        vocab_size=corpus.manifest.tokenizer.vocab_size,
+        padded_vocab_size=corpus.manifest.tokenizer.vocab_size,
+        top_k=top_k,
+        tail_samples=tail_samples,
+        draw_temperature=2.0 if tail_samples else None,
+        temperatures=(1.0, 2.0),
+        codec=codec,
+        container=container,
+        corpus=corpus.manifest.fingerprint,
+        packing="isolated",
+        sequence_length=corpus.manifest.sequence_length,
+        num_tokens=corpus.manifest.num_tokens,
+        num_targets=corpus.manifest.num_targets,
+        partitions=plan_partitions(tokens, 400),
+        settings={},
+        software={},
+    )
+
+
+def make_cache(folder: Path, corpus_folder: Path, **settings: object) -> Path:
+    """A cache by FakeEngine; continues one that was begun."""
+    corpus = Corpus(corpus_folder)
+    for name in (SHARDS, COMMITS):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    shutil.copytree(corpus_folder / TOKENIZER, folder / TOKENIZER, dirs_exist_ok=True)
+    manifest = fake_manifest(corpus, **settings)
+    manifest.write(folder)
+    todo = [part for part in range(manifest.num_partitions) if read_commit(folder, part) is None]
+    capture(FakeEngine(manifest), corpus, manifest, folder, todo)
+    return folder
+
+
+@functools.cache
+def float64_model(folder: Path) -> LlamaForCausalLM:
+    """The model in a folder, for oracles; computed the plain way, which knows float64 and soft caps."""
+    return AutoModelForCausalLM.from_pretrained(
+        folder, dtype="float64", attn_implementation="eager", experts_implementation="eager"
+    )
+
+
+def true_logits(teacher: Path, sequence: TokenSequence, vocab_size: int) -> np.ndarray:
+    """float64 [N, vocab_size]: the teacher's logits at the target positions, document by document, by plain torch."""
+    model = float64_model(teacher)
+    rows, start = [], 0
+    for length in sequence.document_lengths:
+        ids = torch.tensor(sequence.token_ids[start : start + length].astype(np.int64))[None]
+        with torch.no_grad():
+            rows.append(model(ids).logits[0, :, :vocab_size].numpy())
+        start += length
+    return np.concatenate(rows)[sequence.target_positions]

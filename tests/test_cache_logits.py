@@ -1,0 +1,236 @@
+"""Stage one against float64, with real engines: one contract for vLLM and transformers."""
+
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from pipeline import open_cache
+from pipeline.config import CacheConfig
+from pipeline.corpus import Corpus, TokenSequence
+from pipeline.errors import CacheMismatchError, ConfigError, CorpusError, EngineError
+from pipeline.runs.commits import COMMITS, SHARDS
+from pipeline.shards.verify import verify_cache
+from stages.cache_logits import cache_logits
+from tests.helpers import tiny_tokenizer
+from tests.oracle import assert_true_top_k, entropy, softmax
+from tests.small import CONTEXT, make_corpus, make_counting_teacher, make_teacher, random_sequences, true_logits
+
+PIPELINE = [sys.executable, "-m", "pipeline.cli"]
+ROOT = Path(__file__).parent.parent
+
+
+def settings(teacher: Path, corpus: Path, out: Path, **changes: object) -> CacheConfig:
+    """Small steps, so that prompts are chunked and partitions are many."""
+    values = {"top_k": 16, "engine": "transformers", "codec": "lossless", "shard_tokens": 500, "batch_tokens": 128}
+    return CacheConfig(teacher=teacher, corpus=corpus, out=out, **values | {"enforce_eager": True} | changes)
+
+
+def run_command(config: CacheConfig) -> subprocess.Popen:
+    """`pipeline cache-logits` with the settings in a YAML file."""
+    path = config.out.with_suffix(".yaml")
+    values = {key: str(value) if isinstance(value, Path) else value for key, value in vars(config).items()}
+    path.write_text(json.dumps(values))
+    return subprocess.Popen(
+        [*PIPELINE, "cache-logits", "--config", str(path)],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def assert_exact(folder: Path, teacher: Path, corpus: Path, tolerance: float) -> None:
+    """Every stored number against a plain float64 forward of the same weights."""
+    cache = open_cache(folder)
+    for cached, sequence in zip(cache, Corpus(corpus).rows(), strict=True):
+        assert cached.key == sequence.key
+        logits = true_logits(teacher, sequence, cache.manifest.vocab_size)
+        labels = sequence.token_ids[cached.target_positions + 1]
+        assert_true_top_k(cached.targets.ids, logits, 1e-4)
+        for temperature in cache.manifest.temperatures:
+            probs = softmax(logits, temperature)
+            kept = np.take_along_axis(probs, cached.targets.ids.astype(np.int64), axis=1)
+            assert np.abs(cached.targets.probs(temperature) - kept).max() <= tolerance
+            assert np.abs(cached.targets.tail_mass(temperature) - (1 - kept.sum(1))).max() <= min(tolerance * 2, 1e-3)
+            assert np.abs(cached.targets.entropy(temperature) - entropy(probs)).max() <= max(tolerance, 1e-4) * 10
+            label = np.exp(cached.targets.label_logprobs(temperature))
+            assert np.abs(label - probs[np.arange(len(labels)), labels]).max() <= tolerance
+
+
+def capture(config: CacheConfig) -> None:
+    """The cache of `config`; vLLM in a process of its own, as it is used."""
+    if config.engine == "transformers":
+        cache_logits(config)
+        return
+    process = run_command(config)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+
+
+def kill(process: subprocess.Popen) -> None:
+    """kill -9 of a command; what it started must end by itself."""
+    started = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    process.wait()
+    process.stderr.close()
+    assert started
+    assert psutil.wait_procs(started, timeout=20)[1] == []
+
+
+def wait_for_commits(folder: Path, count: int, process: subprocess.Popen) -> None:
+    """Until `count` partitions are committed."""
+    deadline = time.monotonic() + 240
+    while not (folder / COMMITS).is_dir() or len(list((folder / COMMITS).iterdir())) < count:
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.vllm
+def test_vllm_killed_and_continued_is_exact_and_agrees_with_transformers(tmp_path, teacher, corpus):
+    """Chunked prompts, a sequence that fills the context, isolated documents, dead columns; kill -9 on the way."""
+    config = settings(teacher, corpus, tmp_path / "vllm", engine="vllm", tail_samples=4)
+    process = run_command(config)
+    wait_for_commits(config.out, 1, process)
+    kill(process)
+    capture(config)
+    assert verify_cache(config.out).problems == []
+    assert_exact(config.out, teacher, corpus, 1e-5)
+    cache_logits(settings(teacher, corpus, tmp_path / "transformers", tail_samples=4))
+    agreeing = []
+    for ours, theirs in zip(open_cache(config.out), open_cache(tmp_path / "transformers"), strict=True):
+        for temperature in (1.0, 2.0):
+            np.testing.assert_allclose(
+                ours.targets.tail_mass(temperature), theirs.targets.tail_mass(temperature), atol=1e-5
+            )
+            np.testing.assert_allclose(
+                ours.targets.entropy(temperature), theirs.targets.entropy(temperature), atol=1e-4
+            )
+        agreeing.append((ours.targets.draws == theirs.targets.draws).mean())
+    assert np.mean(agreeing) > 0.99  # one uniform a position, from its content: only rounding can tell them apart
+    with pytest.raises(CacheMismatchError, match=r"teacher\.engine is 'vllm', now 'transformers'"):
+        cache_logits(dataclasses.replace(config, engine="transformers"))
+
+
+@pytest.mark.parametrize(("codec", "tolerance"), [("lossless", 1e-5), ("compact", 1e-3)])
+@pytest.mark.parametrize("container", ["arrow", "zarr"])
+def test_transformers_is_exact(tmp_path, teacher, corpus, codec, tolerance, container):
+    config = settings(teacher, corpus, tmp_path / "cache", codec=codec, format=container, temperatures=(2.0, 1.0, 0.5))
+    cache_logits(config)
+    assert_exact(config.out, teacher, corpus, tolerance)
+
+
+def test_whole_vocabulary_can_be_kept(tmp_path, teacher, corpus):
+    vocab_size = Corpus(corpus).manifest.tokenizer.vocab_size
+    cache_logits(settings(teacher, corpus, tmp_path / "cache", top_k=vocab_size))
+    assert_exact(tmp_path / "cache", teacher, corpus, 1e-5)
+    assert all((sequence.targets.tail_mass(2.0) == 0).all() for sequence in open_cache(tmp_path / "cache"))
+
+
+@pytest.mark.parametrize("engine", ["transformers", pytest.param("vllm", marks=pytest.mark.vllm)])
+def test_position_t_describes_token_t_plus_1(tmp_path, engine):
+    """The teacher counts; so do the sequences; the most probable id must be the label."""
+    teacher = make_counting_teacher(tmp_path / "teacher")
+    sequences = []
+    for start in (0, 40, 100):
+        tokens = np.arange(start, start + 50, dtype=np.int32)
+        mask = np.arange(50) >= 20
+        sequences.append(TokenSequence(token_ids=tokens, loss_mask=mask, document_lengths=np.array([50], np.int32)))
+    corpus = make_corpus(tmp_path / "corpus", sequences)
+    capture(settings(teacher, corpus, tmp_path / "cache", engine=engine))
+    for cached in open_cache(tmp_path / "cache"):
+        np.testing.assert_array_equal(cached.target_positions, np.arange(19, 49))
+        np.testing.assert_array_equal(cached.targets.ids[:, 0], cached.token_ids[cached.target_positions + 1])
+        np.testing.assert_array_equal(cached.targets.label_logits, 0.0)
+
+
+def test_documents_of_a_sequence_do_not_see_each_other(tmp_path, teacher):
+    """The second document's targets are those of the document alone."""
+    first, second = random_sequences(2, 300, seed=3, longest=40)
+    alone = TokenSequence(
+        token_ids=second.token_ids, loss_mask=second.loss_mask, document_lengths=np.array([40], np.int32)
+    )
+    both = TokenSequence(
+        token_ids=np.concatenate([first.token_ids, alone.token_ids]),
+        loss_mask=np.concatenate([first.loss_mask, alone.loss_mask]),
+        document_lengths=np.array([len(first.token_ids), 40], np.int32),
+    )
+    corpus = make_corpus(tmp_path / "corpus", [alone, both])
+    cache_logits(settings(teacher, corpus, tmp_path / "cache"))
+    cached_alone, cached_both = open_cache(tmp_path / "cache")
+    last = len(cached_alone.target_positions)
+    np.testing.assert_allclose(cached_both.targets.probs(1.0)[-last:], cached_alone.targets.probs(1.0), atol=1e-6)
+
+
+def test_second_run_does_nothing_and_other_settings_are_refused(tmp_path, teacher, corpus):
+    config = settings(teacher, corpus, tmp_path / "cache")
+    cache_logits(config)
+    before = {path: path.stat().st_mtime_ns for path in (config.out / SHARDS).iterdir()}
+    cache_logits(config)
+    assert {path: path.stat().st_mtime_ns for path in (config.out / SHARDS).iterdir()} == before
+    with pytest.raises(CacheMismatchError, match=r"top_k is 16, now 8"):
+        cache_logits(dataclasses.replace(config, top_k=8))
+    other = make_teacher(tmp_path / "other", seed=1)
+    with pytest.raises(CacheMismatchError, match=r"teacher\.weights is"):
+        cache_logits(dataclasses.replace(config, teacher=other))
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"teacher": Path("nowhere")}, ConfigError, r"nowhere: no model there"),
+        ({"corpus": Path("nowhere")}, CorpusError, r"nowhere: no finished corpus"),
+        ({"top_k": 100_000}, ConfigError, r"top_k is 100000; the vocabulary of .* has \d+ ids"),
+    ],
+)
+def test_mistakes_are_named_before_the_teacher_is_loaded(tmp_path, teacher, corpus, changes, error, message):
+    with pytest.raises(error, match=message):
+        cache_logits(dataclasses.replace(settings(teacher, corpus, tmp_path / "cache"), **changes))
+    assert not (tmp_path / "cache").exists()
+
+
+def test_sequence_longer_than_the_context_is_refused(tmp_path, teacher):
+    corpus = make_corpus(tmp_path / "corpus", random_sequences(2, 300, longest=CONTEXT + 4))
+    with pytest.raises(ConfigError, match=rf"up to {CONTEXT + 4} tokens; the context of .* is {CONTEXT}"):
+        cache_logits(settings(teacher, corpus, tmp_path / "cache"))
+
+
+def test_empty_corpus_is_refused(tmp_path, teacher, corpus):
+    empty = shutil.copytree(corpus, tmp_path / "corpus")
+    manifest = dataclasses.replace(Corpus(corpus).manifest, partitions=())
+    (empty / "corpus.json").unlink()
+    manifest.write(empty)
+    with pytest.raises(CorpusError, match="holds no sequence"):
+        cache_logits(settings(teacher, empty, tmp_path / "cache"))
+
+
+def test_foreign_tokenizer_is_refused(tmp_path, corpus):
+    other = make_teacher(tmp_path / "other")
+    tiny_tokenizer(other, vocab_size=290)
+    with pytest.raises(ConfigError, match="its tokenizer is not the one that made the corpus"):
+        cache_logits(settings(other, corpus, tmp_path / "cache"))
+
+
+def test_foreign_folder_is_left_alone(tmp_path, teacher, corpus):
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "thesis.tex").write_text("years of work")
+    with pytest.raises(CacheMismatchError, match="exists and holds no cache"):
+        cache_logits(settings(teacher, corpus, tmp_path / "cache"))
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.vllm
+@pytest.mark.filterwarnings("ignore")  # vLLM's imports use what torch has deprecated
+def test_model_that_vllm_does_not_know_names_the_other_engine(tmp_path, teacher, corpus):
+    odd = shutil.copytree(teacher, tmp_path / "odd")
+    config = json.loads((odd / "config.json").read_text()) | {"architectures": ["HomeMadeForCausalLM"]}
+    (odd / "config.json").write_text(json.dumps(config))
+    with pytest.raises(EngineError, match=r"HomeMadeForCausalLM; take --engine transformers"):
+        cache_logits(settings(odd, corpus, tmp_path / "cache", engine="vllm"))

@@ -1,0 +1,138 @@
+"""The command line: help, exit codes, and mistakes as one line without a traceback."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from pipeline.cli import main
+from pipeline.runs.commits import SHARDS
+from tests.helpers import tiny_tokenizer
+from tests.small import make_cache
+
+ROOT = Path(__file__).parent.parent
+COMMANDS = ("prepare", "cache-logits", "verify", "train-student", "demo")
+
+
+def run(*arguments: object) -> "tuple[int, str, str]":
+    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    return result.exit_code, result.stdout, result.stderr
+
+
+def assert_refused(message: str, *arguments: object) -> None:
+    """Exit code 2 and one line."""
+    code, out, err = run(*arguments)
+    assert code == 2, (out, err)
+    assert out == ""
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1, err
+    assert message in err
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_explains_every_option_with_its_default(command):
+    code, out, _ = run(command, "--help")
+    assert code == 0
+    options = [line for line in out.splitlines() if line.startswith("  --") and not line.startswith("  --config")]
+    assert options or command == "verify"
+    assert out.count("[default:") + out.count("[required]") + out.count("[default:\n") >= len(options)
+
+
+def test_help_loads_neither_torch_nor_vllm():
+    code = (
+        "import sys; from click.testing import CliRunner; from pipeline.cli import main\n"
+        "assert CliRunner().invoke(main, ['cache-logits', '--help']).exit_code == 0\n"
+        "print([name for name in ('torch', 'vllm', 'transformers') if name in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout == "[]\n"
+
+
+def imports_of(path: Path) -> set[str]:
+    """Dotted names that a file imports at its top level or anywhere in it."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module)
+    return names
+
+
+def test_stages_meet_only_in_the_manifest():
+    """The stages never import each other; pipeline imports a stage only in its commands."""
+    stages = {path.name for path in (ROOT / "stages").iterdir() if path.is_dir() and path.name != "__pycache__"}
+    for stage in stages:
+        for path in (ROOT / "stages" / stage).rglob("*.py"):
+            others = {name.split(".")[1] for name in imports_of(path) if name.startswith("stages.")} - {stage}
+            assert not others, f"{path} imports {others}"
+    for path in (ROOT / "pipeline").rglob("*.py"):
+        if path.name != "cli.py":
+            assert not any(name.startswith("stages") for name in imports_of(path)), path
+
+
+def test_verify_exits_1_and_names_the_damage(tmp_path, corpus):
+    cache = make_cache(tmp_path / "cache", corpus)
+    code, out, _ = run("verify", cache)
+    assert code == 0
+    assert "sound" in out
+    shard = sorted((cache / SHARDS).iterdir())[0]
+    shard.write_bytes(shard.read_bytes()[:-1])
+    code, out, _ = run("verify", cache)
+    assert code == 1
+    assert shard.name in out
+    manifest = cache / "manifest.json"
+    manifest.write_bytes(manifest.read_bytes()[:-9])
+    code, out, _ = run("verify", cache)
+    assert code == 1
+    assert "manifest.json" in out
+
+
+def test_mistakes_are_one_line_and_exit_code_2(tmp_path):
+    tiny_tokenizer(tmp_path / "tokenizer")
+    (tmp_path / "bad.jsonl").write_text('{"text": "one"}\n{"text": \n')
+    out = tmp_path / "out"
+    tokenizer = tmp_path / "tokenizer"
+    assert_refused("--tokenizer is missing", "prepare", "x.txt", "--out", out)
+    assert_refused("nowhere.txt", "prepare", tmp_path / "nowhere.txt", "--tokenizer", tokenizer, "--out", out)
+    assert_refused("bad.jsonl", "prepare", tmp_path / "bad.jsonl", "--tokenizer", tokenizer, "--out", out)
+    assert_refused("no cache there", "verify", tmp_path / "nowhere")
+    assert_refused("no finished corpus", "cache-logits", "--teacher", "t", "--corpus", tmp_path, "--out", out)
+    assert_refused(
+        "finite number above 0", "cache-logits", "--teacher", "t", "--corpus", "c", "--out", out, "--temperature", 0
+    )
+    assert_refused("no cache there", "train-student", "--student", "s", "--cache", tmp_path, "--out", out)
+    assert_refused("no such file", "verify", "--config", tmp_path / "nowhere.yaml")
+
+
+def test_corrupt_json_line_is_named_with_its_number_or_counted(tmp_path):
+    tiny_tokenizer(tmp_path / "tokenizer")
+    (tmp_path / "bad.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n{"text": \n')
+    command = ["prepare", tmp_path / "bad.jsonl", "--tokenizer", tmp_path / "tokenizer", "--out", tmp_path / "out"]
+    code, _, err = run(*command)
+    assert code == 2
+    assert "3" in err
+    assert "bad.jsonl" in err
+    code, _, err = run(*command, "--skip-bad-lines")
+    assert code == 0, err
+    assert "1 bad" in err or "bad" in err
+
+
+def test_unknown_flag_is_click_s_own_exit_code_2():
+    code, _, err = run("cache-logits", "--top-kk", 3)
+    assert code == 2
+    assert "--top-k" in err
+
+
+def test_full_disk_is_one_line(tmp_path, corpus, monkeypatch):
+    import errno
+
+    import pipeline.shards.verify
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device", "/somewhere")
+
+    monkeypatch.setattr(pipeline.shards.verify, "verify_cache", full)
+    assert_refused("No space left on device", "verify", make_cache(tmp_path / "cache", corpus))

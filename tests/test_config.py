@@ -1,0 +1,90 @@
+"""Settings: precedence, checks, and the messages that a user can act on."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipeline.config import CacheConfig, PrepareConfig, TrainConfig, load_config, resolved
+from pipeline.errors import ConfigError
+
+EXAMPLES = Path(__file__).parent.parent / "data" / "examples"
+CLASSES = {"prepare": PrepareConfig, "cache-logits": CacheConfig, "train-student": TrainConfig}
+NEEDED = {
+    PrepareConfig: {"inputs": ["a.txt"], "tokenizer": "t", "out": "o"},
+    CacheConfig: {"teacher": "t", "corpus": "c", "out": "o"},
+    TrainConfig: {"student": "s", "cache": "c", "out": "o"},
+}
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.rglob("*.yaml")), ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_examples_are_valid(path):
+    config = load_config(CLASSES[path.stem], path)
+    assert all(resolved(config)[key] == value for key, value in yaml.safe_load(path.read_text()).items())
+
+
+def test_examples_exist_for_every_command_and_both_sizes():
+    names = {f"{path.parent.name}/{path.stem}" for path in EXAMPLES.rglob("*.yaml")}
+    assert names == {f"{size}/{command}" for size in ("small", "deepseek") for command in CLASSES}
+
+
+def test_the_recipe_is_the_default():
+    config = load_config(TrainConfig, None, NEEDED[TrainConfig])
+    assert (config.alpha, config.temperature, config.tail) == (0.5, 2.0, "ghost")
+
+
+def test_flags_override_the_file_and_the_file_the_defaults(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("teacher: t\ncorpus: c\nout: o\ntop_k: 32\nshard_tokens: 1e6\n")
+    config = load_config(CacheConfig, path, {"top_k": 8, "codec": None})
+    assert (config.top_k, config.shard_tokens, config.codec) == (8, 1_000_000, "compact")
+
+
+def test_yaml_number_without_a_point_is_a_number(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("learning_rate: 1e-4\n")
+    assert load_config(TrainConfig, path, NEEDED[TrainConfig]).learning_rate == 1e-4
+
+
+@pytest.mark.parametrize(
+    ("config_class", "changes", "message"),
+    [
+        (CacheConfig, {"temperatures": [0]}, "temperatures is 0.0; a temperature must be a finite number above 0"),
+        (CacheConfig, {"temperatures": [1.0, 1.0]}, "each may be given once"),
+        (CacheConfig, {"temperatures": []}, "give at least one"),
+        (CacheConfig, {"top_k": -1}, "top_k is -1; it must be at least 0"),
+        (CacheConfig, {"top_k": 0}, "top_k is 0 and tail_samples is 0; keep at least one entry"),
+        (CacheConfig, {"draw_temperature": 3.0}, r"draw_temperature is 3\.0; choose one of: \[1\.0, 2\.0\]"),
+        (CacheConfig, {"top_k": 2.5}, r"top_k is 2\.5; expected a value of type int"),
+        (CacheConfig, {"engine": "sglang"}, "engine is 'sglang'; choose one of: vllm, transformers"),
+        (CacheConfig, {"out": None}, "--out is missing"),
+        (TrainConfig, {"alpha": 1.5}, r"alpha is 1\.5; it must lie in \[0, 1\]"),
+        (TrainConfig, {"temperature": float("nan")}, "temperature is nan"),
+        (TrainConfig, {"tail": "bucket"}, "choose one of: ghost, hybrid, zero, renormalise, uniform"),
+        (TrainConfig, {"batch_size": True}, "batch_size is True; expected a value of type int"),
+        (PrepareConfig, {"inputs": []}, "no input was given"),
+        (PrepareConfig, {"sequence_length": 1}, "sequence_length is 1; it must be at least 2"),
+    ],
+)
+def test_mistakes_are_named(config_class, changes, message):
+    values = {key: value for key, value in {**NEEDED[config_class], **changes}.items() if value is not None}
+    with pytest.raises(ConfigError, match=message):
+        load_config(config_class, None, values)
+
+
+@pytest.mark.parametrize(
+    ("contents", "message"),
+    [
+        ("top-k: 3", "unknown key 'top-k'; did you mean 'top_k'"),
+        ("temperature: 2", "unknown key 'temperature'; did you mean 'temperatures'"),
+        ("xyzzy: 3", "unknown key 'xyzzy'; valid keys are: teacher, corpus"),
+        ("- a\n- b", "found a list; expected `key: value` lines"),
+        ("a: [", "not YAML"),
+    ],
+)
+def test_file_mistakes_are_named_with_the_file(tmp_path, contents, message):
+    path = tmp_path / "run.yaml"
+    path.write_text(contents)
+    with pytest.raises(ConfigError, match=message) as error:
+        load_config(CacheConfig, path)
+    assert str(path) in str(error.value)

@@ -1,0 +1,214 @@
+"""stages.prepare: the run. Duplicates, resuming after a crash, and which folders are written to."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.config import PrepareConfig
+from pipeline.corpus import Corpus, CorpusManifest
+from pipeline.errors import ConfigError, CorpusError
+from stages.prepare import prepare, run
+from tests.helpers import Lines, tiny_tokenizer
+
+RECORD = b'{"text": "something to read"}\n'
+
+
+class Crash(BaseException):
+    """Stands for the end of the process."""
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    tiny_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture
+def inputs(tmp_path: Path) -> Path:
+    """Seven files, each with one document that every file has and pieces that repeat inside a document."""
+    folder = tmp_path / "input"
+    folder.mkdir()
+    for index in range(7):
+        texts = [f"document {index} {item} " * (item + 1) for item in range(30)]
+        lines = [{"text": text} for text in [*texts, "the same everywhere", "ab" * 500]]
+        (folder / f"{index}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def config(tmp_path: Path, inputs: Path, tokenizer: Path) -> PrepareConfig:
+    return PrepareConfig(
+        inputs=(inputs,), tokenizer=tokenizer, out=tmp_path / "corpus", sequence_length=32, partition_tokens=1500
+    )
+
+
+def changed(config: PrepareConfig, **settings: Any) -> PrepareConfig:
+    return PrepareConfig(**{**vars(config), **settings})
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    paths = [path for path in folder.rglob("*") if path.is_file() and path.name != "corpus.json"]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+
+
+def test_every_key_occurs_once_and_duplicates_are_counted(config: PrepareConfig) -> None:
+    reporter = Lines()
+    manifest = prepare(config, reporter)
+    keys = [row.key for row in Corpus(config.out).rows()]
+    assert len(set(keys)) == len(keys) == manifest.num_sequences
+    assert manifest.statistics["duplicate_documents"] == 12
+    assert manifest.statistics["documents"] == 7 * 30 + 2
+    assert manifest.statistics["duplicate_sequences"] > 0
+    assert "12 duplicate documents" in reporter.lines[-1]
+
+
+def test_partitions_hold_at_most_partition_tokens(config: PrepareConfig) -> None:
+    manifest = prepare(config)
+    assert len(manifest.partitions) > 7
+    assert all(partition.num_tokens <= 1500 for partition in manifest.partitions)
+    assert [partition.file for partition in manifest.partitions] == sorted(files_of(config.out / "partitions"))
+
+
+@pytest.mark.parametrize("packing", ["isolated", "crossing"])
+def test_interrupted_run_goes_on_to_the_same_corpus(
+    config: PrepareConfig, monkeypatch: pytest.MonkeyPatch, packing: str
+) -> None:
+    config = changed(config, packing=packing)
+    whole = prepare(changed(config, out=config.out.with_name("whole")), unit_bytes=1)
+    commit = run.commit
+    done: list[int] = []
+
+    def crash_after_commit(out: Path, index: int, *rest: Any) -> Any:
+        done.append(index)
+        commit(out, index, *rest)
+        raise Crash
+
+    monkeypatch.setattr(run, "commit", crash_after_commit)
+    for _ in range(7):
+        with pytest.raises(Crash):
+            prepare(config, unit_bytes=1)
+        assert not (config.out / "corpus.json").exists()
+    resumed = prepare(config, unit_bytes=1)
+    assert done == list(range(7))
+    assert resumed.fingerprint == whole.fingerprint
+    assert resumed.statistics == whole.statistics
+    assert files_of(config.out) == files_of(config.out.with_name("whole"))
+
+
+def test_crash_inside_a_unit_redoes_that_unit(config: PrepareConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = prepare(changed(config, out=config.out.with_name("whole")), unit_bytes=1)
+    calls = 0
+
+    def crash_after_three(*arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls > 3:
+            (config.out / "partitions" / f"00003.arrow.somebody.1.{calls}.partial").write_bytes(b"torn")
+            raise Crash
+        return write_partition(*arguments)
+
+    write_partition = run.write_partition
+    monkeypatch.setattr(run, "write_partition", crash_after_three)
+    with pytest.raises(Crash):
+        prepare(config, unit_bytes=1)
+    monkeypatch.undo()
+    assert prepare(config, unit_bytes=1).fingerprint == whole.fingerprint
+    assert files_of(config.out) == files_of(config.out.with_name("whole"))
+
+
+def test_killed_process_is_taken_over(config: PrepareConfig) -> None:
+    script = (
+        "import os, signal, sys; from pathlib import Path; import stages.prepare.run as run\n"
+        "from pipeline.config import PrepareConfig; commit = run.commit\n"
+        "def kill(out, index, *rest):\n"
+        "    if index == 2: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return commit(out, index, *rest)\n"
+        "run.commit = kill; i, t, o = map(Path, sys.argv[1:])\n"
+        "run.prepare(PrepareConfig(inputs=(i,), tokenizer=t, out=o, sequence_length=32, partition_tokens=1500), "
+        "unit_bytes=1)\n"
+    )
+    paths = [str(config.inputs[0]), str(config.tokenizer), str(config.out)]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    assert subprocess.run([sys.executable, "-c", script, *paths], env=environment).returncode == -signal.SIGKILL
+    assert sorted(path.name for path in (config.out / "units").glob("0*.json")) == ["00000.json", "00001.json"]
+    whole = prepare(changed(config, out=config.out.with_name("whole")), unit_bytes=1)
+    assert prepare(config, unit_bytes=1).fingerprint == whole.fingerprint
+
+
+def test_mended_input_keeps_the_units_before_it(config: PrepareConfig, inputs: Path) -> None:
+    path = inputs / "4.jsonl"
+    good = path.read_bytes()
+    path.write_bytes(good + b"{broken\n")
+    with pytest.raises(CorpusError, match=r"4\.jsonl: line 33: not JSON"):
+        prepare(config, unit_bytes=1)
+    assert len(list((config.out / "units").glob("0*.json"))) == 4
+    path.write_bytes(good)
+    whole = prepare(changed(config, out=config.out.with_name("whole")), unit_bytes=1)
+    assert prepare(config, unit_bytes=1).fingerprint == whole.fingerprint
+
+
+def test_finished_corpus_is_returned_as_it_is(config: PrepareConfig) -> None:
+    first = prepare(config)
+    before = files_of(config.out)
+    reporter = Lines()
+    assert prepare(config, reporter) == first == CorpusManifest.read(config.out)
+    assert "already finished" in reporter.lines[-1]
+    assert files_of(config.out) == before
+    assert not (config.out / "units").exists()
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [("sequence_length", 64), ("packing", "none"), ("text_field", "body"), ("partition_tokens", 9)],
+)
+def test_other_settings_are_named(config: PrepareConfig, setting: str, value: Any) -> None:
+    prepare(config)
+    with pytest.raises(ConfigError, match=f"was made with {setting} .* this run has {value!r}"):
+        prepare(changed(config, **{setting: value}))
+
+
+def test_other_tokenizer_and_other_inputs_are_named(config: PrepareConfig, inputs: Path, tmp_path: Path) -> None:
+    prepare(config)
+    tiny_tokenizer(tmp_path / "other", vocab_size=300)
+    with pytest.raises(ConfigError, match="tokenizer_vocab_size"):
+        prepare(changed(config, tokenizer=tmp_path / "other"))
+    (inputs / "3.jsonl").write_bytes(RECORD)
+    with pytest.raises(ConfigError, match=r"input/3\.jsonl differs"):
+        prepare(config)
+
+
+def test_settings_may_change_while_nothing_is_finished(config: PrepareConfig) -> None:
+    with pytest.raises(CorpusError, match=r"0\.jsonl: line 1: no field 'body'.*it has: text.*--text-field"):
+        prepare(changed(config, text_field="body"))
+    prepare(config)
+
+
+def test_foreign_folder_is_left_alone(config: PrepareConfig) -> None:
+    config.out.mkdir()
+    (config.out / "thesis.doc").write_text("mine")
+    with pytest.raises(ConfigError, match=r"holds other files, such as thesis\.doc"):
+        prepare(config)
+    assert [path.name for path in config.out.iterdir()] == ["thesis.doc"]
+
+
+def test_second_process_is_turned_away(config: PrepareConfig) -> None:
+    with run.exclusive(config.out), pytest.raises(ConfigError, match="another `pipeline prepare` writes there"):
+        prepare(config)
+
+
+def test_input_that_grows_meanwhile_is_an_error(config: PrepareConfig, inputs: Path) -> None:
+    class Grow(Lines):
+        def progress(self, *rest: Any) -> Any:
+            with (inputs / "0.jsonl").open("ab") as file:
+                file.write(RECORD)
+            return super().progress(*rest)
+
+    with pytest.raises(CorpusError, match=r"0\.jsonl: changed while it was read"):
+        prepare(config, Grow())

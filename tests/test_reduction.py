@@ -1,0 +1,148 @@
+"""The reduction of logits against float64: every temperature, tensor-parallel split and odd shape."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.targets import SparseTargets
+from stages.cache_logits.draws import reduce_rows
+from stages.cache_logits.engine import unpack
+from stages.cache_logits.reduction import Reduction
+from tests.oracle import assert_true_top_k, entropy, softmax
+
+
+def reduce(logits: torch.Tensor, labels: torch.Tensor, reduction: Reduction, ranks: int = 1) -> SparseTargets:
+    """What the engine does with the logits of `ranks` tensor-parallel workers."""
+    return unpack(reduce_packed(logits, labels, reduction, ranks).numpy(), reduction)
+
+
+def reduce_packed(logits, labels, reduction, ranks=1, uniforms=None):
+    """Each rank in a thread of its own: they meet in every gather, as processes do."""
+    uniforms = torch.zeros(len(logits)) if uniforms is None else uniforms
+    shards = [columns.contiguous() for columns in logits.clone().tensor_split(ranks, dim=1)]
+    starts = np.cumsum([0, *(columns.shape[1] for columns in shards)])
+    meeting, parts = threading.Barrier(ranks, timeout=60), [None] * ranks
+
+    def run(rank):
+        def gather(columns):
+            parts[rank] = columns
+            meeting.wait()
+            gathered = torch.cat(parts, dim=-1)
+            meeting.wait()
+            return gathered
+
+        place = {"ranks": ranks, "rank": rank, "first_id": int(starts[rank]), "gather": gather}
+        return reduce_rows(reduction, shards[rank], labels, uniforms, **place)
+
+    with ThreadPoolExecutor(ranks) as pool:
+        packed = list(pool.map(run, range(ranks)))
+    assert all(torch.equal(packed[0], other) for other in packed)
+    return packed[0]
+
+
+def check(targets: SparseTargets, logits: torch.Tensor, labels: torch.Tensor, tolerance: float = 2e-6) -> None:
+    exact = logits.double().numpy()
+    assert_true_top_k(targets.ids, exact, 0.0)
+    rows = np.arange(len(exact))
+    for temperature in targets.temperatures:
+        probs = softmax(exact, temperature)
+        kept = np.take_along_axis(probs, targets.ids.astype(np.int64), axis=1)
+        tail = probs.copy()
+        np.put_along_axis(tail, targets.ids.astype(np.int64), 0.0, axis=1)
+        np.testing.assert_allclose(targets.probs(temperature), kept, atol=tolerance)
+        np.testing.assert_allclose(targets.tail_mass(temperature), tail.sum(axis=1), rtol=1e-4, atol=1e-30)
+        np.testing.assert_allclose(targets.entropy(temperature), entropy(probs), atol=2e-5, rtol=1e-5)
+        label = np.log(probs[rows, labels.numpy()])
+        np.testing.assert_allclose(targets.label_logprobs(temperature), label, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("vocab_size", [17, 1003, 20011])
+@pytest.mark.parametrize("temperatures", [(1.0, 2.0), (4.0, 1.0, 2.0), (0.7, 3.1)])
+def test_reduction_equals_float64(ranks, vocab_size, temperatures):
+    generator = torch.Generator().manual_seed(vocab_size + ranks)
+    logits = 4 * torch.randn(37, vocab_size, generator=generator)
+    labels = torch.randint(vocab_size, (37,), generator=generator)
+    for top_k in {1, 5, min(64, vocab_size)}:
+        check(reduce(logits, labels, Reduction(top_k, temperatures), ranks), logits, labels)
+
+
+def test_whole_vocabulary_leaves_no_tail():
+    logits, labels = torch.randn(9, 50), torch.arange(9)
+    targets = reduce(logits, labels, Reduction(50, (1.0, 2.0)), ranks=2)
+    check(targets, logits, labels)
+    assert (targets.tail_mass(2.0) == 0).all()
+
+
+def test_more_ranks_than_columns():
+    logits, labels = torch.randn(5, 3), torch.tensor([0, 1, 2, 0, 1])
+    check(reduce(logits, labels, Reduction(2, (1.0, 2.0)), ranks=5), logits, labels)
+
+
+def test_tail_of_a_peaked_row_is_not_rounding_noise():
+    """1 - sum(p) in float32 would give 0 or 6e-8 here."""
+    logits = torch.full((1, 1000), -30.0)
+    logits[0, 7] = 0.0
+    targets = reduce(logits, torch.tensor([7]), Reduction(1, (1.0,)))
+    np.testing.assert_allclose(targets.tail_mass(1.0), 999 * np.exp(-30.0), rtol=1e-5)
+
+
+def test_extreme_logits_stay_finite():
+    logits = torch.randn(20, 500) * 1000
+    targets = reduce(logits, torch.zeros(20, dtype=torch.long), Reduction(8, (1.0, 2.0)))
+    for values in (targets.logits, targets.logsumexps, targets.entropies, targets.label_logits):
+        assert np.isfinite(values).all()
+
+
+def test_uniform_row_has_maximal_entropy_and_ascending_ids():
+    targets = reduce(torch.zeros(2, 4096), torch.zeros(2, dtype=torch.long), Reduction(16, (1.0, 2.0)), ranks=2)
+    np.testing.assert_allclose(targets.entropy(2.0), np.log(4096), rtol=1e-6)
+    assert (np.diff(targets.ids) > 0).all()
+
+
+def test_blocks_of_rows_do_not_change_a_bit():
+    logits, labels = torch.randn(50, 3000), torch.arange(50)
+    reduction = Reduction(10, (1.0, 2.0))
+    whole = reduction.reduce_shard(logits.clone(), labels)
+    rows = torch.cat([reduction.reduce_shard(logits[i : i + 1].clone(), labels[i : i + 1]) for i in range(50)])
+    torch.testing.assert_close(whole, rows, rtol=2e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+@pytest.mark.parametrize(("top_k", "vocab_size"), [(0, 300), (4, 300), (16, 1003)])
+def test_draws_are_unbiased_and_systematic(ranks, top_k, vocab_size):
+    """On fresh random numbers every time: each id comes up as often as p_T says, to within one of every row."""
+    num_rows, num_draws = 3000, 16
+    logits = 2 * torch.randn(1, vocab_size)
+    reduction = Reduction(top_k, (1.0, 2.0), num_draws, 2.0)
+    uniforms = torch.rand(num_rows)
+    rows = logits.expand(num_rows, -1).contiguous()
+    labels = torch.zeros(num_rows, dtype=torch.long)
+    targets = unpack(reduce_packed(rows, labels, reduction, ranks, uniforms).numpy(), reduction)
+    tail = softmax(logits.numpy(), 2.0)[0]
+    tail[targets.ids[0]] = 0
+    share = tail / tail.sum()
+    counts = np.stack([np.bincount(row, minlength=vocab_size) for row in targets.draws])
+    assert (counts[:, share == 0] == 0).all()
+    assert (np.abs(counts - num_draws * share) < 1 + 1e-4).all()
+    # Of every id a count is one of two neighbours: the variance of its mean is known.
+    fraction = num_draws * share % 1
+    deviation = np.sqrt(fraction * (1 - fraction) / num_rows)
+    assert (np.abs(counts.mean(0) - num_draws * share) < 6 * deviation + 1e-3).all()
+
+
+def test_row_without_tail_draws_nothing():
+    reduction = Reduction(20, (1.0,), 3, 1.0)
+    packed = reduce_packed(torch.randn(4, 20), torch.zeros(4, dtype=torch.long), reduction, ranks=2)
+    assert (unpack(packed.numpy(), reduction).draws == -1).all()
+
+
+def test_draws_depend_on_their_row_alone():
+    logits, labels, uniforms = torch.randn(40, 500), torch.zeros(40, dtype=torch.long), torch.rand(40)
+    reduction = Reduction(4, (1.0, 2.0), 8, 1.0)
+    whole = reduce_packed(logits, labels, reduction, uniforms=uniforms)
+    some = reduce_packed(logits[7:9], labels[7:9], reduction, uniforms=uniforms[7:9])
+    assert torch.equal(whole[7:9, -8:], some[:, -8:])

@@ -1,0 +1,156 @@
+"""One contract for every container and codec, and for a cache made of them."""
+
+import pickle
+
+import numpy as np
+import pytest
+
+from pipeline import open_cache
+from pipeline.corpus import Corpus
+from pipeline.errors import CacheCorruptError, CacheError, CacheIncompleteError, ConfigError
+from pipeline.runs.commits import COMMITS, SHARDS
+from pipeline.shards.codec import round_mantissa
+from pipeline.shards.verify import verify_cache
+from tests.small import fake_targets, make_cache
+
+CONTAINERS = ("arrow", "zarr")
+
+
+@pytest.fixture(params=CONTAINERS)
+def container(request):
+    return request.param
+
+
+@pytest.fixture
+def cache_folder(tmp_path, corpus, container):
+    return make_cache(tmp_path / "cache", corpus, container=container)
+
+
+@pytest.mark.parametrize(("codec", "tolerance"), [("lossless", 1e-7), ("compact", 8e-4)])
+@pytest.mark.parametrize(("top_k", "draws"), [(8, 0), (8, 5), (0, 6)])
+def test_cache_returns_what_was_captured(tmp_path, corpus, container, codec, tolerance, top_k, draws):
+    settings = {"container": container, "codec": codec, "top_k": top_k, "tail_samples": draws}
+    cache = open_cache(make_cache(tmp_path / "cache", corpus, **settings))
+    assert verify_cache(tmp_path / "cache").problems == []
+    sequences = list(Corpus(corpus).rows())
+    assert len(cache) == len(sequences)
+    for index in np.random.default_rng(0).permutation(len(cache)):
+        found, sequence = cache[index], sequences[index]
+        assert found.key == sequence.key
+        np.testing.assert_array_equal(found.token_ids, sequence.token_ids)
+        np.testing.assert_array_equal(found.loss_mask, sequence.loss_mask)
+        np.testing.assert_array_equal(found.document_lengths, sequence.document_lengths)
+        np.testing.assert_array_equal(found.loss_mask[found.target_positions + 1], True)
+        tokens = sequence.token_ids[sequence.target_positions]
+        expected = fake_targets(tokens, top_k, (1.0, 2.0), cache.manifest.vocab_size, draws)
+        np.testing.assert_array_equal(found.targets.ids, expected.ids)
+        np.testing.assert_array_equal(found.targets.draws, expected.draws)
+        for temperature in (1.0, 2.0):
+            for name in ("probs", "tail_mass", "label_logprobs"):
+                wanted, got = (getattr(targets, name)(temperature) for targets in (expected, found.targets))
+                assert got.dtype == np.float32
+                if name == "label_logprobs":
+                    wanted, got = np.exp(wanted), np.exp(got)
+                assert np.abs(got - wanted).max(initial=0) < tolerance
+            np.testing.assert_allclose(
+                found.targets.entropy(temperature), expected.entropy(temperature), atol=4 * tolerance
+            )
+
+
+def test_uncaptured_temperature_lists_the_captured_ones(cache_folder):
+    targets = open_cache(cache_folder)[0].targets
+    with pytest.raises(ConfigError, match=r"3 was not captured.*1, 2"):
+        targets.probs(temperature=3.0)
+
+
+def test_cache_is_a_sequence_and_can_be_pickled(cache_folder):
+    cache = open_cache(cache_folder)
+    assert cache[-1].key == cache[len(cache) - 1].key == pickle.loads(pickle.dumps(cache))[-1].key
+    with pytest.raises(IndexError):
+        cache[len(cache)]
+    assert len({sequence.key for sequence in cache}) == len(cache)
+
+
+def test_sound_cache_verifies(cache_folder):
+    report = verify_cache(cache_folder)
+    assert report.problems == []
+    assert report.num_sequences == len(open_cache(cache_folder))
+
+
+def read_everything(folder):
+    for _ in open_cache(folder):
+        pass
+
+
+def assert_refused(folder, name):
+    """`verify` names the file, and reading raises."""
+    report = verify_cache(folder)
+    assert any(name in problem for problem in report.problems), report.problems
+    with pytest.raises(CacheError, match=name):
+        read_everything(folder)
+
+
+def test_flipped_byte_anywhere_in_a_shard_is_found(cache_folder):
+    path = sorted((cache_folder / SHARDS).iterdir())[1]
+    contents = path.read_bytes()
+    positions = np.random.default_rng().integers(0, len(contents), 12)
+    for position in [0, len(contents) - 1, *positions]:
+        damaged = bytearray(contents)
+        damaged[position] ^= 1 << (position % 8)
+        path.write_bytes(damaged)
+        assert_refused(cache_folder, path.name)
+    path.write_bytes(contents)
+    assert verify_cache(cache_folder).problems == []
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.3, 0.999])
+def test_truncated_shard_is_found(cache_folder, kept):
+    path = sorted((cache_folder / SHARDS).iterdir())[0]
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * kept)])
+    assert_refused(cache_folder, path.name)
+
+
+def test_missing_shard_is_found(cache_folder):
+    path = sorted((cache_folder / SHARDS).iterdir())[-1]
+    path.unlink()
+    assert_refused(cache_folder, path.name)
+
+
+def test_shards_of_two_partitions_that_were_swapped_are_found(cache_folder):
+    first, second = sorted((cache_folder / SHARDS).iterdir())[:2]
+    contents = first.read_bytes()
+    first.write_bytes(second.read_bytes())
+    second.write_bytes(contents)
+    assert_refused(cache_folder, first.name)
+
+
+def test_damaged_commit_record_is_found(cache_folder):
+    path = sorted((cache_folder / COMMITS).iterdir())[0]
+    contents = path.read_bytes()
+    for position in np.random.default_rng().integers(0, len(contents) - 1, 12):
+        damaged = bytearray(contents)
+        damaged[position] ^= 1
+        path.write_bytes(damaged)
+        assert_refused(cache_folder, path.name)
+
+
+def test_damaged_manifest_is_refused(cache_folder):
+    path = cache_folder / "manifest.json"
+    path.write_bytes(path.read_bytes().replace(b'"top_k": 8', b'"top_k": 9'))
+    with pytest.raises(CacheCorruptError, match=r"manifest\.json"):
+        open_cache(cache_folder)
+
+
+def test_uncommitted_partition_makes_the_cache_incomplete(cache_folder):
+    (cache_folder / COMMITS / "00001.json").unlink()
+    with pytest.raises(CacheIncompleteError, match=r"1 of \d+ partitions"):
+        open_cache(cache_folder)
+    assert any("00001.json" in problem for problem in verify_cache(cache_folder).problems)
+
+
+def test_rounding_to_eight_bits_is_to_the_nearest():
+    values = np.random.default_rng(0).normal(size=10_000).astype(np.float32) * 20
+    rounded = round_mantissa(values, 8)
+    assert (np.abs(rounded - values) <= np.abs(values) * 2**-9).all()
+    assert (round_mantissa(rounded, 8) == rounded).all()
+    assert (rounded.astype(np.float16).astype(np.float32) == rounded).all()

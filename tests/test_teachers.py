@@ -1,0 +1,218 @@
+"""Stage one with other teachers than Llama: model families, tensor parallelism, and a bfloat16 body."""
+
+import functools
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GPTJConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MixtralConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from pipeline import open_cache
+from pipeline.config import CacheConfig
+from pipeline.corpus import Corpus, TokenSequence
+from stages.cache_logits import cache_logits
+from stages.cache_logits.vllm_plugin import PREFIX, register
+from tests.oracle import softmax
+from tests.small import CONTEXT, llama_config, make_corpus, make_teacher, random_sequences, true_logits
+from tests.test_cache_logits import assert_exact, capture, settings
+
+HEAD_ROWS = 397
+"""A prime above the tokenizer's vocabulary: no split over devices and no block divides it, and some rows are dead."""
+TINY = {
+    "vocab_size": HEAD_ROWS,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": CONTEXT,
+    "initializer_range": 0.25,
+}
+TINY_GPTJ = {
+    "vocab_size": HEAD_ROWS,
+    "n_embd": 64,
+    "n_inner": 96,
+    "n_layer": 2,
+    "n_head": 2,
+    "n_positions": CONTEXT,
+    "rotary_dim": 16,
+    "initializer_range": 0.25,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
+FAMILIES: dict[str, PreTrainedConfig] = {
+    "gemma2": Gemma2Config(**TINY, head_dim=32, query_pre_attn_scalar=32, sliding_window=16),  # soft caps, tied head
+    "gptj": GPTJConfig(**TINY_GPTJ),  # a head with a bias
+    "mistral": MistralConfig(**TINY, head_dim=32, sliding_window=16),
+    "mixtral": MixtralConfig(**TINY, head_dim=32, num_local_experts=4, num_experts_per_tok=2),
+    "qwen2": Qwen2Config(**TINY),
+    "qwen3": Qwen3Config(**TINY, head_dim=32),
+}
+ENGINES = ["transformers", pytest.param("vllm", marks=pytest.mark.vllm)]
+
+
+@pytest.fixture(scope="module")
+def short_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six sequences: every start of vLLM costs more than they do."""
+    return make_corpus(tmp_path_factory.mktemp("short"), random_sequences(6, vocab_size=300))
+
+
+def make_family(folder: Path, family: str) -> Path:
+    """A random teacher of the family, every weight away from zero. Ships no tokenizer: its folder's class differs."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(FAMILIES[family])
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith("bias"):
+                weight.normal_()
+    model.save_pretrained(folder)
+    return folder
+
+
+def make_headstrong_teacher(folder: Path) -> Path:
+    """A bfloat16 Llama whose layers add nothing and whose logits are large.
+
+    All libraries get the same bits before its head, and bfloat16 logits of this size miss by 0.06 nats.
+    """
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(llama_config(HEAD_ROWS))
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+        model.lm_head.weight.normal_()
+    model.to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_family_is_exact(tmp_path, short_corpus, family, engine):
+    teacher = make_family(tmp_path / "teacher", family)
+    config = settings(teacher, short_corpus, tmp_path / "cache", engine=engine)
+    capture(config)
+    assert_exact(config.out, teacher, short_corpus, 1e-5)
+
+
+@pytest.mark.vllm
+@pytest.mark.filterwarnings("ignore")  # vLLM's imports use what torch has deprecated
+def test_twin_of_every_architecture_keeps_the_settings_that_go_with_its_name():
+    from vllm import ModelRegistry
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+
+    register()
+    known = set(ModelRegistry.get_supported_archs())
+    originals = {name for name in known if name.endswith("ForCausalLM") and not name.startswith(PREFIX)}
+    assert {PREFIX + name for name in originals} <= known
+    for name in originals & MODELS_CONFIG_MAP.keys():
+        assert MODELS_CONFIG_MAP[PREFIX + name] is MODELS_CONFIG_MAP[name]
+
+
+@pytest.mark.vllm
+def test_two_tensor_parallel_ranks_are_exact(tmp_path, short_corpus):
+    """Ranks with different numbers of real columns; draws from both parts of the tail."""
+    teacher = make_teacher(tmp_path / "teacher")
+    config = settings(teacher, short_corpus, tmp_path / "two", engine="vllm", tensor_parallel=2, tail_samples=4)
+    capture(config)
+    assert_exact(config.out, teacher, short_corpus, 1e-5)
+    assert_draws_are_systematic(config.out, teacher, short_corpus, temperature=2.0)
+
+
+def assert_draws_are_systematic(folder: Path, teacher: Path, corpus: Path, temperature: float) -> None:
+    """Counts within one of their expectation, token by token, and unbiased in sum over the head's two halves.
+
+    The tail is laid out rank by rank: the single draws depend on the number of ranks, their distribution does not.
+    """
+    cache, surplus = open_cache(folder), 0.0
+    for cached, sequence in zip(cache, Corpus(corpus).rows(), strict=True):
+        tail = softmax(true_logits(teacher, sequence, cache.manifest.vocab_size), temperature)
+        np.put_along_axis(tail, cached.targets.ids.astype(np.int64), 0.0, axis=1)
+        tail /= tail.sum(axis=1, keepdims=True)
+        draws = cached.targets.draws
+        counts = (draws[:, :, None] == np.arange(tail.shape[1])).sum(axis=1)
+        assert (counts.sum(axis=1) == cache.manifest.tail_samples).all()
+        assert (counts[tail == 0] == 0).all()
+        assert np.abs(counts - cache.manifest.tail_samples * tail).max() < 1 + 1e-4
+        surplus += (counts - cache.manifest.tail_samples * tail)[:, : HEAD_ROWS // 2].sum()
+    assert abs(surplus) < 2 * cache.manifest.num_targets**0.5  # at most half a draw a position, at random
+
+
+@pytest.mark.vllm
+def test_requests_that_vllm_preempts_are_exact(tmp_path, teacher, corpus):
+    """A key-value cache for less than two sequences, and prompts that grow side by side."""
+    config = settings(teacher, corpus, tmp_path / "cache", engine="vllm")
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        assert pool.submit(capture_with_scarce_memory, config).result(timeout=300) > 0
+    assert_exact(config.out, teacher, corpus, 1e-5)
+
+
+def capture_with_scarce_memory(config: CacheConfig) -> int:
+    """Capture with the engine's core in this process; how often vLLM took back what a request had."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    import vllm
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    preempted = []
+    preempt = Scheduler._preempt_request
+
+    def counted(self: Scheduler, *args: Any, **kwargs: Any) -> None:
+        preempted.append(args)
+        preempt(self, *args, **kwargs)
+
+    scarce = {"num_gpu_blocks_override": 6, "block_size": 32}
+    growing = {"scheduler_reserve_full_isl": False, "long_prefill_token_threshold": 16}
+    Scheduler._preempt_request = counted
+    vllm.LLM = functools.partial(vllm.LLM, **scarce, **growing)
+    cache_logits(config)
+    return len(preempted)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_head_of_a_bfloat16_teacher_runs_in_float32(tmp_path, short_corpus, engine):
+    teacher = make_headstrong_teacher(tmp_path / "teacher")
+    config = settings(teacher, short_corpus, tmp_path / "cache", engine=engine)
+    capture(config)
+    cache = open_cache(config.out)
+    assert cache.manifest.teacher["dtype"] == "bfloat16"
+    errors, errors_of_bfloat16_head = [], []
+    for cached, sequence in zip(cache, Corpus(short_corpus).rows(), strict=True):
+        exact, rounded = logits_with_both_heads(teacher, sequence, cache.manifest.vocab_size)
+        ids = cached.targets.ids.astype(np.int64)
+        relative = np.take_along_axis(exact, ids, axis=1) - exact.max(axis=1, keepdims=True)
+        errors.append(np.abs(cached.targets.logits - relative))
+        relative_rounded = np.take_along_axis(rounded, ids, axis=1) - rounded.max(axis=1, keepdims=True)
+        errors_of_bfloat16_head.append(np.abs(relative_rounded - relative))
+    # A norm that rounds one hidden value the other way costs up to 0.01 nats in its row.
+    assert np.median(np.concatenate(errors)) < 1e-5
+    assert np.concatenate(errors).max() < 0.02
+    assert np.median(np.concatenate(errors_of_bfloat16_head)) > 1e-2
+    assert np.concatenate(errors_of_bfloat16_head).max() > 0.06
+
+
+def logits_with_both_heads(teacher: Path, sequence: TokenSequence, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """float64 [N, vocab_size] twice: the bfloat16 body's output times the head in float64, and in bfloat16.
+
+    For a body without attention, which sees no document boundary.
+    """
+    model = AutoModelForCausalLM.from_pretrained(teacher, dtype="bfloat16")
+    with torch.no_grad():
+        hidden_NH = model.model(torch.tensor(sequence.token_ids)[None].long()).last_hidden_state[0]
+        hidden_NH = hidden_NH[sequence.target_positions]
+        exact_NV = hidden_NH.double() @ model.lm_head.weight.double().T
+        rounded_NV = model.lm_head(hidden_NH).double()
+    return exact_NV[:, :vocab_size].numpy(), rounded_NV[:, :vocab_size].numpy()

@@ -1,11 +1,6 @@
 """Stage one with other teachers than Llama: model families, tensor parallelism, and a bfloat16 body."""
 
-import functools
-import multiprocessing
-import os
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -23,9 +18,7 @@ from transformers import (
 )
 
 from pipeline import open_cache
-from pipeline.config import CacheConfig
 from pipeline.corpus import Corpus, TokenSequence
-from stages.cache_logits import cache_logits
 from stages.cache_logits.vllm_plugin import PREFIX, register
 from tests.oracle import softmax
 from tests.small import CONTEXT, llama_config, make_corpus, make_teacher, random_sequences, true_logits
@@ -150,36 +143,6 @@ def assert_draws_are_systematic(folder: Path, teacher: Path, corpus: Path, tempe
         assert np.abs(counts - cache.manifest.tail_samples * tail).max() < 1 + 1e-4
         surplus += (counts - cache.manifest.tail_samples * tail)[:, : HEAD_ROWS // 2].sum()
     assert abs(surplus) < 2 * cache.manifest.num_targets**0.5  # at most half a draw a position, at random
-
-
-@pytest.mark.vllm
-def test_requests_that_vllm_preempts_are_exact(tmp_path, teacher, corpus):
-    """A key-value cache for less than two sequences, and prompts that grow side by side."""
-    config = settings(teacher, corpus, tmp_path / "cache", engine="vllm")
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        assert pool.submit(capture_with_scarce_memory, config).result(timeout=300) > 0
-    assert_exact(config.out, teacher, corpus, 1e-5)
-
-
-def capture_with_scarce_memory(config: CacheConfig) -> int:
-    """Capture with the engine's core in this process; how often vLLM took back what a request had."""
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    import vllm
-    from vllm.v1.core.sched.scheduler import Scheduler
-
-    preempted = []
-    preempt = Scheduler._preempt_request
-
-    def counted(self: Scheduler, *args: Any, **kwargs: Any) -> None:
-        preempted.append(args)
-        preempt(self, *args, **kwargs)
-
-    scarce = {"num_gpu_blocks_override": 6, "block_size": 32}
-    growing = {"scheduler_reserve_full_isl": False, "long_prefill_token_threshold": 16}
-    Scheduler._preempt_request = counted
-    vllm.LLM = functools.partial(vllm.LLM, **scarce, **growing)
-    cache_logits(config)
-    return len(preempted)
 
 
 @pytest.mark.parametrize("engine", ENGINES)

@@ -1,5 +1,6 @@
 """Stage two: the loss inside the model against dense float64, and a run that survives."""
 
+import contextlib
 import dataclasses
 import json
 import shutil
@@ -28,6 +29,7 @@ from stages.train_student.dataset import Collate
 from stages.train_student.head import attach_fused_loss
 from stages.train_student.loss import fused_distillation_loss
 from stages.train_student.row_targets import TAIL_POLICIES
+from stages.train_student.trainer import ReportProgress
 from tests.helpers import tiny_tokenizer
 from tests.small import llama_config, make_cache
 
@@ -138,6 +140,32 @@ def test_accumulation_and_ranks_change_nothing(tmp_path, cache_folder, student):
     finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert finished.returncode == 0, finished.stderr
     assert losses(ranks.out) == pytest.approx(losses(whole.out), rel=1e-4)
+
+
+def gloo_threads() -> list[str]:
+    names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+    return [name for name in names if "gloo" in name]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_no_thread_of_the_process_group_outlives_the_run(tmp_path, cache_folder, student, monkeypatch, fails):
+    """One that does may abort the interpreter while it shuts down, when all work is done."""
+    seen = []
+
+    def on_log(*_: object, **__: object) -> None:
+        seen.extend(gloo_threads())
+        if fails:
+            raise ArithmeticError
+
+    monkeypatch.setattr(ReportProgress, "on_log", on_log)
+    for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "WORLD_SIZE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    for name in ("RANK", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "0")
+    with pytest.raises(ArithmeticError) if fails else contextlib.nullcontext():
+        train_student(settings(student, cache_folder, tmp_path / "run", max_steps=2))
+    assert seen
+    assert gloo_threads() == []
 
 
 def test_attached_model_still_gives_logits(cache_folder):

@@ -1,12 +1,17 @@
 """The command `pipeline train-student`, from its settings to a finished student."""
 
+import gc
 import os
 import tempfile
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate.state import AcceleratorState
 from transformers import TrainingArguments
 
 from pipeline.config import TrainConfig, resolved
@@ -37,7 +42,32 @@ def train_student(config: TrainConfig, reporter: Reporter | None = None) -> dict
     checkpoints. Killed and run again, it continues from the newest whole checkpoint; once finished,
     it returns the metrics without training.
     """
-    reporter = reporter or Reporter()
+    with _own_process_group():
+        return _train_student(config, reporter or Reporter())
+
+
+@contextmanager
+def _own_process_group() -> Iterator[None]:
+    """Destroys the ranks' process group at the end, unless it was there before.
+
+    Its native threads would outlive the interpreter and now and then abort the process (exit code -6).
+    They end with the last reference to the group; the model has one, and an error's traceback has the model.
+    """
+    found = torch.distributed.is_initialized()
+    try:
+        yield
+    except BaseException as error:
+        if torch.distributed.is_initialized() and not found:
+            traceback.clear_frames(error.__traceback__)
+        raise
+    finally:
+        if torch.distributed.is_initialized() and not found:
+            gc.collect()
+            torch.distributed.destroy_process_group()
+            AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def _train_student(config: TrainConfig, reporter: Reporter) -> dict[str, Any]:
     cache = open_cache(config.cache)
     _require_targets(config, cache.manifest)
     held_out = open_cache(config.eval_cache) if config.eval_cache is not None else None

@@ -1,6 +1,7 @@
 """What the capture costs: our reduction against the bare head and against vLLM's own prompt_logprobs.
 
     python benchmarks/capture.py --vocab 102400 --top-k 64
+    python benchmarks/capture.py --shape 67b --dummy --quantization fp8 --no-stock --length 4095    # one H200
 
 A random Llama, two vLLM engines with the same settings (ours in the pooling runner, the stock one in the
 generate runner), each in a process of its own, and these cases, one after another in every round:
@@ -17,6 +18,7 @@ for which OpenMP's threads go on spinning. On a machine that does other work all
 """
 
 import argparse
+import functools
 import importlib.metadata
 import math
 import os
@@ -35,6 +37,12 @@ import numpy as np
 import psutil
 
 TEMPERATURES = (1.0, 2.0)
+SHAPES = {
+    "67b": {"hidden": 8192, "ffn": 22_016, "layers": 95, "heads": 64, "kv_heads": 8, "dtype": "bfloat16"},
+    "7b": {"hidden": 4096, "ffn": 11_008, "layers": 30, "heads": 32, "kv_heads": 32, "dtype": "bfloat16"},
+    "small": {"hidden": 256, "ffn": 768, "layers": 2, "heads": 4, "kv_heads": 4, "dtype": "float32"},
+}
+"""deepseek-llm-67b-base, deepseek-llm-7b-base, and what a CPU can do."""
 COLUMNS = "{:<10}{:>9}{:>14}{:>11}{:>12}{:>12}{:>10}{:>13}{:>11}"
 HEADINGS = ("case", "tokens/s", "front-end CPU", "engine CPU", "outside CPU")
 RATIOS = ("speed/head", "CPU/head", "speed/stock", "CPU/stock")
@@ -93,7 +101,9 @@ def main() -> None:
         folder = _make_teacher(Path(name), options)
         engine, our_processes = _start(lambda: _our_engine(folder, options))
         with closing(engine):
-            stock, stock_processes = _start(lambda: _stock_engine(folder, engine, options))
+            stock, stock_processes = None, []
+            if options.stock:
+                stock, stock_processes = _start(lambda: _stock_engine(folder, engine, options))
             cases = _cases(options, engine, our_processes, stock, stock_processes)
             for case in cases:
                 case.measure()  # first touch of memory, caches and threads
@@ -101,7 +111,8 @@ def main() -> None:
             for index in range(options.rounds):
                 rounds.append({case.name: case.measure() for case in cases[:: 1 if index % 2 else -1]})
                 print(f"round {index + 1} of {options.rounds}", flush=True)
-            stock.llm_engine.engine_core.shutdown()
+            if stock is not None:
+                stock.llm_engine.engine_core.shutdown()
     _report(options, rounds, [case.name for case in cases])
 
 
@@ -109,8 +120,10 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--vocab", type=int, default=102_400)
     parser.add_argument("--top-k", type=int, nargs="+", default=[16, 64, 128])
-    parser.add_argument("--hidden", type=int, default=256)
-    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--shape", choices=SHAPES, default="small", help="Of the teacher.")
+    parser.add_argument("--dummy", action="store_true", help="Weights are made inside vLLM, not written to a file.")
+    parser.add_argument("--quantization", help="vLLM's name of an online quantisation.")
+    parser.add_argument("--no-stock", dest="stock", action="store_false", help="Leave out vLLM's own prompt_logprobs.")
     parser.add_argument("--length", type=int, default=512, help="Tokens of a sequence.")
     parser.add_argument("--sequences", type=int, default=8, help="Sequences a case and round.")
     parser.add_argument("--batch-tokens", type=int, default=2048)
@@ -122,16 +135,25 @@ def _options() -> argparse.Namespace:
 def _make_teacher(folder: Path, options: argparse.Namespace) -> Path:
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    shape = SHAPES[options.shape]
     config = LlamaConfig(
         vocab_size=options.vocab,
-        hidden_size=options.hidden,
-        intermediate_size=3 * options.hidden,
-        num_hidden_layers=options.layers,
-        num_attention_heads=options.hidden // 64,
-        num_key_value_heads=options.hidden // 64,
+        hidden_size=shape["hidden"],
+        intermediate_size=shape["ffn"],
+        num_hidden_layers=shape["layers"],
+        num_attention_heads=shape["heads"],
+        num_key_value_heads=shape["kv_heads"],
         max_position_embeddings=options.length + 1,
-        initializer_range=0.15,  # a row's logits spread by 2.4, its top probability is about 0.01
+        initializer_range=0.15,  # a small model's row of logits spreads by 2.4, its top probability is about 0.01
+        architectures=["LlamaForCausalLM"],
+        dtype=shape["dtype"],
     )
+    if options.dummy:
+        import vllm
+
+        vllm.LLM = functools.partial(vllm.LLM, load_format="dummy")
+        config.save_pretrained(folder)
+        return folder
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder
 
@@ -154,7 +176,8 @@ def _our_engine(folder: Path, options: argparse.Namespace) -> Any:
         out=folder,
         top_k=options.top_k[0],
         temperatures=TEMPERATURES,
-        dtype="float32",
+        dtype=SHAPES[options.shape]["dtype"],
+        quantization=options.quantization,
         batch_tokens=options.batch_tokens,
         row_chunk=options.row_chunk,
         enforce_eager=True,
@@ -166,8 +189,8 @@ def _our_engine(folder: Path, options: argparse.Namespace) -> Any:
         vocab_size=options.vocab,
         padded_vocab_size=options.vocab,
         context_length=options.length,
-        dtype="float32",
-        quantization="none",
+        dtype=SHAPES[options.shape]["dtype"],
+        quantization=options.quantization or "none",
     )
     engine = VllmEngine(teacher, config, options.length)
     engine._llm.collective_rpc(_count_model_seconds)
@@ -181,7 +204,8 @@ def _stock_engine(folder: Path, ours: Any, options: argparse.Namespace) -> Any:
     return LLM(
         model=str(folder),
         skip_tokenizer_init=True,
-        dtype="float32",
+        dtype=SHAPES[options.shape]["dtype"],
+        quantization=options.quantization,
         max_logprobs=max(options.top_k),
         max_model_len=options.length + 1,
         max_num_batched_tokens=scheduler.max_num_batched_tokens,
@@ -222,7 +246,8 @@ def _cases(
     cases = [ours("bare", Reduction(0, ()), none), ours("head", Reduction(0, ()), every)]
     for top_k in options.top_k:
         cases.append(ours(f"ours {top_k}", Reduction(top_k, TEMPERATURES), every))
-        cases.append(_stock_case(stock, stock_processes, tokens, top_k))
+        if stock is not None:
+            cases.append(_stock_case(stock, stock_processes, tokens, top_k))
     return cases
 
 
@@ -307,6 +332,7 @@ def _row(rounds: list[dict[str, Measurement]], name: str, tokens: int) -> list[s
         return form.format(statistics.median(values)) if not math.isnan(values[0]) else "-"
 
     stock = name.replace("ours", "stock")
+    has_stock = stock != name and stock in rounds[0]
     return [
         name,
         median("{:,.0f}", lambda found: tokens / found.wall),
@@ -315,8 +341,8 @@ def _row(rounds: list[dict[str, Measurement]], name: str, tokens: int) -> list[s
         median("{:.1f}", lambda found: (found.cpu - found.model) / tokens * 1e6),
         median("{:.2f}", lambda found: 1 / found.wall, "head"),
         median("{:.2f}", lambda found: 1 / found.cpu, "head"),
-        median("{:.2f}", lambda found: 1 / found.wall, stock) if stock != name else "-",
-        median("{:.2f}", lambda found: 1 / found.cpu, stock) if stock != name else "-",
+        median("{:.2f}", lambda found: 1 / found.wall, stock) if has_stock else "-",
+        median("{:.2f}", lambda found: 1 / found.cpu, stock) if has_stock else "-",
     ]
 
 

@@ -69,8 +69,13 @@ def cache_logits_command(config: CacheConfig) -> None:
 @main.command("verify")
 @config_command(VerifyConfig)
 def verify_command(config: VerifyConfig) -> None:
-    """Check every file of a cache. Exit code 1 names what is damaged or missing."""
+    """Check every file of a cache. Exit code 1 names what is damaged or missing.
+
+    With --repair, damaged shards are dropped with their records, and the exit code is 0: what is then
+    missing, the same `pipeline cache-logits` command computes.
+    """
     from pipeline.manifest import CacheManifest
+    from pipeline.shards.repair import repair_cache
     from pipeline.shards.verify import verify_cache
 
     try:
@@ -79,15 +84,28 @@ def verify_command(config: VerifyConfig) -> None:
         click.echo(damage)
         sys.exit(1)
     with TerminalReporter().progress("verify", num_tokens) as progress:
-        report = verify_cache(config.cache, progress.advance)
+        report = verify_cache(config.cache, progress.advance, config.workers)
     for problem in report.problems:
         click.echo(problem)
+    if config.repair:
+        repair_cache(config.cache, report)
     if report.problems:
-        click.echo(f"{config.cache}: {len(report.problems)} problems in {report.num_partitions} partitions.")
+        _say_what_now(config, report)
+    else:
+        click.echo(
+            f"{config.cache}: sound: {report.num_partitions} partitions, {report.num_sequences:,} sequences, "
+            f"{report.num_targets:,} targets, {report.bytes / max(report.num_targets, 1):.1f} bytes a target."
+        )
+
+
+def _say_what_now(config: VerifyConfig, report: Any) -> None:
+    click.echo(f"{config.cache}: {len(report.problems)} problems in {report.num_partitions} partitions.")
+    if not config.repair:
         sys.exit(1)
+    todo = len(report.damaged) + len(report.missing)
     click.echo(
-        f"{config.cache}: sound: {report.num_partitions} partitions, {report.num_sequences:,} sequences, "
-        f"{report.num_targets:,} targets, {report.bytes / max(report.num_targets, 1):.1f} bytes a target."
+        f"{config.cache}: repaired: {len(report.damaged)} damaged partitions were dropped; run the same "
+        f"`pipeline cache-logits` command again: it computes the {todo} that are missing now."
     )
 
 

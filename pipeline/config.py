@@ -155,6 +155,13 @@ class VerifyConfig(_Config):
     """Settings of `pipeline verify`."""
 
     cache: Path = required("Folder that `pipeline cache-logits` wrote.", argument=True)
+    repair: bool = setting(
+        False, "Drop what is damaged: the next run of the same `pipeline cache-logits` computes that alone."
+    )
+    workers: int | None = setting(None, "Shards that are read at the same time; none takes one a core.")
+
+    def check(self) -> None:
+        self._at_least("workers", 1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -125,6 +125,11 @@ def canonical_json(value: Any) -> bytes:
     return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode()
 
 
+def hash_folder(folder: Path) -> dict[str, str]:
+    """xxh3-128 of every file directly in `folder`, by name; empty if there is no such folder."""
+    return {path.name: hash_file(path) for path in sorted(folder.glob("*")) if path.is_file()}
+
+
 def hash_file(path: Path, block_bytes: int = 1 << 22) -> str:
     """xxh3-128 of the file's contents, as hex."""
     digest = xxhash.xxh3_128()

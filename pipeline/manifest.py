@@ -10,7 +10,7 @@ two stages. `identity` is what must be equal for two runs to write into one fold
       tokenizer/              the tokenizer that made the ids
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ FORMAT = "sparse-target-cache"
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer"
+PROVENANCE = ("settings", "software", "chat_template", "tokenizer_files")
+"""Entries that tell where a cache comes from and do not decide what is in it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +59,11 @@ class CacheManifest:
     """The resolved settings of the run that made the folder; not part of the identity."""
     software: dict[str, str]
     """Versions of the libraries; not part of the identity."""
+    chat_template: str | None = None
+    """Hash of the tokenizer's template, which wrote the corpus's conversations, if it has any; not part of the
+    identity, since the tokens are."""
+    tokenizer_files: dict[str, str] = field(default_factory=dict)
+    """xxh3-128 of every file in tokenizer/; not part of the identity, which is `tokenizer`."""
 
     @property
     def num_sequences(self) -> int:
@@ -83,7 +90,7 @@ class CacheManifest:
         """The entries that decide what is in the cache, flat."""
         document = asdict(self)
         nested = {name: document.pop(name) for name in ("teacher", "tokenizer")}
-        for name in ("settings", "software"):
+        for name in PROVENANCE:
             del document[name]
         document |= {f"{name}.{key}": value for name, entries in nested.items() for key, value in entries.items()}
         return document

@@ -6,8 +6,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-LOG_INTERVAL_S = 15.0
-"""Seconds between two progress lines where there is no terminal."""
+LOG_INTERVAL_S = 60.0
+FIRST_LOG_INTERVAL_S = 15.0
+"""Seconds between two progress lines where there is no terminal; in the first minutes they come sooner."""
+FIRST_MINUTES_S = 180.0
 
 
 class Progress:
@@ -71,7 +73,8 @@ class _Lines(Progress):
     def advance(self, amount: int, note: str = "") -> None:
         self._done += amount
         self._note = note
-        if time.monotonic() - self._said >= LOG_INTERVAL_S:
+        now = time.monotonic()
+        if now - self._said >= (FIRST_LOG_INTERVAL_S if now - self._started < FIRST_MINUTES_S else LOG_INTERVAL_S):
             self._say()
 
     def close(self) -> None:

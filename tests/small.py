@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from pipeline.corpus import TOKENIZER, Corpus, CorpusManifest, TokenSequence, write_partition
+from pipeline.files import hash_folder
 from pipeline.manifest import CacheManifest
 from pipeline.runs.commits import COMMITS, SHARDS, read_commit
 from pipeline.runs.plan import plan_partitions
@@ -168,6 +169,7 @@ def fake_manifest(
         partitions=plan_partitions(tokens, 400),
         settings={},
         software={},
+        tokenizer_files=hash_folder(corpus.folder / TOKENIZER),
     )
 
 

@@ -1,15 +1,12 @@
-"""Stage one with other teachers than Llama: model families, tensor parallelism, and a bfloat16 body."""
+"""Stage one with other teachers than Llama: model families, tensor parallelism, bfloat16 and float8 bodies."""
 
-import functools
-import multiprocessing
-import os
-from concurrent.futures import ProcessPoolExecutor
+import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -23,9 +20,7 @@ from transformers import (
 )
 
 from pipeline import open_cache
-from pipeline.config import CacheConfig
 from pipeline.corpus import Corpus, TokenSequence
-from stages.cache_logits import cache_logits
 from stages.cache_logits.vllm_plugin import PREFIX, register
 from tests.oracle import softmax
 from tests.small import CONTEXT, llama_config, make_corpus, make_teacher, random_sequences, true_logits
@@ -152,36 +147,6 @@ def assert_draws_are_systematic(folder: Path, teacher: Path, corpus: Path, tempe
     assert abs(surplus) < 2 * cache.manifest.num_targets**0.5  # at most half a draw a position, at random
 
 
-@pytest.mark.vllm
-def test_requests_that_vllm_preempts_are_exact(tmp_path, teacher, corpus):
-    """A key-value cache for less than two sequences, and prompts that grow side by side."""
-    config = settings(teacher, corpus, tmp_path / "cache", engine="vllm")
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        assert pool.submit(capture_with_scarce_memory, config).result(timeout=300) > 0
-    assert_exact(config.out, teacher, corpus, 1e-5)
-
-
-def capture_with_scarce_memory(config: CacheConfig) -> int:
-    """Capture with the engine's core in this process; how often vLLM took back what a request had."""
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    import vllm
-    from vllm.v1.core.sched.scheduler import Scheduler
-
-    preempted = []
-    preempt = Scheduler._preempt_request
-
-    def counted(self: Scheduler, *args: Any, **kwargs: Any) -> None:
-        preempted.append(args)
-        preempt(self, *args, **kwargs)
-
-    scarce = {"num_gpu_blocks_override": 6, "block_size": 32}
-    growing = {"scheduler_reserve_full_isl": False, "long_prefill_token_threshold": 16}
-    Scheduler._preempt_request = counted
-    vllm.LLM = functools.partial(vllm.LLM, **scarce, **growing)
-    cache_logits(config)
-    return len(preempted)
-
-
 @pytest.mark.parametrize("engine", ENGINES)
 def test_head_of_a_bfloat16_teacher_runs_in_float32(tmp_path, short_corpus, engine):
     teacher = make_headstrong_teacher(tmp_path / "teacher")
@@ -216,3 +181,83 @@ def logits_with_both_heads(teacher: Path, sequence: TokenSequence, vocab_size: i
         exact_NV = hidden_NH.double() @ model.lm_head.weight.double().T
         rounded_NV = model.lm_head(hidden_NH).double()
     return exact_NV[:, :vocab_size].numpy(), rounded_NV[:, :vocab_size].numpy()
+
+
+def make_fp8_teacher(folder: Path) -> Path:
+    """A Llama as compressed-tensors stores it: float8 weights with a scale a channel, activations scaled a token."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(llama_config(HEAD_ROWS, hidden_size=128, intermediate_size=256))
+    model.save_pretrained(folder)
+    state = model.state_dict()
+    for name, weight in quantised_weights(model).items():
+        state[name], state[name.replace("weight", "weight_scale")] = weight
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / "model.safetensors")
+    eight_bits = {"num_bits": 8, "type": "float", "symmetric": True}
+    group = {
+        "targets": ["Linear"],
+        "weights": eight_bits | {"strategy": "channel", "dynamic": False},
+        "input_activations": eight_bits | {"strategy": "token", "dynamic": True},
+    }
+    quantization = {"quant_method": "compressed-tensors", "format": "float-quantized", "ignore": ["lm_head"]}
+    quantization |= {"config_groups": {"group_0": group}, "quantization_status": "compressed"}
+    config = json.loads((folder / "config.json").read_text()) | {"quantization_config": quantization}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def quantised_weights(model: LlamaForCausalLM) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """float8 weight and float32 scale [out, 1] of every matrix inside the layers."""
+    matrices = {name: weight for name, weight in model.state_dict().items() if name.endswith("proj.weight")}
+    return {name: to_float8(weight) for name, weight in matrices.items()}
+
+
+def to_float8(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows in float8 and the scale of each, so that its largest magnitude is float8's."""
+    scale = rows.abs().amax(-1, keepdim=True) / torch.finfo(torch.float8_e4m3fn).max
+    return (rows / scale).to(torch.float8_e4m3fn), scale.float()
+
+
+def float8_model(folder: Path) -> LlamaForCausalLM:
+    """The teacher of `make_fp8_teacher` in plain torch: products of what float8 leaves of weights and activations."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(llama_config(HEAD_ROWS, hidden_size=128, intermediate_size=256))
+
+    def round_activations(_: torch.nn.Module, inputs: tuple[torch.Tensor]) -> torch.Tensor:
+        rounded, scale = to_float8(inputs[0])
+        return rounded.float() * scale
+
+    weights = quantised_weights(model)
+    for name, module in model.named_modules():
+        if f"{name}.weight" in weights:
+            rounded, scale = weights[f"{name}.weight"]
+            module.weight.data = rounded.float() * scale
+            module.register_forward_pre_hook(round_activations)
+    return model
+
+
+@pytest.mark.vllm
+def test_float8_teacher_is_captured_as_it_is_and_named_in_the_manifest(tmp_path, short_corpus):
+    teacher = make_fp8_teacher(tmp_path / "teacher")
+    config = settings(teacher, short_corpus, tmp_path / "cache", engine="vllm")
+    capture(config)
+    cache = open_cache(config.out)
+    found = {name: cache.manifest.teacher[name] for name in ("quantization", "head_dtype", "dtype")}
+    assert found == {"quantization": "compressed-tensors", "head_dtype": "float32", "dtype": "float32"}
+    model = float8_model(teacher)
+    torch.manual_seed(0)
+    unquantised = LlamaForCausalLM(llama_config(HEAD_ROWS, hidden_size=128, intermediate_size=256))
+    errors, errors_of_unquantised = [], []
+    for cached, sequence in zip(cache, Corpus(short_corpus).rows(), strict=True):
+        for reference, gathered in ((model, errors), (unquantised, errors_of_unquantised)):
+            logits = document_logits(reference, sequence)[:, : cache.manifest.vocab_size]
+            kept = np.take_along_axis(softmax(logits, 1.0), cached.targets.ids.astype(np.int64), axis=1)
+            gathered.append(np.abs(cached.targets.probs(1.0) - kept))
+    # An activation that float32 noise rounds the other way moves its row by a step of float8, so not the maximum.
+    assert np.mean(np.concatenate(errors)) < 0.1 * np.mean(np.concatenate(errors_of_unquantised))
+
+
+def document_logits(model: LlamaForCausalLM, sequence: TokenSequence) -> np.ndarray:
+    """[N, V]: logits at the target positions, document by document."""
+    documents = torch.tensor(sequence.token_ids).long().split(sequence.document_lengths.tolist())
+    with torch.no_grad():
+        return torch.cat([model(ids[None]).logits[0] for ids in documents])[sequence.target_positions].numpy()

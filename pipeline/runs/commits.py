@@ -58,7 +58,7 @@ def commit_shard(
     publish(partial, final)
     if write_json(commit_path(folder, partition), asdict(commit), first_wins=True):
         return commit
-    final.unlink()
+    final.unlink(missing_ok=True)  # a repair may have been here
     return None
 
 
@@ -74,7 +74,10 @@ def read_commit(folder: Path, partition: int) -> ShardCommit | None:
         document = read_json(path, CacheCorruptError)
     except FileNotFoundError:
         return None
-    commit = ShardCommit(**document)
+    try:
+        commit = ShardCommit(**document)
+    except TypeError as exc:
+        raise CacheCorruptError(f"{path}: not a commit record; the file is foreign ({exc}).") from exc
     if commit.partition != partition:
         raise CacheCorruptError(f"{path}: is the record of partition {commit.partition}; the file was renamed.")
     return commit

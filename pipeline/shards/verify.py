@@ -1,16 +1,24 @@
-"""Checking a whole cache: every file against its checksum, every sequence against the schema."""
+"""Checking a whole cache: every file against its checksum, every value against the schema."""
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from pipeline.errors import CacheCorruptError, CacheError
-from pipeline.manifest import CacheManifest
+from pipeline.files import hash_folder
+from pipeline.manifest import TOKENIZER, CacheManifest
+from pipeline.parallel import available_cores, in_threads
 from pipeline.runs.commits import SHARDS, ShardCommit, commit_path, read_commit
 from pipeline.shards.containers import CONTAINERS
 from pipeline.shards.reader import check_shard_file, layout_of_commit
+
+BLOCK_TARGETS = 65_536
+"""Targets that are read at a time."""
+BLOCK_ROWS = 1024
+"""Targets that are checked at a time, so that they stay in a core's cache."""
 
 
 @dataclass
@@ -23,69 +31,142 @@ class VerifyReport:
     num_targets: int = 0
     bytes: int = 0
     problems: list[str] = field(default_factory=list)
+    damaged: list[int] = field(default_factory=list)
+    """Partitions whose record or shard is not as it was written."""
+    missing: list[int] = field(default_factory=list)
+    """Partitions that are not captured yet."""
+    tokenizer_damaged: bool = False
 
 
-def verify_cache(folder: Path, progress: Callable[[int], None] = lambda tokens: None) -> VerifyReport:
-    """Check every partition of the cache; each problem names its file. Raises CacheError without a manifest."""
+@dataclass
+class _Outcome:
+    partition: int
+    commit: ShardCommit | None = None
+    keys: np.ndarray = field(default_factory=lambda: np.zeros((0, 16), np.uint8))
+    problem: str = ""
+    missing: bool = False
+
+
+def verify_cache(
+    folder: Path, progress: Callable[[int], None] = lambda tokens: None, workers: int | None = None
+) -> VerifyReport:
+    """Check every partition of the cache; each problem names its file. Raises CacheError without a manifest.
+
+    Shards are read once, by as many threads as there are cores: hashing, decoding and checking all
+    let the others run.
+    """
     manifest = CacheManifest.read(folder)
     report = VerifyReport(num_partitions=manifest.num_partitions)
-    keys: dict[bytes, int] = {}
+    verify = functools.partial(_verify_partition, folder, manifest)
+    outcomes: dict[int, _Outcome] = {}
+    for outcome in in_threads(verify, range(manifest.num_partitions), workers or available_cores()):
+        outcomes[outcome.partition] = outcome
+        progress(outcome.commit.num_tokens if outcome.commit is not None else 0)
     for partition in range(manifest.num_partitions):
-        try:
-            commit = _verify_partition(folder, manifest, partition, keys)
-        except CacheError as problem:
-            report.problems.append(str(problem))
-            continue
-        report.num_sequences += commit.num_sequences
-        report.num_tokens += commit.num_tokens
-        report.num_targets += commit.num_targets
-        report.bytes += commit.bytes
-        progress(commit.num_tokens)
+        _add(report, outcomes[partition])
+    for partition, problem in _duplicates(folder, [outcomes[part] for part in sorted(outcomes)]):
+        report.problems.append(problem)
+        report.damaged.append(partition)
+    for name, wanted in manifest.tokenizer_files.items():
+        if hash_folder(folder / TOKENIZER).get(name) != wanted:
+            report.problems.append(f"{folder / TOKENIZER / name}: missing, or its checksum is not the manifest's.")
+            report.tokenizer_damaged = True
     if not report.problems and report.num_targets != manifest.num_targets:
         report.problems.append(f"{folder}: {report.num_targets} targets; the manifest says {manifest.num_targets}.")
     return report
 
 
-def _verify_partition(folder: Path, manifest: CacheManifest, partition: int, keys: dict[bytes, int]) -> ShardCommit:
-    commit = read_commit(folder, partition)
-    if commit is None:
-        raise CacheCorruptError(
-            f"{commit_path(folder, partition)}: missing; partition {partition} is not captured yet."
-        )
-    expected = manifest.partitions[partition + 1] - manifest.partitions[partition]
-    if commit.num_sequences != expected:
-        raise CacheCorruptError(f"{commit_path(folder, partition)}: {commit.num_sequences} sequences of {expected}.")
-    path = folder / SHARDS / commit.file
+def _add(report: VerifyReport, outcome: _Outcome) -> None:
+    if outcome.problem:
+        report.problems.append(outcome.problem)
+        (report.missing if outcome.missing else report.damaged).append(outcome.partition)
+    if outcome.commit is not None:
+        report.num_sequences += outcome.commit.num_sequences
+        report.num_tokens += outcome.commit.num_tokens
+        report.num_targets += outcome.commit.num_targets
+        report.bytes += outcome.commit.bytes
+
+
+def _verify_partition(folder: Path, manifest: CacheManifest, partition: int) -> _Outcome:
+    record = commit_path(folder, partition)
+    try:
+        commit = read_commit(folder, partition)
+        if commit is None:
+            problem = f"{record}: missing; partition {partition} is not captured yet."
+            return _Outcome(partition, problem=problem, missing=True)
+        expected = manifest.partitions[partition + 1] - manifest.partitions[partition]
+        if commit.num_sequences != expected:
+            raise CacheCorruptError(f"{record}: {commit.num_sequences} sequences of {expected}.")
+        return _Outcome(partition, commit, _verify_shard(folder / SHARDS / commit.file, manifest, commit))
+    except CacheError as problem:
+        return _Outcome(partition, problem=str(problem))
+
+
+def _verify_shard(path: Path, manifest: CacheManifest, commit: ShardCommit) -> np.ndarray:
+    """The keys of a sound shard; raises CacheCorruptError."""
     check_shard_file(path, commit)
     shard = CONTAINERS[manifest.container].open(path, layout_of_commit(manifest, commit))
+    step = max(1, BLOCK_TARGETS * commit.num_sequences // max(commit.num_targets, 1))
+    keys = []
     try:
-        columns = shard.columns(0, commit.num_sequences)
+        for start in range(0, commit.num_sequences, step):
+            columns = shard.columns(start, min(start + step, commit.num_sequences))
+            for problem in _contradictions(columns, manifest):
+                raise CacheCorruptError(f"{path}: {problem}; `pipeline verify --repair` drops the shard.")
+            keys.append(np.array(columns["key"]))
     finally:
         shard.close()
-    for problem in _contradictions(columns, manifest):
-        raise CacheCorruptError(f"{path}: {problem}; delete its commit record and capture again.")
-    for key in map(bytes, columns["key"]):
-        if keys.setdefault(key, partition) != partition:
-            raise CacheCorruptError(f"{path}: sequence {key.hex()} is in partition {keys[key]} too.")
-    return commit
+    return np.concatenate(keys)
+
+
+def _duplicates(folder: Path, outcomes: list[_Outcome]) -> Iterator[tuple[int, str]]:
+    """Partitions that hold a sequence of an earlier one, each once."""
+    keys = np.concatenate([outcome.keys for outcome in outcomes]).view(np.uint64)
+    partitions = np.repeat([outcome.partition for outcome in outcomes], [len(outcome.keys) for outcome in outcomes])
+    order = np.lexsort((partitions, keys[:, 1], keys[:, 0]))
+    same = np.flatnonzero((keys[order[1:]] == keys[order[:-1]]).all(1))
+    first, second = order[same], order[same + 1]
+    for partition in sorted(set(partitions[second].tolist())):
+        index = int(np.flatnonzero(partitions[second] == partition)[0])
+        commit = outcomes[partition].commit
+        assert commit is not None
+        key, other = keys[second[index]].tobytes().hex(), partitions[first[index]]
+        yield partition, f"{folder / SHARDS / commit.file}: sequence {key} is in partition {other} too."
 
 
 def _contradictions(columns: dict[str, np.ndarray], manifest: CacheManifest) -> list[str]:
+    """What the values of some sequences cannot be."""
     count = len(columns["logsumexps"])
-    ids, draws = (columns.get(name, np.zeros((count, 0), np.int32)) for name in ("ids", "draws"))
-    logits = columns.get("logits", np.zeros((count, 0), np.float32))
+    empty = {"ids": np.int32, "draws": np.int32, "logits": np.float32}
+    columns = columns | {name: np.zeros((count, 0), kind) for name, kind in empty.items() if name not in columns}
+    found = [] if _within(columns["token_ids"], manifest.vocab_size) else ["token ids outside the vocabulary"]
+    names = ("ids", "logits", "logsumexps", "tail_logprobs", "entropies", "draws")
+    for start in range(0, count, BLOCK_ROWS):
+        found += _contradictions_of_rows(*(columns[name][start : start + BLOCK_ROWS] for name in names), manifest)
+    return list(dict.fromkeys(found))
+
+
+def _contradictions_of_rows(
+    ids: np.ndarray,
+    logits: np.ndarray,
+    logsumexps: np.ndarray,
+    tail_logprobs: np.ndarray,
+    entropies: np.ndarray,
+    draws: np.ndarray,
+    manifest: CacheManifest,
+) -> list[str]:
     ordered = np.sort(ids, axis=1)
+    logits = logits.astype(np.float32)
     rules = {
-        "token ids outside the vocabulary": _within(columns["token_ids"], manifest.vocab_size),
-        "target ids outside the vocabulary": _within(ids, manifest.vocab_size),
+        "target ids outside the vocabulary": _within(ordered[:, [0, -1]] if ids.size else ids, manifest.vocab_size),
         "target ids that repeat in a row": bool((ordered[:, 1:] != ordered[:, :-1]).all()),
         "logits that are not in falling order from 0": bool(
-            (logits[:, :1] == 0).all() and (np.diff(logits) <= 0).all()
+            (logits[:, :1] == 0).all() and (logits[:, 1:] <= logits[:, :-1]).all()
         ),
-        "a logsumexp that is not finite": bool(np.isfinite(columns["logsumexps"]).all()),
-        "a tail mass above 1": bool((columns["tail_logprobs"] <= 1e-3).all()),
-        "an entropy that is not finite": bool(np.isfinite(columns["entropies"]).all()),
-        "probabilities that do not sum to 1": _sums_to_one(logits, columns, manifest.temperatures),
+        "a logsumexp that is not finite": bool(np.isfinite(logsumexps).all()),
+        "a tail mass above 1": bool((tail_logprobs <= 1e-3).all()),
+        "an entropy that is not finite": bool(np.isfinite(entropies).all()),
+        "probabilities that do not sum to 1": _sums_to_one(logits, logsumexps, tail_logprobs, manifest.temperatures),
         "draws outside the vocabulary": _within(draws[(draws != -1).all(1)], manifest.vocab_size),
         "draws from the stored ids": not any((ids == column[:, None]).any() for column in draws.T),
     }
@@ -96,11 +177,12 @@ def _within(ids: np.ndarray, vocab_size: int) -> bool:
     return ids.size == 0 or (int(ids.min()) >= 0 and int(ids.max()) < vocab_size)
 
 
-def _sums_to_one(logits: np.ndarray, columns: dict[str, np.ndarray], temperatures: tuple[float, ...]) -> bool:
-    logits = logits.astype(np.float32)
+def _sums_to_one(
+    logits: np.ndarray, logsumexps: np.ndarray, tail_logprobs: np.ndarray, temperatures: tuple[float, ...]
+) -> bool:
     for index, temperature in enumerate(temperatures):
-        head = np.exp(logits / temperature - columns["logsumexps"][:, index, None]).sum(axis=1)
-        total = head + np.exp(columns["tail_logprobs"][:, index].astype(np.float32))
+        head = np.exp(logits / np.float32(temperature) - logsumexps[:, index, None]).sum(axis=1)
+        total = head + np.exp(tail_logprobs[:, index].astype(np.float32))
         if not np.allclose(total, 1.0, atol=5e-3):
             return False
     return True

@@ -5,6 +5,7 @@ They are written front to back, one zip entry at a time, each entry once.
 """
 
 import contextlib
+import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +24,8 @@ CHUNK_VALUES = 32_768
 CHUNKS_IN_BUNDLE = 128
 """Inner chunks in one entry of the zip file, the unit of writing."""
 PCODEC_LEVEL = 8
+_FILTERS = threading.Lock()
+"""Held while the warning filters, which all threads share, are changed."""
 
 
 class ZarrShardWriter:
@@ -139,7 +142,7 @@ def _create(group: zarr.Group, name: str, dtype: np.dtype, shape: tuple[int, ...
 @contextlib.contextmanager
 def _pcodec_is_meant() -> Iterator[None]:
     """Without zarr's warning that numcodecs' codecs are an extension of the specification."""
-    with warnings.catch_warnings():
+    with _FILTERS, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Numcodecs codecs are not in the Zarr version 3 specification")
         yield
 

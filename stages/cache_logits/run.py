@@ -1,7 +1,6 @@
 """The command `pipeline cache-logits`, from its settings to a finished cache."""
 
 import importlib.metadata
-import os
 import shutil
 from collections.abc import Callable
 from contextlib import closing
@@ -11,11 +10,12 @@ import numpy as np
 
 from pipeline.config import CacheConfig, resolved
 from pipeline.corpus import TOKENIZER, Corpus, TokenSequence
-from pipeline.errors import CacheMismatchError, CorpusError
-from pipeline.files import partial_path, sync_folder
-from pipeline.manifest import MANIFEST, CacheManifest
+from pipeline.errors import CorpusError
+from pipeline.files import hash_folder
+from pipeline.manifest import CacheManifest
 from pipeline.progress import Reporter
-from pipeline.runs.commits import COMMITS, SHARDS, ShardCommit, read_commit, remove_leftovers
+from pipeline.runs.commits import ShardCommit, read_commit, remove_leftovers
+from pipeline.runs.folder import open_folder
 from pipeline.runs.plan import plan_partitions
 from pipeline.targets import SparseTargets
 from stages.cache_logits.capture import capture
@@ -46,7 +46,7 @@ def cache_logits(config: CacheConfig, reporter: Reporter | None = None) -> Cache
         require_vllm(teacher.architecture, teacher.folder)
     tokens, longest_document = corpus.lengths()
     manifest = _manifest(config, corpus, teacher, tokens)
-    _open_folder(config.out, config.corpus, manifest)
+    open_folder(config.out, manifest, config.corpus / TOKENIZER)
     remove_leftovers(config.out)
     todo = [part for part in range(manifest.num_partitions) if read_commit(config.out, part) is None]
     if todo:
@@ -103,6 +103,8 @@ def _manifest(config: CacheConfig, corpus: Corpus, teacher: Teacher, tokens: np.
         partitions=plan_partitions(tokens, config.shard_tokens),
         settings=resolved(config),
         software=_versions(),
+        chat_template=corpus.manifest.settings.get("chat_template"),
+        tokenizer_files=hash_folder(config.corpus / TOKENIZER),
     )
 
 
@@ -114,28 +116,6 @@ def _versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return versions
-
-
-def _open_folder(folder: Path, corpus: Path, manifest: CacheManifest) -> None:
-    """Make the cache's folder with its manifest in one step, or check that it holds this very cache."""
-    if folder.exists() and not (folder / MANIFEST).is_file() and (not folder.is_dir() or any(folder.iterdir())):
-        raise CacheMismatchError(f"{folder}: exists and holds no cache; choose another --out or empty it.")
-    if not (folder / MANIFEST).is_file():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        partial = partial_path(folder)
-        shutil.rmtree(partial, ignore_errors=True)
-        for name in (SHARDS, COMMITS):
-            (partial / name).mkdir(parents=True)
-        shutil.copytree(corpus / TOKENIZER, partial / TOKENIZER)
-        manifest.write(partial)
-        try:
-            os.rename(partial, folder)
-            sync_folder(folder.parent)
-        except OSError:
-            shutil.rmtree(partial)
-            if not (folder / MANIFEST).is_file():  # no other process has made it meanwhile
-                raise
-    CacheManifest.read(folder).require_equal(manifest, folder)
 
 
 def _announcement(config: CacheConfig, manifest: CacheManifest, num_todo: int) -> str:

@@ -17,6 +17,8 @@ from stages.cache_logits.teacher import Teacher
 
 PROBE_TOKENS = 8
 """Tokens on which the float32 head is compared with the model's own logits at start."""
+SORTED_BATCHES = 16
+"""Batches' worth of requests that are sorted by length, so that batches hold little padding."""
 
 
 class TransformersEngine:
@@ -48,7 +50,7 @@ class TransformersEngine:
 
     @torch.inference_mode()
     def score(self, requests: Iterable[Request]) -> Iterator[tuple[Hashable, SparseTargets]]:
-        """Targets in the order of the requests."""
+        """Targets, longest request first within a window of requests."""
         for batch in _batches(requests, self._batch_tokens):
             hidden_BSH = self._hidden([torch.tensor(request.token_ids, dtype=torch.long) for request in batch])
             for request, hidden_SH in zip(batch, hidden_BSH):
@@ -97,14 +99,20 @@ class TransformersEngine:
 
 
 def _batches(requests: Iterable[Request], budget_tokens: int) -> Iterator[list[Request]]:
-    """Consecutive requests whose padded size stays within the budget."""
-    batch: list[Request] = []
-    longest = 0
-    for request in requests:
-        longest = max(longest, len(request.token_ids))
-        if batch and longest * (len(batch) + 1) > budget_tokens:
-            yield batch
-            batch, longest = [], len(request.token_ids)
-        batch.append(request)
-    if batch:
-        yield batch
+    """Batches whose padded size stays within the budget: requests of like length, out of SORTED_BATCHES' worth of them."""
+    requests = iter(requests)
+    while window := _window(requests, SORTED_BATCHES * budget_tokens):
+        window.sort(key=lambda request: -len(request.token_ids))
+        while window:
+            size = max(1, budget_tokens // len(window[0].token_ids))
+            yield window[:size]
+            del window[:size]
+
+
+def _window(requests: Iterator[Request], num_tokens: int) -> list[Request]:
+    """The next requests, of at least `num_tokens` tokens in all unless there are no more."""
+    window: list[Request] = []
+    while num_tokens > 0 and (request := next(requests, None)) is not None:
+        window.append(request)
+        num_tokens -= len(request.token_ids)
+    return window

@@ -19,6 +19,8 @@ from stages.cache_logits.vllm_plugin import FRONT_END, OPTIONS, PREFIX
 PLUGIN = "pipeline_teacher"
 IN_FLIGHT_STEPS = 2
 """Requests are handed over until this many steps' worth of tokens wait or run."""
+MAX_REQUESTS = 1024
+"""Requests in a step at the most. vLLM's own limit, 256 on most machines, would leave steps of short documents unfilled."""
 
 
 class VllmEngine:
@@ -96,6 +98,7 @@ def _load(teacher: Teacher, config: CacheConfig, longest_request: int) -> Any:
         pipeline_parallel_size=config.pipeline_parallel,
         max_model_len=longest_request,
         max_num_batched_tokens=max(config.batch_tokens, longest_request),
+        max_num_seqs=min(MAX_REQUESTS, max(config.batch_tokens, longest_request)),
         gpu_memory_utilization=config.gpu_memory_utilization,
         enforce_eager=config.enforce_eager,
         enable_prefix_caching=False,

@@ -1,0 +1,60 @@
+"""The same work on many items at once: the first failure stops the rest and reaches the caller."""
+
+import multiprocessing
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from typing import Any, TypeVar
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def in_threads(function: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Iterator[Result]:
+    """`function` of every item, as they are done; for work that waits or that numpy and hashing do."""
+    return _run(function, items, workers, ThreadPoolExecutor)
+
+
+def in_processes(function: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Iterator[Result]:
+    """`function` of every item, as they are done, in processes that end with this one; in this one if one is enough.
+
+    The function, the items and the results must be picklable.
+    """
+    return _run(function, items, workers, _processes)
+
+
+def _run(
+    function: Callable[[Item], Result], items: Iterable[Item], workers: int, executor: Callable[[int], Executor]
+) -> Iterator[Result]:
+    items = list(items)
+    if workers == 1 or len(items) <= 1:
+        yield from map(function, items)
+        return
+    with executor(min(workers, len(items))) as pool:
+        futures = [pool.submit(function, item) for item in items]
+        try:
+            for future in as_completed(futures):
+                yield future.result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _processes(workers: int) -> Executor:
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with_the_parent)
+
+
+def _end_with_the_parent() -> None:
+    parent: Any = multiprocessing.parent_process()
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

@@ -1,0 +1,126 @@
+"""What happens inside an engine's steps: how full they are, how much memory they take, and what vLLM takes back."""
+
+import functools
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pipeline.config import CacheConfig
+from pipeline.corpus import TokenSequence
+from stages.cache_logits import cache_logits
+from stages.cache_logits.engine import Request
+from stages.cache_logits.transformers_engine import _batches
+from tests.small import make_corpus, random_sequences
+from tests.test_cache_logits import assert_exact, settings
+from tests.test_loss import LargestTensor
+from tests.test_teachers import HEAD_ROWS, make_family
+
+
+@dataclass
+class Steps:
+    """What vLLM did in a capture."""
+
+    preemptions: int = 0
+    """How often it took back what a request had."""
+    tokens: list[int] = field(default_factory=list)
+    """Of every step that had any."""
+    largest: int = 0
+    """Elements of the largest tensor that the pooler made."""
+
+
+def watch(config: CacheConfig, options: dict[str, Any]) -> Steps:
+    """Capture in a process of its own, with the engine's core in it; `options` are more of vLLM's."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_watched_capture, config, options).result(timeout=400)
+
+
+def _watched_capture(config: CacheConfig, options: dict[str, Any]) -> Steps:
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    import vllm
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    from stages.cache_logits.vllm_plugin.pooler import SparseTargetPooler
+
+    steps, began = Steps(), []
+    preempt, schedule, reduce = Scheduler._preempt_request, Scheduler.schedule, SparseTargetPooler._reduce
+
+    def counted(self: Scheduler, *args: Any, **kwargs: Any) -> None:
+        steps.preemptions += 1
+        preempt(self, *args, **kwargs)
+
+    def noted(self: Scheduler, *args: Any, **kwargs: Any) -> Any:
+        output = schedule(self, *args, **kwargs)
+        if output.total_num_scheduled_tokens:
+            steps.tokens.append(output.total_num_scheduled_tokens)
+        began.append(True)
+        return output
+
+    def measured(self: SparseTargetPooler, hidden_states: Any, *columns: Any) -> Any:
+        with LargestTensor([hidden_states]) as recorder:
+            packed = reduce(self, hidden_states, *columns)
+        if began:  # not the profiling run at the start
+            steps.largest = max(steps.largest, recorder.num_elements)
+        return packed
+
+    Scheduler._preempt_request, Scheduler.schedule, SparseTargetPooler._reduce = counted, noted, measured
+    vllm.LLM = functools.partial(vllm.LLM, **options)
+    cache_logits(config)
+    return steps
+
+
+@pytest.mark.vllm
+def test_requests_that_vllm_preempts_are_exact(tmp_path, teacher, corpus):
+    """A key-value cache for less than two sequences, and prompts that grow side by side."""
+    config = settings(teacher, corpus, tmp_path / "cache", engine="vllm")
+    scarce = {"num_gpu_blocks_override": 6, "block_size": 32}
+    growing = {"scheduler_reserve_full_isl": False, "long_prefill_token_threshold": 16}
+    assert watch(config, scarce | growing).preemptions > 0
+    assert_exact(config.out, teacher, corpus, 1e-5)
+
+
+def short_documents(count: int, seed: int) -> list[TokenSequence]:
+    """Sequences of 3 to 12 tokens, every one but the first a label."""
+    random = np.random.default_rng(seed)
+    lengths = random.integers(3, 13, count)
+    return [
+        TokenSequence(
+            token_ids=random.integers(0, 300, length).astype(np.int32),
+            loss_mask=np.arange(length) > 0,
+            document_lengths=np.array([length], np.int32),
+        )
+        for length in lengths
+    ]
+
+
+@pytest.mark.vllm
+def test_steps_are_full_and_full_logits_stay_a_chunk(tmp_path):
+    """Documents so short that vLLM's default of 256 requests would fill half a step, one of full length behind them."""
+    budget, row_chunk = 4096, 64
+    sequences = [*short_documents(2600, seed=1), *random_sequences(2, vocab_size=300)]
+    corpus = make_corpus(tmp_path / "corpus", sequences)
+    teacher = make_family(tmp_path / "teacher", "mistral")
+    changes = {"top_k": 4, "batch_tokens": budget, "row_chunk": row_chunk, "shard_tokens": 2000}
+    steps = watch(settings(teacher, corpus, tmp_path / "cache", engine="vllm", **changes), {})
+    assert sum(steps.tokens) == sum(len(sequence.token_ids) for sequence in sequences)
+    assert min(steps.tokens[:-2]) > 0.9 * budget, steps.tokens
+    # The bound that `row_chunk` states: chunks of logits, and the packed results (15 columns) of the whole step.
+    assert steps.largest <= max(row_chunk * HEAD_ROWS, budget * 15)
+    assert steps.largest < 0.1 * budget * HEAD_ROWS
+
+
+def test_batches_of_transformers_hold_little_padding():
+    random = np.random.default_rng(0)
+    nothing = np.zeros(0, np.int32)
+    lengths = random.integers(1, 200, 500)
+    requests = [Request(i, np.zeros(n, np.int32), nothing, nothing) for i, n in enumerate(lengths)]
+    batches = list(_batches(requests, budget_tokens=1000))
+    assert sorted(request.key for batch in batches for request in batch) == list(range(500))
+    padded = [len(batch) * max(len(request.token_ids) for request in batch) for batch in batches]
+    assert max(padded) <= 1000
+    assert sum(padded) < 1.1 * lengths.sum()
+    assert [len(batch) for batch in _batches(requests[:1] * 3, budget_tokens=1)] == [1, 1, 1]

@@ -114,11 +114,17 @@ def _say_what_now(config: VerifyConfig, report: Any) -> None:
 def train_student_command(config: TrainConfig) -> None:
     """Train a student on cached targets: (1 - alpha) CE + alpha T^2 KL.
 
-    Run the same command again after a crash: it continues from the newest whole checkpoint.
+    Run the same command again after a crash: it continues from the newest whole checkpoint. On a signal it saves one
+    and leaves with exit code 75.
     """
+    from pipeline.errors import Drained
     from stages.train_student import train_student
 
-    train_student(config, TerminalReporter())
+    try:
+        train_student(config, TerminalReporter())
+    except Drained as drained:
+        click.echo(str(drained), err=True)
+        sys.exit(drained.exit_code)
 
 
 @main.command("demo")

@@ -60,7 +60,7 @@ def test_yaml_number_without_a_point_is_a_number(tmp_path):
         (CacheConfig, {"out": None}, "--out is missing"),
         (TrainConfig, {"alpha": 1.5}, r"alpha is 1\.5; it must lie in \[0, 1\]"),
         (TrainConfig, {"temperature": float("nan")}, "temperature is nan"),
-        (TrainConfig, {"tail": "bucket"}, "choose one of: ghost, hybrid, zero, renormalise, uniform"),
+        (TrainConfig, {"tail": "bucket"}, "choose one of: ghost, hybrid, sampled, zero, renormalise, uniform"),
         (TrainConfig, {"batch_size": True}, "batch_size is True; expected a value of type int"),
         (PrepareConfig, {"inputs": []}, "no input was given"),
         (PrepareConfig, {"sequence_length": 1}, "sequence_length is 1; it must be at least 2"),

@@ -403,14 +403,145 @@ def test_metrics_are_detached():
     assert not out.kl.requires_grad
 
 
+def dense_divergence_rows(logits, ids, probs, tail_mass, temperature, divergence):
+    """Reverse KL or Jensen-Shannon over the stored ids and one bucket, by plain autograd."""
+    logprobs = torch.log_softmax(logits / temperature, 1)
+    stored = torch.zeros_like(logits).scatter(1, ids, 1.0) > 0
+    log_q, log_p, p = logprobs.gather(1, ids), probs.log(), probs
+    if ids.shape[1] < logits.shape[1]:
+        log_q = torch.cat([log_q, torch.logsumexp(logprobs.masked_fill(stored, -math.inf), 1, keepdim=True)], 1)
+        p = torch.cat([probs, tail_mass[:, None]], 1)
+        log_p = p.clamp_min(1e-300).log()
+    q = log_q.exp()
+    if divergence == "reverse":
+        return (q * (log_q - log_p)).sum(1)
+    log_mean = ((p + q) / 2).log()
+    return ((p * (log_p - log_mean)).sum(1) + (q * (log_q - log_mean)).sum(1)) / 2
+
+
+@pytest.mark.parametrize("k", [1, 5, 17])
+@pytest.mark.parametrize("divergence", ["reverse", "js"])
+def test_other_divergences_match_dense_autograd(divergence, k):
+    for temperature, alpha in itertools.product((*TEMPERATURES, 0.7), (0.3, 1.0)):
+        case = hidden, weight, labels, *targets = make_case(k=k, temperature=temperature)
+        rows = labels != -100
+        logits = (hidden @ weight.T)[rows]
+        cross_entropy = torch.nn.functional.cross_entropy(logits, labels[rows])
+        args = (target[rows] for target in targets)
+        expected = dense_divergence_rows(logits, *args, temperature, divergence).mean()
+        loss = (1 - alpha) * cross_entropy + alpha * temperature**2 * expected
+        found = fused_distillation_loss(*case, alpha=alpha, temperature=temperature, divergence=divergence)
+        assert found.kl.item() == pytest.approx(expected.item(), rel=1e-11)
+        for grad, wanted in zip(gradients(found.loss, hidden, weight), gradients(loss, hidden, weight)):
+            torch.testing.assert_close(grad, wanted, rtol=FLOAT64_ERROR, atol=FLOAT64_ERROR)
+
+
+@pytest.mark.parametrize("divergence", ["forward", "reverse", "js"])
+def test_divergence_on_the_bucket_is_a_lower_bound_of_the_full_one(divergence):
+    """Against the whole vocabulary: never above, equal for k = V, and the same gradient on the stored ids' side."""
+    _, _, labels, *_ = make_case(ignored=())
+    generator = torch.Generator().manual_seed(3)
+    logits, teacher = (2 * torch.randn(6, 17, dtype=torch.float64, generator=generator) for _ in range(2))
+    p, eye = torch.softmax(teacher / 2, 1), torch.eye(17, dtype=torch.float64)
+    values = []
+    for k in (1, 2, 5, 9, 17):
+        probs, ids = p.topk(k, 1)
+        tail = p.scatter(1, ids, 0.0).sum(1)
+        out = fused_distillation_loss(logits, eye, labels, ids, probs, tail, 1.0, 2.0, divergence=divergence)
+        values.append(out.kl.item())
+    log_p, log_q = p.log(), torch.log_softmax(logits / 2, 1)
+    q, mean = log_q.exp(), (p + log_q.exp()) / 2
+    full = {
+        "forward": (p * (log_p - log_q)).sum(1),
+        "reverse": (q * (log_q - log_p)).sum(1),
+        "js": ((p * (log_p - mean.log())).sum(1) + (q * (log_q - mean.log())).sum(1)) / 2,
+    }[divergence]
+    assert values == sorted(values)
+    assert values[-1] == pytest.approx(full.mean().item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("tail_mass", [0.0, 1e-9, 0.3])
+@pytest.mark.parametrize("student", [*STUDENTS, "uniform"])
+@pytest.mark.parametrize("divergence", ["reverse", "js"])
+def test_other_divergences_stay_exact_in_float32(divergence, student, tail_mass):
+    vocab_size, k = 50, 4
+    for temperature in TEMPERATURES:
+        logits = torch.zeros(3, vocab_size, dtype=torch.float64)
+        if student != "uniform":
+            column, level = STUDENTS[student]
+            logits += torch.linspace(-1, 1, vocab_size, dtype=torch.float64) - level
+            logits[:, column] = 200.0
+        logits = logits.float().double().requires_grad_()
+        ids = torch.tensor([[0, 10, 20, 30]]).expand(3, k)
+        probs = (torch.tensor([0.5, 0.3, 0.15, 0.05]).double() * (1 - tail_mass)).expand(3, k).float()
+        tails = torch.full((3,), tail_mass)
+        smallest = torch.finfo(torch.float32).tiny  # what a probability of 0 counts as
+        in_64 = (probs.double(), tails.double().clamp_min(smallest))
+        expected = dense_divergence_rows(logits, ids, *in_64, temperature, divergence).mean()
+        hidden, labels, eye = logits.detach().float().requires_grad_(), torch.tensor([0, 1, 49]), torch.eye(vocab_size)
+        found = fused_distillation_loss(hidden, eye, labels, ids, probs, tails, 1.0, temperature, divergence=divergence)
+        assert abs(found.kl.item() - expected.item()) <= 2e-6 * max(1.0, abs(expected.item()))
+        (grad,) = torch.autograd.grad(found.loss, hidden)
+        (wanted,) = torch.autograd.grad(temperature**2 * expected, logits)
+        assert (grad.double() - wanted).abs().max() <= 2e-6 * max(1.0, wanted.abs().max())
+
+
+@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize(("scale", "softcap"), [(0.25, None), (1.0, 1.5), (3.0, 2.0)])
+def test_scaled_and_capped_logits_match_dense_autograd(tail, scale, softcap):
+    for temperature, chunk_bytes in itertools.product(TEMPERATURES, (3 * 17 * 8, 10**6)):
+        hidden, weight, labels, *targets = make_case(num_tokens=8, temperature=temperature)
+        logits = scale * hidden @ weight.T
+        logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+        eye = torch.eye(17, dtype=torch.float64)
+        dense = dense_loss(logits, eye, labels, *targets, 0.4, temperature, tail)
+        extras = {"logit_scale": scale, "logit_softcap": softcap, "chunk_bytes": chunk_bytes}
+        found = fused_distillation_loss(hidden, weight, labels, *targets, 0.4, temperature, tail, **extras)
+        for value, expected in zip(found, dense):
+            assert value.item() == pytest.approx(expected.item(), rel=1e-11)
+        for grad, wanted in zip(gradients(found.loss, hidden, weight), gradients(dense[0], hidden, weight)):
+            torch.testing.assert_close(grad, wanted, rtol=FLOAT64_ERROR, atol=FLOAT64_ERROR)
+
+
+@pytest.mark.parametrize("frozen_head", [False, True])
+@pytest.mark.parametrize(("scale", "softcap"), [(1.0, None), (0.5, 2.0)])
+def test_adapter_of_the_head_equals_the_merged_head(scale, softcap, frozen_head):
+    hidden, weight, *rest = make_case(num_tokens=8)
+    generator = torch.Generator().manual_seed(1)
+    down, up = (torch.randn(*shape, dtype=torch.float64, generator=generator) for shape in ((2, 4), (17, 2)))
+    leaves = [hidden, down.requires_grad_(), up.requires_grad_(), *([] if frozen_head else [weight])]
+    weight.requires_grad_(not frozen_head)
+    extras = {"logit_scale": scale, "logit_softcap": softcap, "chunk_bytes": 3 * 17 * 8}
+    expected = fused_distillation_loss(hidden, weight + 0.7 * up @ down, *rest, **extras)
+    found = fused_distillation_loss(hidden, weight, *rest, **extras, adapter=(0.7 * hidden @ down.T, up))
+    assert found.loss.item() == pytest.approx(expected.loss.item(), rel=1e-12)
+    grads = (torch.autograd.grad(out.loss, leaves) for out in (found, expected))
+    for grad, wanted in zip(*grads, strict=True):
+        torch.testing.assert_close(grad, wanted, rtol=1e-11, atol=1e-12)
+
+
+def test_frozen_head_with_an_adapter_makes_no_gradient_of_the_head():
+    hidden, weight, *rest = make_case(num_tokens=3, hidden_size=64, vocab_size=1000, k=4)
+    weight.requires_grad_(False)
+    adapter = (torch.ones(3, 2, dtype=torch.float64), torch.ones(1000, 2, dtype=torch.float64).requires_grad_())
+    inputs = [hidden, weight, *adapter]
+    step = lambda: fused_distillation_loss(hidden, weight, *rest, adapter=adapter).loss.backward()  # noqa: E731
+    assert largest_tensor(step, inputs) <= 3 * 1000
+
+
 NAMES = ("hidden_NH", "head_weight_VH", "labels_N", "ids_NK", "probs_NK", "tail_mass_N")
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"tail": "gost"}, "'gost'.*ghost, hybrid, zero, renormalise, uniform"),
+        ({"tail": "gost"}, "'gost'.*ghost, hybrid, sampled, zero, renormalise, uniform"),
         ({"alpha": 1.5}, "alpha: 1.5"),
+        ({"divergence": "backward"}, "'backward'.*forward, reverse, js"),
+        ({"divergence": "js", "tail": "zero"}, "'js' with tail 'zero', expected tail 'ghost'"),
+        ({"logit_scale": 0.0}, "logit_scale: 0.0"),
+        ({"logit_softcap": -1.0}, "logit_softcap: -1.0"),
+        ({"adapter": (torch.ones(6, 2), torch.ones(17, 3))}, r"adapter: shapes \(6, 2\) and \(17, 3\)"),
         ({"temperature": 0.0}, "temperature: 0.0"),
         ({"chunk_bytes": 0}, "chunk_bytes: 0"),
         ({"vocab_size": 18}, "vocab_size: 18, expected 1 to 17"),

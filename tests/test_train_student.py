@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import shutil
 import signal
@@ -17,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from pipeline import open_cache
 from pipeline.config import TAILS, TrainConfig, resolved
-from pipeline.errors import CacheIncompleteError, CacheMismatchError, ConfigError
+from pipeline.errors import CacheIncompleteError, CacheMismatchError, ConfigError, PipelineError
 from pipeline.files import write_json
 from pipeline.runs.commits import COMMITS
 from stages.cache_logits.draws import reduce_rows
@@ -26,11 +27,12 @@ from stages.cache_logits.reduction import Reduction
 from stages.train_student import train_student
 from stages.train_student.checkpoints import newest_whole_checkpoint, remove_torn_checkpoints
 from stages.train_student.dataset import Collate
-from stages.train_student.head import attach_fused_loss
+from stages.train_student.head import HeadLoss, attach_fused_loss
 from stages.train_student.loss import fused_distillation_loss
+from stages.train_student.progress import ReportProgress
 from stages.train_student.row_targets import TAIL_POLICIES
-from stages.train_student.trainer import ReportProgress
-from tests.helpers import tiny_tokenizer
+from stages.train_student.trainer import DistillationTrainer
+from tests.helpers import Lines, tiny_tokenizer
 from tests.small import llama_config, make_cache
 
 ROOT = Path(__file__).parent.parent
@@ -85,6 +87,13 @@ def dense_loss(model, cache, indices, alpha, temperature):
     return torch.cat(losses)
 
 
+def collated(sequences):
+    """A batch as the model takes it."""
+    batch = Collate(2.0)(sequences)
+    assert batch.pop("keys") == [sequence.key.hex() for sequence in sequences]
+    return batch
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_loss_in_the_model_equals_dense_documents(cache_folder, tied):
     """Packing, padding, alignment and padded vocabulary: values and gradients of every weight."""
@@ -94,10 +103,10 @@ def test_loss_in_the_model_equals_dense_documents(cache_folder, tied):
     model = LlamaForCausalLM(config).double()
     reference = LlamaForCausalLM(config).double()
     reference.load_state_dict(model.state_dict())
-    attach_fused_loss(model, alpha=0.3, vocab_size=cache.manifest.vocab_size)
+    attach_fused_loss(model, HeadLoss(alpha=0.3, vocab_size=cache.manifest.vocab_size))
     indices = [3, 8, 1, 39]
     assert max(len(cache[index].document_lengths) for index in indices) > 1
-    batch = Collate(2.0)([cache[index] for index in indices])
+    batch = collated([cache[index] for index in indices])
     assert len({len(cache[index].token_ids) for index in indices}) > 1
     out = model(**batch)
     expected = dense_loss(reference, cache, indices, 0.3, 2.0).mean()
@@ -114,11 +123,11 @@ def test_micro_batches_add_up_to_the_batch(cache_folder):
     cache = open_cache(cache_folder)
     torch.manual_seed(0)
     model = LlamaForCausalLM(llama_config(cache.manifest.vocab_size, num_hidden_layers=1)).double()
-    attach_fused_loss(model, alpha=0.5, vocab_size=cache.manifest.vocab_size)
+    attach_fused_loss(model, HeadLoss(vocab_size=cache.manifest.vocab_size))
     sequences = [cache[index] for index in range(8)]
     total = sum(len(sequence.targets) for sequence in sequences)
-    whole = model(**Collate(2.0)(sequences)).loss
-    parts = [model(**Collate(2.0)(sequences[i : i + 2]), num_items_in_batch=total).loss for i in range(0, 8, 2)]
+    whole = model(**collated(sequences)).loss
+    parts = [model(**collated(sequences[i : i + 2]), num_items_in_batch=total).loss for i in range(0, 8, 2)]
     torch.testing.assert_close(sum(parts), whole, rtol=1e-12, atol=0)
 
 
@@ -172,7 +181,7 @@ def test_attached_model_still_gives_logits(cache_folder):
     vocab_size = open_cache(cache_folder).manifest.vocab_size
     model = LlamaForCausalLM(llama_config(vocab_size))
     before = model(torch.arange(10)[None]).logits
-    attach_fused_loss(model, alpha=0.5, vocab_size=vocab_size)
+    attach_fused_loss(model, HeadLoss(vocab_size=vocab_size))
     torch.testing.assert_close(model(torch.arange(10)[None]).logits, before)
 
 
@@ -221,6 +230,78 @@ def test_killed_run_continues_to_the_bit(tmp_path, cache_folder, student):
     ]
     trajectories = [[(entry["step"], entry["loss"]) for entry in log if "loss" in entry] for log in logs]
     assert trajectories[0] == trajectories[1]
+
+
+def logged(folder: Path) -> list[tuple[int, float]]:
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [(entry["step"], entry["loss"]) for entry in log if "loss" in entry]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)])
+def test_signal_saves_and_exits_75(tmp_path, cache_folder, student, number):
+    """Between two lines of the log and two checkpoints; the means of the next line are those of an undisturbed run."""
+    config = settings(student, cache_folder, tmp_path / "run", max_steps=100_000, log_steps=7, save_steps=100_000)
+    command = [sys.executable, "-m", "pipeline.cli", "train-student", "--config", str(write_yaml(config))]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not (config.out / "log.jsonl").is_file() or not logged(config.out):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 75, errors
+    step = newest_whole_checkpoint(config.out / "checkpoints").name.removeprefix("checkpoint-")
+    assert f"step {step} of 100000 is saved; run the same command again to continue." in errors
+
+
+def test_log_and_spikes_of_a_resumed_run_are_those_of_an_undisturbed_one(tmp_path, cache_folder, student, monkeypatch):
+    """A checkpoint between two lines of the log holds what the next line's means need."""
+    whole = settings(student, cache_folder, tmp_path / "whole", max_steps=14, log_steps=7, save_steps=5)
+    train_student(whole)
+    config = dataclasses.replace(whole, out=tmp_path / "stopped")
+    judge = DistillationTrainer.judge_step
+
+    def dies(self: DistillationTrainer) -> None:
+        if self.state.global_step == 11:
+            raise KeyboardInterrupt
+        judge(self)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(DistillationTrainer, "judge_step", dies)
+        with pytest.raises(KeyboardInterrupt):
+            train_student(config)
+    assert newest_whole_checkpoint(config.out / "checkpoints").name == "checkpoint-10"
+    train_student(config)
+    assert logged(config.out) == logged(whole.out)
+
+
+@pytest.mark.parametrize("action", ["skip", "stop"])
+def test_bad_step_moves_nothing_and_is_never_silent(tmp_path, cache_folder, student, monkeypatch, action):
+    """An infinite gradient in step 3; without a bad step, weights move in every one."""
+    judge, seen = DistillationTrainer.judge_step, []
+
+    def broken(self: DistillationTrainer) -> None:
+        if self.state.global_step == 2:
+            for parameter in self.model.parameters():
+                parameter.grad.fill_(float("inf"))
+            self._grad_norm = float("inf")
+        judge(self)
+        seen.append([parameter.detach().clone() for parameter in self.model.parameters()])
+
+    monkeypatch.setattr(DistillationTrainer, "judge_step", broken)
+    lines = Lines()
+    config = settings(student, cache_folder, tmp_path / "run", max_steps=5, on_bad_loss=action, warmup_ratio=0.0)
+    if action == "stop":
+        with pytest.raises(PipelineError, match=r"step 3: a gradient of norm inf .* --on-bad-loss skip in this one"):
+            train_student(config, lines)
+        return
+    train_student(config, lines)
+    (line,) = [line for line in lines.lines if "step 3: a gradient of norm inf" in line]
+    assert "skipped; its 4 sequences" in line
+    moved = [not torch.equal(before[1], after[1]) for before, after in itertools.pairwise(seen)]
+    assert moved == [True, True, False, True]  # seen before the step of the same number
+    assert all(torch.isfinite(weight).all() for weight in weights(config.out).values())
 
 
 def test_torn_checkpoint_is_never_picked(tmp_path):
@@ -320,12 +401,12 @@ def test_training_on_draws(tmp_path, corpus, student):
     """Top k and draws, and draws alone (random-sampling KD), from the cache to a student."""
     both = make_cache(tmp_path / "both", corpus, tail_samples=6)
     draws = make_cache(tmp_path / "draws", corpus, top_k=0, tail_samples=6)
-    for name, cache in (("both", both), ("draws", draws)):
-        config = settings(student, cache, tmp_path / f"run-{name}", tail="hybrid", max_steps=30, save_steps=100)
+    for name, cache, tail in (("both", both, "hybrid"), ("draws", draws, "sampled")):
+        config = settings(student, cache, tmp_path / f"run-{name}", tail=tail, max_steps=30, save_steps=100)
         train_student(config)
         log = [json.loads(line) for line in (config.out / "log.jsonl").read_text().splitlines()]
         assert log[29]["kl"] < 0.7 * log[0]["kl"]
-    with pytest.raises(ConfigError, match="take --tail hybrid, not 'ghost'"):
+    with pytest.raises(ConfigError, match="take --tail sampled, not 'ghost'"):
         train_student(settings(student, draws, tmp_path / "run"))
     with pytest.raises(ConfigError, match=r"at T=1 needs draws .* it has draws at T=2 alone"):
         train_student(settings(student, both, tmp_path / "run", tail="hybrid", temperature=1.0))

@@ -1,8 +1,14 @@
-"""Checkpoints that are whole: a mark is written when everything else of one is on the disk."""
+"""Checkpoints that are whole: a mark is written when everything else of one is on the disk, on every rank.
+
+Only marked ones are resumed from, and an older one goes only when a newer one has its mark.
+"""
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from pipeline.errors import PipelineError
@@ -12,26 +18,42 @@ MARK = "whole.json"
 
 
 class MarkWhole(TrainerCallback):
-    """Marks every checkpoint after the Trainer has written it."""
+    """Marks every checkpoint after all ranks have written it; the mark holds what `extra` gives, too."""
+
+    def __init__(self, keep: int, extra: Callable[[], dict[str, Any]] = dict) -> None:
+        self._keep, self._extra = keep, extra
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
-        """Flush the files of the newest checkpoint and mark it."""
+        """Flush the files of the newest checkpoint, mark it, and remove those that are too many."""
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if state.is_world_process_zero and folder.is_dir():
-            for path in folder.rglob("*"):
-                if path.is_file():
-                    sync_file(path)
-            write_json(folder / MARK, {"step": state.global_step})
+        _wait_for_all_ranks()
+        for path in folder.rglob("*"):
+            if path.is_file():
+                sync_file(path)
+        _wait_for_all_ranks()
+        if state.is_world_process_zero:
+            write_json(folder / MARK, {"step": state.global_step, **self._extra()})
+            for old in sorted(_whole_checkpoints(Path(args.output_dir)), key=_step)[: -self._keep]:
+                (old / MARK).unlink()
+                shutil.rmtree(old)
+
+
+def _wait_for_all_ranks() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
 
 
 def newest_whole_checkpoint(folder: Path) -> Path | None:
     """The checkpoint with the most steps that carries its mark; None if there is none."""
-    whole = [path for path in _checkpoints(folder) if (path / MARK).is_file()]
-    if not whole:
-        return None
-    newest = max(whole, key=_step)
-    read_json(newest / MARK, PipelineError)
+    newest = max(_whole_checkpoints(folder), key=_step, default=None)
+    if newest is not None:
+        read_mark(newest)
     return newest
+
+
+def read_mark(checkpoint: Path) -> dict[str, Any]:
+    """What the mark of a whole checkpoint holds."""
+    return read_json(checkpoint / MARK, PipelineError)
 
 
 def remove_torn_checkpoints(folder: Path) -> None:
@@ -39,6 +61,10 @@ def remove_torn_checkpoints(folder: Path) -> None:
     for path in _checkpoints(folder):
         if not (path / MARK).is_file():
             shutil.rmtree(path)
+
+
+def _whole_checkpoints(folder: Path) -> list[Path]:
+    return [path for path in _checkpoints(folder) if (path / MARK).is_file()]
 
 
 def _checkpoints(folder: Path) -> list[Path]:

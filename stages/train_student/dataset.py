@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 from pipeline.shards.layout import CachedSequence
 from pipeline.shards.reader import Cache
 from pipeline.targets import SparseTargets
+from stages.train_student.row_targets import DRAWN_TAILS
 
 
 class CacheDataset(Dataset[CachedSequence]):
@@ -49,9 +50,10 @@ class Collate:
         teacher_probs            float32 [M, K]: p_T over the full vocabulary, restricted to the ids
         teacher_tail             float32 [M]: p_T of all other ids
         temperature, tail        float and str: T, and what stands for the other ids
-        teacher_entropy          float32 [M], for the tail "hybrid" alone: of p_T over the full vocabulary, nats
+        keys                     hexadecimal names of the sequences
+        teacher_entropy          float32 [M], for a tail of draws alone: of p_T over the full vocabulary, nats
 
-        With the tail "hybrid", K counts the draws too: a repeated draw is one entry with its draws' weight,
+        With a tail of draws, K counts the draws too: a repeated draw is one entry with its draws' weight,
         and the place of the others is padding, which repeats the row's first id with probability 0.
         """
         longest = max(len(sequence.token_ids) for sequence in sequences)
@@ -74,14 +76,15 @@ class Collate:
         batch |= {"teacher_ids": _int64(ids), "teacher_probs": torch.from_numpy(probs)}
         batch["teacher_tail"] = torch.from_numpy(np.concatenate([t.tail_mass(self.temperature) for t in targets]))
         batch["labels"] = batch["shift_labels"]  # the Trainer counts target tokens only where it sees this name
-        if self.tail == "hybrid":
+        if self.tail in DRAWN_TAILS:
             entropies = np.concatenate([target.entropy(self.temperature) for target in targets])
             batch["teacher_entropy"] = torch.from_numpy(entropies)
-        return batch | {"temperature": self.temperature, "tail": self.tail}
+        keys = [sequence.key.hex() for sequence in sequences]
+        return batch | {"temperature": self.temperature, "tail": self.tail, "keys": keys}
 
     def _entries(self, targets: SparseTargets) -> tuple[np.ndarray, np.ndarray]:
         """int32 and float32 [N, K]: the ids that are given, and their weights."""
-        if self.tail != "hybrid":
+        if self.tail not in DRAWN_TAILS:
             return targets.ids, targets.probs(self.temperature)
         drawn, weights = merge_draws(targets.draws, targets.tail_mass(self.temperature))
         ids, probs = np.hstack([targets.ids, drawn]), np.hstack([targets.probs(self.temperature), weights])

@@ -5,7 +5,9 @@ head (DDP, FSDP2) does so for us; reading the weight from outside would miss its
 reduction. Without targets in the call the model behaves as before.
 """
 
+import functools
 import types
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +16,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 
 from pipeline.errors import ConfigError
+from stages.train_student.lora import head_adapter
 from stages.train_student.loss import fused_distillation_loss
 
 
@@ -26,36 +29,35 @@ class DistillationOutput(ModelOutput):
     kl: Tensor | None = None
 
 
-def attach_fused_loss(model: PreTrainedModel, *, alpha: float, vocab_size: int) -> None:
+@dataclass(frozen=True, kw_only=True)
+class HeadLoss:
+    """What the loss of a student's head is, beside the batch."""
+
+    vocab_size: int
+    """Rows of the head from here on are padding."""
+    alpha: float = 0.5
+    """Where a call does not say."""
+    divergence: str = "forward"
+    logit_scale: float = 1.0
+    logit_softcap: float | None = None
+
+
+def attach_fused_loss(model: PreTrainedModel, settings: HeadLoss) -> None:
     """Make `model(**batch)` of a batch by `dataset.Collate` return a DistillationOutput.
 
     `num_items_in_batch` is the number of target tokens of the whole step, over all micro-batches
-    and ranks; without it the mean is over the batch. Rows of the head from `vocab_size` on are
-    padding. Raises ConfigError for a head with a bias.
+    and ranks; without it the mean is over the batch. With `measure`, what
+    `measure(hidden_MH, head_weight_VH, adapter=...)` makes of the target rows is returned instead. Raises ConfigError for a head with a bias.
     """
     head = model.get_output_embeddings()
     if getattr(head, "bias", None) is not None:
         raise ConfigError(f"{type(model).__name__}: its head has a bias, which the fused loss does not know.")
     head_forward, model_forward = head.forward, model.forward
 
-    def fused_head(self: Any, hidden: Tensor, targets: tuple[Any, ...] | None = None) -> Any:
-        if targets is None:
+    def fused_head(self: Any, hidden: Tensor, function: Callable[..., Any] | None = None) -> Any:
+        if function is None:
             return head_forward(hidden)
-        labels, ids, probs, tail_mass, entropy, temperature, tail, num_items = targets
-        return fused_distillation_loss(
-            hidden,
-            self.weight,
-            labels,
-            ids,
-            probs,
-            tail_mass,
-            alpha=alpha,
-            temperature=temperature,
-            tail=tail,
-            num_target_tokens=num_items,
-            vocab_size=vocab_size,
-            teacher_entropy_N=entropy,
-        )
+        return function(hidden, getattr(self, "base_layer", self).weight, adapter=head_adapter(self, hidden))
 
     def forward(
         self: Any,
@@ -69,16 +71,34 @@ def attach_fused_loss(model: PreTrainedModel, *, alpha: float, vocab_size: int) 
         teacher_entropy: Tensor | None = None,
         temperature: float | None = None,
         tail: str | None = None,
+        alpha: float | None = None,
         num_items_in_batch: Tensor | int | None = None,
+        measure: Callable[..., Any] | None = None,
         **kwargs: Any,
     ) -> Any:
         if target_rows is None:
             return model_forward(input_ids=input_ids, position_ids=position_ids, **kwargs)
         hidden_BSH = self.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
         hidden_MH = hidden_BSH.flatten(0, 1)[target_rows]
-        teacher = (teacher_ids, teacher_probs, teacher_tail, teacher_entropy)
-        targets = (shift_labels, *teacher, temperature, tail, num_items_in_batch)
-        return DistillationOutput(*self.get_output_embeddings()(hidden_MH, targets))
+        if measure is not None:
+            return self.get_output_embeddings()(hidden_MH, measure)
+        loss = functools.partial(
+            fused_distillation_loss,
+            labels_N=shift_labels,
+            ids_NK=teacher_ids,
+            probs_NK=teacher_probs,
+            tail_mass_N=teacher_tail,
+            teacher_entropy_N=teacher_entropy,
+            alpha=settings.alpha if alpha is None else alpha,
+            temperature=temperature,
+            tail=tail,
+            num_target_tokens=num_items_in_batch,
+            vocab_size=settings.vocab_size,
+            divergence=settings.divergence,
+            logit_scale=settings.logit_scale,
+            logit_softcap=settings.logit_softcap,
+        )
+        return DistillationOutput(*self.get_output_embeddings()(hidden_MH, loss))
 
     head.forward = types.MethodType(fused_head, head)
     model.forward = types.MethodType(forward, model)

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from stages.train_student.divergences import DIVERGENCES
 from stages.train_student.fused_head import (
     DEFAULT_CHUNK_BYTES,
     FusedHead,
@@ -21,7 +22,7 @@ from stages.train_student.fused_head import (
     loss_dtype,
     product_dtype,
 )
-from stages.train_student.row_targets import TAIL_POLICIES, check_shapes, make_row_targets
+from stages.train_student.row_targets import DRAWN_TAILS, TAIL_POLICIES, check_shapes, make_row_targets
 
 DTYPES = (torch.bfloat16, torch.float32, torch.float64)
 """Of hidden states and head. float16 lacks the range for the gradient of a uniform tail at the mean of a batch."""
@@ -35,7 +36,7 @@ class DistillationLoss(NamedTuple):
     cross_entropy: Tensor
     """-log softmax(z)[label] in nats, detached."""
     kl: Tensor
-    """KL(p_T || q_T) in nats under the tail policy, not times T^2, detached; nan without targets."""
+    """The divergence of p_T and q_T in nats under the tail policy, not times T^2, detached; nan without targets."""
 
 
 def fused_distillation_loss(
@@ -54,6 +55,10 @@ def fused_distillation_loss(
     chunk_bytes: int | None = None,
     vocab_size: int | None = None,
     teacher_entropy_N: Tensor | None = None,
+    divergence: str = "forward",
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+    adapter: tuple[Tensor, Tensor] | None = None,
 ) -> DistillationLoss:
     """(1 - alpha) CE + alpha T^2 KL(p_T || q_T) of a student whose logits are hidden_NH @ head_weight_VH.T.
 
@@ -64,8 +69,15 @@ def fused_distillation_loss(
     slot 0 with probability 0. Without targets, all three None, alpha must be 0.
 
     With the tail "hybrid" the entries are the top k and draws from the tail that weigh tail mass / D each; the
-    gradient is then an unbiased estimate of the full one. `teacher_entropy_N`, the full entropy of p_T in nats,
+    gradient is then an unbiased estimate of the full one; "sampled" is the same with draws alone. `teacher_entropy_N`, the full entropy of p_T in nats,
     makes the reported KL one too; it changes no gradient and goes with no other tail.
+
+    `divergence` "reverse" takes KL(q_T || p_T) in the place of KL(p_T || q_T), "js" their Jensen-Shannon divergence, both
+    with a ghost tail alone: they are defined on the stored ids and one bucket (divergences.py).
+
+    `logit_scale` multiplies the logits (Cohere, Granite), `logit_softcap` c then makes them c tanh(logits / c) (Gemma 2).
+    `adapter` is a low-rank update of the head, ([N, R] and [V, R]) in place of (hidden_NH @ A.T, B): their product is
+    added to the logits, in both gradients as in the values; a frozen head costs no gradient.
 
     Rows whose label is `ignore_index` cost nothing, have a zero gradient and may hold anything as targets.
     Sums over the others are divided by `num_target_tokens`, by default their number in this call. Give the number
@@ -81,6 +93,7 @@ def fused_distillation_loss(
     vocab_size = head_weight_VH.shape[0] if vocab_size is None else vocab_size
     has_targets = _has_targets(ids_NK, probs_NK, tail_mass_N)
     _check_settings(alpha, temperature, tail, chunk_bytes, has_targets)
+    _check_logits(divergence, tail, logit_scale, logit_softcap)
     _check_student(hidden_NH, head_weight_VH, labels_N, vocab_size)
     rows_M = (labels_N != ignore_index).nonzero().squeeze(1)
     labels_M = labels_N[rows_M].long()
@@ -94,6 +107,9 @@ def fused_distillation_loss(
         if teacher_entropy_N is not None:
             _check_entropy(teacher_entropy_N, tail, len(labels_N))
             targets = targets._replace(entropy_term_N=-teacher_entropy_N[rows_M].to(dtype))
+    factors = (hidden_NH, head_weight_VH) if adapter is None else (hidden_NH, head_weight_VH, *adapter)
+    if adapter is not None:
+        _check_adapter(adapter, hidden_NH, head_weight_VH)
     settings = HeadSettings(
         alpha=float(alpha),
         temperature=float(temperature),
@@ -101,11 +117,12 @@ def fused_distillation_loss(
         vocab_size=vocab_size,
         chunk_bytes=chunk_bytes or DEFAULT_CHUNK_BYTES[hidden_NH.device.type],
         product_dtype=product_dtype(hidden_NH),
-        needs_hidden_grad=torch.is_grad_enabled() and hidden_NH.requires_grad,
-        needs_weight_grad=torch.is_grad_enabled() and head_weight_VH.requires_grad,
+        divergence=divergence,
+        logit_scale=float(logit_scale),
+        logit_softcap=logit_softcap,
+        needs_grad=tuple(torch.is_grad_enabled() and factor.requires_grad for factor in factors),
     )
-    batch = TargetTokens(rows_M, labels_M, targets)
-    return DistillationLoss(*FusedHead.apply(hidden_NH, head_weight_VH, batch, settings))
+    return DistillationLoss(*FusedHead.apply(TargetTokens(rows_M, labels_M, targets), settings, *factors))
 
 
 def _has_targets(*targets: Tensor | None) -> bool:
@@ -118,10 +135,10 @@ def _has_targets(*targets: Tensor | None) -> bool:
 
 
 def _check_entropy(teacher_entropy_N: Tensor, tail: str, num_tokens: int) -> None:
-    if tail != "hybrid" or teacher_entropy_N.shape != (num_tokens,):
+    if tail not in DRAWN_TAILS or teacher_entropy_N.shape != (num_tokens,):
         raise ValueError(
             f"teacher_entropy_N: shape {tuple(teacher_entropy_N.shape)} with tail {tail!r}, "
-            f"expected ({num_tokens},) with tail 'hybrid'."
+            f"expected ({num_tokens},) with a tail of draws: {' or '.join(DRAWN_TAILS)}."
         )
 
 
@@ -148,6 +165,26 @@ def _check_settings(alpha: float, temperature: float, tail: str, chunk_bytes: in
         raise ValueError(f"chunk_bytes: {chunk_bytes}, expected a positive number of bytes.")
     if alpha > 0 and not has_targets:
         raise ValueError(f"alpha: {alpha} without targets, expected 0; give all of ids_NK, probs_NK and tail_mass_N.")
+
+
+def _check_logits(divergence: str, tail: str, logit_scale: float, logit_softcap: float | None) -> None:
+    if divergence not in DIVERGENCES:
+        raise ValueError(f"divergence: {divergence!r}, choose one of: {', '.join(DIVERGENCES)}.")
+    if divergence != "forward" and tail != "ghost":
+        raise ValueError(f"divergence: {divergence!r} with tail {tail!r}, expected tail 'ghost': it needs a whole p_T.")
+    for name, value in (("logit_scale", logit_scale), ("logit_softcap", logit_softcap)):
+        if value is not None and not (value > 0 and math.isfinite(value)):
+            raise ValueError(f"{name}: {value}, expected a positive number.")
+
+
+def _check_adapter(adapter: tuple[Tensor, Tensor], hidden_NH: Tensor, head_weight_VH: Tensor) -> None:
+    hidden_NR, weight_VR = adapter
+    expected = (len(hidden_NH), len(head_weight_VH), hidden_NR.shape[-1])
+    if hidden_NR.ndim != 2 or weight_VR.ndim != 2 or (len(hidden_NR), *weight_VR.shape) != expected:
+        raise ValueError(
+            f"adapter: shapes {tuple(hidden_NR.shape)} and {tuple(weight_VR.shape)}; expected "
+            f"({len(hidden_NH)}, R) and ({len(head_weight_VH)}, R)."
+        )
 
 
 def _check_student(hidden_NH: Tensor, head_weight_VH: Tensor, labels_N: Tensor, vocab_size: int) -> None:

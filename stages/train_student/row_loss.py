@@ -12,6 +12,8 @@ w, t, u and their total M from row_targets.py, the gradient of a row with respec
 
 The columns of S are taken out of the row first, so that every pass over V runs on the rest alone. That makes
 1 - Q a sum of its own instead of a difference, which in float32 is noise once Q > 0.9999.
+
+That is the forward KL. For another divergence (divergences.py) the two brackets after B are its pulls.
 """
 
 from typing import NamedTuple
@@ -19,6 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from stages.train_student.divergences import bucket_divergence
 from stages.train_student.row_targets import RowTargets
 
 _ABSENT = -1e30
@@ -66,10 +69,11 @@ def distillation_rows_(
     temperature: float,
     weights: tuple[float, float] | None,
     scratch_NV: Tensor,
+    divergence: str = "forward",
 ) -> tuple[Tensor, Tensor]:
-    """Cross-entropy and KL(p_T || q_T) of every row in nats, both [N].
+    """Cross-entropy and divergence D of p_T and q_T of every row in nats, both [N].
 
-    With `weights` (A, B), `logits_NV` becomes A dCE/dz + B T dKL/dz; without it is left as scratch.
+    With `weights` (A, B), `logits_NV` becomes A dCE/dz + B T dD/dz; without it is left as scratch.
     `scratch_NV` is overwritten and must not overlap the logits.
     """
     label_logits_N1 = logits_NV.gather(1, labels_N[:, None])
@@ -87,10 +91,16 @@ def distillation_rows_(
     hard = _logprobs(entry_logits_NK, rest_max_N1, rest.exp_sum_N1, 1.0)
     soft = _logprobs(entry_logits_NK, rest_max_N1, rest.softened_exp_sum_N1, temperature)
     cross_entropy_N = (hard.logsumexp_N1 - (label_logits_N1 - shift_N1)).squeeze(1)
-    kl_N = _kl_rows(targets, soft, rest_sum_N, shift_N1, temperature)
+    if divergence == "forward":
+        divergence_N = _kl_rows(targets, soft, rest_sum_N, shift_N1, temperature)
+        pulls = _kl_pulls(targets, soft) if weights is not None else None
+    else:
+        divergence_N, *pulls = bucket_divergence(
+            divergence, targets.weights_NK, targets.bucket_N, soft.entries_NK, soft.rest_N1
+        )
     if weights is not None:
-        _gradient_rows_(logits_NV, labels_N, targets, rest, hard, soft, weights)
-    return cross_entropy_N, kl_N
+        _gradient_rows_(logits_NV, labels_N, targets, rest, hard, pulls, weights)
+    return cross_entropy_N, divergence_N
 
 
 def _exponentiate_rest_(logits_NV: Tensor, temperature: float, scratch_NV: Tensor) -> _Rest:
@@ -131,20 +141,27 @@ def _kl_rows(
     return kl_N
 
 
+def _kl_pulls(targets: RowTargets, soft: _Logprobs) -> tuple[Tensor, Tensor]:
+    """T dKL/dz on the entries [N, K], and summed over the rest [N, 1] (less its level)."""
+    total_N1 = targets.total_N[:, None]
+    entries_NK = total_N1 * soft.entries_NK.exp() - targets.weights_NK
+    return entries_NK, total_N1 * soft.rest_N1.exp() - targets.bucket_N[:, None]
+
+
 def _gradient_rows_(
     logits_NV: Tensor,
     labels_N: Tensor,
     targets: RowTargets,
     rest: _Rest,
     hard: _Logprobs,
-    soft: _Logprobs,
+    pulls: tuple[Tensor, Tensor],
     weights: tuple[float, float],
 ) -> None:
     """Writes the gradient of the module's formula over `logits_NV`, which is one of the exponentials of `rest`."""
     hard_weight, soft_weight = weights
-    total_N1, bucket_N1 = targets.total_N[:, None], targets.bucket_N[:, None]
+    entry_pulls_NK, rest_pull_N1 = pulls
     hard_scale_N1 = hard_weight * hard.rest_N1.exp() / rest.exp_sum_N1
-    soft_scale_N1 = soft_weight * (total_N1 * soft.rest_N1.exp() - bucket_N1) / rest.softened_exp_sum_N1
+    soft_scale_N1 = soft_weight * rest_pull_N1 / rest.softened_exp_sum_N1
     if rest.exp_NV is rest.softened_exp_NV:
         logits_NV.mul_(hard_scale_N1 + soft_scale_N1)
     else:
@@ -153,7 +170,7 @@ def _gradient_rows_(
         logits_NV.sub_(soft_weight * targets.level_N[:, None])
 
     entries_NK = hard_weight * hard.entries_NK.exp()
-    entries_NK += soft_weight * (total_N1 * soft.entries_NK.exp() - targets.weights_NK)
+    entries_NK += soft_weight * entry_pulls_NK
     entries_NK = torch.where(targets.is_entry_NK, entries_NK, entries_NK[:, :1])  # padding writes slot 0 again
     logits_NV.scatter_(1, targets.ids_NK, entries_NK)
     labels_N1 = labels_N[:, None]

@@ -12,7 +12,7 @@ Every policy is one formula with other weights, over the stored ids S and the re
 | tail        | w (`weights_NK`) | t (`bucket_N`) | u (`level_N`)       |
 |-------------|------------------|----------------|---------------------|
 | ghost       | p                | tail mass      |                     |
-| hybrid      | p, and tail / D a draw |          |                     |
+| hybrid, sampled | p, and tail / D a draw |      |                     |
 | zero        | p                |                |                     |
 | renormalise | p / sum p        |                |                     |
 | uniform     | p                |                | tail mass / (V - K) |
@@ -36,7 +36,7 @@ def _ghost(probs_NK: Tensor, tail_mass_N: Tensor, num_rest_N: Tensor) -> TailWei
     return probs_NK, tail_mass_N, None
 
 
-def _hybrid(probs_NK: Tensor, tail_mass_N: Tensor, num_rest_N: Tensor) -> TailWeights:
+def _drawn(probs_NK: Tensor, tail_mass_N: Tensor, num_rest_N: Tensor) -> TailWeights:
     """The entries hold draws from the tail with their weights: an unbiased estimate of the full gradient."""
     return probs_NK, torch.zeros_like(tail_mass_N), None
 
@@ -59,11 +59,15 @@ def _uniform(probs_NK: Tensor, tail_mass_N: Tensor, num_rest_N: Tensor) -> TailW
 
 TAIL_POLICIES: dict[str, Callable[[Tensor, Tensor, Tensor], TailWeights]] = {
     "ghost": _ghost,
-    "hybrid": _hybrid,
+    "hybrid": _drawn,
+    "sampled": _drawn,
     "zero": _zero,
     "renormalise": _renormalise,
     "uniform": _uniform,
 }
+
+DRAWN_TAILS = ("hybrid", "sampled")
+"""Policies whose entries include draws: with a top k, and alone (then the tail mass is 1; arXiv 2503.16870)."""
 
 
 class RowTargets(NamedTuple):

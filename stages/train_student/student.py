@@ -1,6 +1,7 @@
 """The student as its folder describes it: checked against the cache before anything is loaded."""
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,11 @@ from pipeline.manifest import CacheManifest
 from pipeline.tokenizer import identify_folder
 
 WEIGHT_PATTERNS = ("*.safetensors", "*.bin")
-UNSUPPORTED = ("final_logit_softcapping", "logit_scale", "logits_scaling", "mup_output_alpha")
-"""Keys of config.json that change the logits after the head; the fused loss does not know them."""
+FACTORS = {"logit_scale": 1, "lm_head_multiplier": 1, "logits_scaling": -1}
+"""Keys of config.json that scale the logits (Cohere, Falcon-H1, Granite), and to which power."""
+SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+SOFTCAP = "final_logit_softcapping"
+"""Key of config.json: c of c tanh(logits / c) (Gemma 2)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +27,16 @@ class Student:
     config: dict[str, Any]
     has_weights: bool
     """False: start from random weights."""
+
+    @property
+    def logit_scale(self) -> float:
+        """What the model multiplies the head's output with."""
+        return math.prod(float(self.config.get(key) or 1.0) ** power for key, power in FACTORS.items())
+
+    @property
+    def logit_softcap(self) -> float | None:
+        """The bound of the model's logits, if it has one."""
+        return self.config.get(SOFTCAP)
 
     def load(self, seed: int) -> Any:
         """The transformers model, float32, with its weights or fresh ones that the seed decides."""
@@ -48,14 +62,10 @@ def read_student(path: Path, manifest: CacheManifest) -> Student:
         )
     try:
         document = json.loads(config_path.read_text(encoding="utf-8"))
-        vocab_size, architecture = int(document["vocab_size"]), document["model_type"]
+        vocab_size, _ = int(document["vocab_size"]), document["model_type"]
     except (ValueError, KeyError, TypeError) as exc:
         raise ConfigError(f"{config_path}: not the config of a causal LM ({exc}).") from exc
-    for key in UNSUPPORTED:
-        if document.get(key) not in (None, 1, 1.0):
-            raise ConfigError(
-                f"{config_path}: {key} is {document[key]}; a {architecture} student with it is not supported."
-            )
+    _check_special_tokens(config_path, document, vocab_size)
     _check_vocabulary(folder, config_path, vocab_size, manifest)
     context = document.get("max_position_embeddings", manifest.sequence_length)
     if context < manifest.sequence_length:
@@ -65,6 +75,28 @@ def read_student(path: Path, manifest: CacheManifest) -> Student:
         )
     has_weights = path.suffix != ".json" and any(any(folder.glob(pattern)) for pattern in WEIGHT_PATTERNS)
     return Student(folder=folder, config=document, has_weights=has_weights)
+
+
+def _check_special_tokens(config_path: Path, document: dict[str, Any], vocab_size: int) -> None:
+    for name in SPECIAL_TOKENS:
+        for token in _ids(document.get(name)):
+            if not 0 <= token < vocab_size:
+                raise ConfigError(f"{config_path}: {name} is {token}, outside its vocabulary of {vocab_size}.")
+
+
+def special_token_notes(student: Student, tokenizer: Any) -> list[str]:
+    """What a user should know where the student's special tokens are not those that the cache's tokenizer has."""
+    found = {name: _ids(student.config.get(name)) for name in SPECIAL_TOKENS}
+    return [
+        f"{student.folder}: {name} is {' or '.join(map(str, found[name]))}; the cache's tokenizer has {expected}: what "
+        "generates with the student should be told."
+        for name in SPECIAL_TOKENS
+        if found[name] and (expected := getattr(tokenizer, name)) is not None and expected not in found[name]
+    ]
+
+
+def _ids(value: int | list[int] | None) -> list[int]:
+    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 def _check_vocabulary(folder: Path, config_path: Path, vocab_size: int, manifest: CacheManifest) -> None:

@@ -1,40 +1,79 @@
-"""transformers.Trainer with the fused loss: what it logs, and how it evaluates."""
+"""transformers.Trainer with the fused loss: its data, what it judges of every step, and what it logs."""
 
-import json
-from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedType
 from torch import Tensor
-from torch.utils.data import DataLoader, Subset
-from transformers import (
-    PrinterCallback,
-    ProgressCallback,
-    Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
-from pipeline.progress import Progress, Reporter
-from stages.train_student.dataset import CacheDataset, Collate
+from pipeline.runs.drain import Drain
+from stages.train_student.evaluation import Evaluation
+from stages.train_student.guards import StepGuard
+from stages.train_student.loader import BatchLoader, Stopwatch
+from stages.train_student.schedules import AlphaSchedule
 
-LOG = "log.jsonl"
+TERMS = ("loss", "cross_entropy", "kl")
 
 
 class DistillationTrainer(Trainer):
-    """A Trainer whose model returns a DistillationOutput; logs the two terms beside the loss."""
+    """A Trainer whose model returns a DistillationOutput and whose batches come from a BatchLoader.
 
-    def __init__(self, *, eval_temperatures: tuple[float, ...], **kwargs: Any) -> None:
+    Before every optimizer step the ranks add up their losses, and whether a signal asked one of them to stop, in one
+    collective: they judge the step, and leave, together. `on_bad_step(step, problem, keys)` is told of a bad step on
+    every rank with the keys of all; unless it raises, the step is skipped: no weight, no moment moves.
+    """
+
+    def __init__(
+        self,
+        *,
+        batches: BatchLoader,
+        alpha: AlphaSchedule,
+        evaluation: Evaluation | None,
+        drain: Drain,
+        on_bad_step: Any,
+        epochs_per_step: float,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**kwargs)
         # The loss divides by the target tokens of the whole step: the Trainer must not divide again.
         self.model_accepts_loss_kwargs = True
-        self._eval_temperatures = eval_temperatures
-        self._terms: dict[str, Tensor] = {}
-        self._terms_since_step = 0
+        self.drained = False
+        self.guard = StepGuard()
+        self._batches, self._alpha, self._evaluation = batches, alpha, evaluation
+        self._drain, self._on_bad_step = drain, on_bad_step
+        self.epochs_per_step = epochs_per_step
+        self._waiting = Stopwatch()
+        self._tokens = 0
+        self._grad_norm = 0.0
+        self._step_terms: Tensor | None = None
+        self._step_keys: list[str] = []
+        self.sums, self.good_steps = [0.0] * len(TERMS), 0
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
+        self.add_callback(_StepHooks(self))
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """accelerate honours FSDP for accelerators alone and silently takes DDP on a CPU: insist."""
+        super().create_accelerator_and_postprocess()
+        state = self.accelerator.state
+        if self.args.fsdp_plugin_args is not None and state.distributed_type == DistributedType.MULTI_CPU:
+            from accelerate.utils import FullyShardedDataParallelPlugin
+
+            state.distributed_type = DistributedType.FSDP
+            state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
+            self.is_fsdp_enabled = True
+
+    def get_train_dataloader(self) -> Any:
+        """The run's own loader: it knows ranks, and where a resumed run begins."""
+        return self._batches
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
+        """The micro-batches of a step; counts the tokens, and the time spent waiting for them."""
+        with self._waiting:
+            batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._tokens += sum(batch["input_ids"].numel() for batch in batches)
+        return batches, num_items
 
     def compute_loss(
         self,
@@ -46,97 +85,92 @@ class DistillationTrainer(Trainer):
         """The loss of a micro-batch: its share of the mean over the target tokens of the step, on all ranks."""
         if num_items_in_batch is None:
             raise RuntimeError("the Trainer did not count the step's target tokens; the loss would be off by a factor")
-        outputs = model(**inputs, num_items_in_batch=num_items_in_batch)
-        if not self._terms:
-            self._terms_since_step = self.state.global_step
-        for name in ("cross_entropy", "kl"):
-            self._terms[name] = self._terms.get(name, 0) + getattr(outputs, name).detach()
-        loss = outputs.loss
-        loss = loss * self.accelerator.num_processes  # gradients are averaged over ranks
+        self._step_keys += inputs.pop("keys")
+        outputs = model(**inputs, num_items_in_batch=num_items_in_batch, alpha=self.alpha)
+        terms = torch.stack([getattr(outputs, name).detach() for name in TERMS])
+        self._step_terms = terms if self._step_terms is None else self._step_terms + terms
+        loss = outputs.loss * self.accelerator.num_processes  # gradients are averaged over ranks
         return (loss, outputs) if return_outputs else loss
 
+    @property
+    def alpha(self) -> float:
+        """Weight of the distillation term in the step that is under way."""
+        return self._alpha.at(self.state.global_step, self.state.max_steps)
+
+    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> float:
+        self._grad_norm = float(super()._get_grad_norm(model, grad_norm=grad_norm))
+        return self._grad_norm
+
+    def judge_step(self) -> None:
+        """Let the step happen, or drop its gradients."""
+        assert self._step_terms is not None
+        asked_to_stop = self._step_terms.new_tensor([float(self._drain.requested)])
+        total = self.accelerator.reduce(torch.cat([self._step_terms, asked_to_stop]), "sum").tolist()
+        *terms, num_asked = total
+        self.drained = num_asked > 0
+        norm = 0.0 if self.args.fp16 else self._grad_norm  # the loss scaler of float16 overflows by design
+        problem = self.guard.judge(terms[0], norm)
+        if problem is None:
+            self.sums = [known + term for known, term in zip(self.sums, terms)]
+            self.good_steps += 1
+        else:
+            self._on_bad_step(self.state.global_step + 1, problem, self._all_keys())
+            self.optimizer.zero_grad()  # AdamW leaves a parameter without a gradient as it is
+        self._step_terms, self._step_keys = None, []
+
+    def _all_keys(self) -> list[str]:
+        if self.args.world_size == 1:
+            return self._step_keys
+        gathered: list[list[str] | None] = [None] * self.args.world_size
+        torch.distributed.all_gather_object(gathered, self._step_keys)
+        return [key for keys in gathered for key in keys or []]
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the means of the two terms over the steps since the last line."""
-        if "loss" in logs and self._terms:
-            steps = self.state.global_step - self._terms_since_step
-            for name, total in self._terms.items():
-                logs[name] = self.accelerator.reduce(total, "sum").item() / steps
-            self._terms, self._terms_since_step = {}, self.state.global_step
+        """Means over the good steps since the last line, in the place of the Trainer's own loss; and the speed."""
+        if "loss" in logs:
+            steps = max(self.good_steps, 1) if self.good_steps else float("nan")
+            logs |= {name: total / steps for name, total in zip(TERMS, self.sums)}
+            seconds, waiting = self._waiting.read()
+            logs["alpha"] = self._alpha.at(max(self.state.global_step - 1, 0), self.state.max_steps)
+            logs["tokens_per_second"] = round(self._tokens * self.args.world_size / seconds, 1)
+            logs["data_wait_share"] = round(waiting, 5)
+            self._tokens = 0
+            self.sums, self.good_steps = [0.0] * len(TERMS), 0
         super().log(logs, start_time)
+
+    def progress(self) -> dict[str, Any]:
+        """What a checkpoint has to hold beside the Trainer's own state, for a log that continues to the bit."""
+        return {"sums": self.sums, "good_steps": self.good_steps, "history": list(self.guard.history)}
+
+    def restore(self, progress: dict[str, Any]) -> None:
+        """Continue from `progress()` of a checkpoint."""
+        self.sums, self.good_steps = progress["sums"], progress["good_steps"]
+        self.guard.history.extend(progress["history"])
+        self._batches.batch_sampler.first_step = progress["step"]
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Means over the target tokens of the held-out cache, nats.
-
-        cross_entropy, and kl_T for every T of `eval_temperatures`: with a ghost tail, whatever the training's,
-        so that students can be compared; a lower bound on the full KL where k is below the vocabulary.
-        """
-        dataset = eval_dataset or self.eval_dataset
-        metrics: dict[str, float] = {}
-        for temperature in self._eval_temperatures:
-            cross_entropy, kl, count = self._evaluation_sums(dataset, temperature)
-            metrics[f"{metric_key_prefix}_cross_entropy"] = cross_entropy / count
-            metrics[f"{metric_key_prefix}_kl_{temperature:g}"] = kl / count
+        """Metrics of `evaluation.Evaluation` on the held-out cache."""
+        assert self._evaluation is not None
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in self._evaluation.run(self).items()}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self._waiting.read()  # an evaluation is not training time
         return metrics
 
-    def _evaluation_sums(self, dataset: CacheDataset, temperature: float) -> list[float]:
-        """Cross-entropy, KL and the number of target tokens, summed over the ranks, each with its own share."""
-        share = Subset(dataset, range(self.args.process_index, len(dataset), self.args.world_size))
-        loader = DataLoader(share, batch_size=self.args.per_device_eval_batch_size, collate_fn=Collate(temperature))
-        sums = torch.zeros(3, dtype=torch.float64, device=self.args.device)
-        self.model.eval()
-        for batch in loader:
-            inputs = self._prepare_inputs(batch)
-            with torch.no_grad(), self.accelerator.autocast():
-                outputs = self.model(**inputs, num_items_in_batch=1)
-            count = outputs.kl.new_tensor(len(inputs["shift_labels"]))
-            sums += torch.stack([outputs.cross_entropy, outputs.kl, count])
-        self.model.train()
-        return self.accelerator.reduce(sums, "sum").tolist()
 
+class _StepHooks(TrainerCallback):
+    """Calls the trainer where its own loop has no method to override."""
 
-class ReportProgress(TrainerCallback):
-    """Shows steps and the latest loss; keeps the log as JSON lines."""
+    def __init__(self, trainer: DistillationTrainer) -> None:
+        self._trainer = trainer
 
-    def __init__(self, reporter: Reporter, folder: Path) -> None:
-        self._reporter, self._folder = reporter, folder
-        self._progress = Progress()
-        self._note = ""
+    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        self._trainer.judge_step()
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Start the log again from what the checkpoint knows: a killed run may have logged steps that it lost."""
-        if state.is_world_process_zero:
-            lines = "".join(json.dumps(entry) + "\n" for entry in state.log_history)
-            (self._folder / LOG).write_text(lines, encoding="utf-8")
-            self._progress = self._reporter.progress("train-student", state.max_steps - state.global_step, "steps")
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """One optimizer step is done."""
-        self._progress.advance(1, self._note)
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Append a line of JSON."""
-        if not state.is_world_process_zero or not logs:
-            return
-        with (self._folder / LOG).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(state.log_history[-1]) + "\n")
-        shown = {name: logs[name] for name in ("loss", "cross_entropy", "kl", "eval_cross_entropy") if name in logs}
-        self._note = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in shown.items()) or self._note
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """No more steps."""
-        self._progress.close()
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        state.epoch = state.global_step * self._trainer.epochs_per_step
+        if self._trainer.drained:
+            control.should_save = control.should_training_stop = True
+        return control

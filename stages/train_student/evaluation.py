@@ -1,0 +1,145 @@
+"""Held-out metrics of a student against the teacher's targets, summed over all ranks.
+
+All are means over the target tokens, at T = 1 unless said otherwise. q is the student's distribution over the real
+vocabulary, p the teacher's, S the stored ids, t the teacher's mass outside them.
+
+cross_entropy      -log q(label), nats; exact
+kl_T               KL(p_T || q_T) with a ghost tail, nats: a lower bound of the full one, whatever tail trains
+top1_agreement     how often the student's most probable id is the teacher's; exact
+acceptance_min     sum over S of min(p, q): a lower bound of the rate at which speculative decoding accepts a draft of
+acceptance_max     the student (arXiv 2211.17192, sum over all ids of min(p, q)); with min(t, 1 - q(S)), an upper bound.
+                   Both are exact where t = 0
+calibration_error  expected calibration error of the student's most probable id against the label, 15 equal bins
+"""
+
+import functools
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.shards.reader import Cache
+from stages.train_student.dataset import Collate
+from stages.train_student.head import HeadLoss
+
+BINS = 15
+CHUNK_BYTES = 64 * 2**20
+"""Of the float32 logits that exist at the same time."""
+
+
+class Evaluation:
+    """A held-out cache, and what to measure on it."""
+
+    def __init__(self, cache: Cache, head: HeadLoss, temperatures: tuple[float, ...], batch_size: int) -> None:
+        self._cache, self._head, self._temperatures, self._batch_size = cache, head, temperatures, batch_size
+
+    def run(self, trainer: Any) -> dict[str, float]:
+        """The metrics, the same on every rank. Every rank calls the model equally often, as FSDP asks."""
+        args, model = trainer.args, trainer.model
+        model.eval()
+        totals: dict[str, Tensor] = {}
+        for start in range(0, len(self._cache), self._batch_size * args.world_size):
+            first = start + args.process_index * self._batch_size
+            rows = range(first, min(first + self._batch_size, len(self._cache)))
+            sums = self._measure(trainer, list(rows) or [0])
+            for name, value in sums.items():
+                totals[name] = totals.get(name, 0) + value * bool(rows)
+        model.train()
+        names = sorted(totals)
+        reduced = {name: trainer.accelerator.reduce(totals[name], "sum") for name in names}
+        return finish(reduced)
+
+    def _measure(self, trainer: Any, rows: list[int]) -> dict[str, Tensor]:
+        sequences = [self._cache[row] for row in rows]
+        batch = trainer._prepare_inputs(Collate(self._temperatures[0])(sequences))
+        teachers = {}
+        for temperature in self._temperatures:
+            parts = [(s.targets.probs(temperature), s.targets.tail_mass(temperature)) for s in sequences]
+            probs, tail = (torch.cat([torch.from_numpy(part) for part in column]) for column in zip(*parts))
+            teachers[temperature] = (probs.to(trainer.args.device), tail.to(trainer.args.device))
+        measure = functools.partial(
+            measure_rows,
+            labels_M=batch["shift_labels"],
+            ids_MK=batch["teacher_ids"],
+            teachers=teachers,
+            head=self._head,
+        )
+        inputs = {name: batch[name] for name in ("input_ids", "position_ids", "target_rows")}
+        with torch.no_grad(), trainer.accelerator.autocast():
+            return trainer.model(**inputs, measure=measure)
+
+
+def measure_rows(
+    hidden_MH: Tensor,
+    weight_VH: Tensor,
+    *,
+    adapter: tuple[Tensor, Tensor] | None,
+    labels_M: Tensor,
+    ids_MK: Tensor,
+    teachers: dict[float, tuple[Tensor, Tensor]],
+    head: HeadLoss,
+) -> dict[str, Tensor]:
+    """Sums over the target tokens, float64: what `finish` makes metrics of."""
+    totals: dict[str, Tensor] = {}
+    rows = max(1, CHUNK_BYTES // (4 * head.vocab_size))
+    with torch.autocast(hidden_MH.device.type, enabled=False):
+        for start in range(0, len(hidden_MH), rows):
+            chunk = slice(start, start + rows)
+            logits_CV = head_logits(hidden_MH[chunk], weight_VH, _rows_of(adapter, chunk), head)
+            targets = {T: (probs[chunk], tail[chunk]) for T, (probs, tail) in teachers.items()}
+            for name, value in _chunk_sums(logits_CV, labels_M[chunk], ids_MK[chunk], targets).items():
+                totals[name] = totals.get(name, 0) + value
+    return totals
+
+
+def head_logits(hidden_MH: Tensor, weight_VH: Tensor, adapter: tuple[Tensor, Tensor] | None, head: HeadLoss) -> Tensor:
+    """float32 (float64 for float64 weights) logits over the real vocabulary, as the model itself would give them."""
+    dtype = torch.promote_types(weight_VH.dtype, torch.float32)
+    logits = hidden_MH.to(dtype) @ weight_VH[: head.vocab_size].to(dtype).T
+    if adapter is not None:
+        logits += adapter[0].to(dtype) @ adapter[1][: head.vocab_size].to(dtype).T
+    logits *= head.logit_scale
+    return logits if head.logit_softcap is None else head.logit_softcap * torch.tanh(logits / head.logit_softcap)
+
+
+def _rows_of(adapter: tuple[Tensor, Tensor] | None, chunk: slice) -> tuple[Tensor, Tensor] | None:
+    return None if adapter is None else (adapter[0][chunk], adapter[1])
+
+
+def _chunk_sums(
+    logits_CV: Tensor, labels_C: Tensor, ids_CK: Tensor, teachers: dict[float, tuple[Tensor, Tensor]]
+) -> dict[str, Tensor]:
+    logprobs = torch.log_softmax(logits_CV, 1)
+    confidence, best = logprobs.exp().max(1)
+    correct = (best == labels_C).double()
+    bins = (confidence * BINS).long().clamp(0, BINS - 1)
+    columns = torch.stack([torch.ones_like(correct), confidence.double(), correct])
+    sums = {
+        "count": torch.tensor(len(labels_C), dtype=torch.float64, device=logits_CV.device),
+        "cross_entropy": -logprobs.gather(1, labels_C[:, None]).double().sum(),
+        "top1_agreement": (best == ids_CK[:, 0]).double().sum(),
+        "calibration": columns.new_zeros(3, BINS).index_add_(1, bins, columns),
+    }
+    for temperature, (probs, tail) in teachers.items():
+        log_q = logprobs if temperature == 1.0 else torch.log_softmax(logits_CV / temperature, 1)
+        kept = log_q.gather(1, ids_CK)
+        rest = torch.logsumexp(log_q.scatter(1, ids_CK, -math.inf), 1)
+        kl = (torch.xlogy(probs, probs) - probs * kept).sum(1)
+        kl += torch.where(tail > 0, torch.xlogy(tail, tail) - tail * rest, 0.0)
+        sums[f"kl_{temperature:g}"] = kl.double().sum()
+        if temperature == 1.0:
+            low = torch.minimum(probs, kept.exp()).sum(1)
+            sums["acceptance_min"] = low.double().sum()
+            sums["acceptance_max"] = (low + torch.minimum(tail, rest.exp())).double().sum()
+    return sums
+
+
+def finish(sums: dict[str, Tensor]) -> dict[str, float]:
+    """Metrics from sums over all target tokens."""
+    count = sums["count"].item()
+    totals, confidences, hits = sums["calibration"]
+    metrics = {name: value.item() / count for name, value in sums.items() if name not in ("count", "calibration")}
+    assert totals.sum().item() == count
+    metrics["calibration_error"] = ((confidences - hits).abs().sum() / count).item()
+    return metrics

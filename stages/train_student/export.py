@@ -1,0 +1,47 @@
+"""Writing the finished student, whole, from however it was trained."""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.files import publish, sync_folder
+from pipeline.tokenizer import load_tokenizer
+from stages.train_student.lora import merged
+
+
+def write_student(trainer: Any, folder: Path, tokenizer: Path, fresh_model: Any) -> None:
+    """The student with its adapters merged, and its tokenizer; called on every rank, written by the first.
+
+    Sharded parameters are gathered on its CPU and put into what `fresh_model()` gives. The config, without which
+    nothing loads the folder, comes last.
+    """
+    if trainer.is_fsdp_enabled:
+        state = _gathered(trainer.model)
+        if not trainer.is_world_process_zero():
+            return
+        model = fresh_model()
+        model.load_state_dict(state)
+    elif not trainer.is_world_process_zero():
+        return
+    else:
+        model = trainer.accelerator.unwrap_model(trainer.model)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".student-") as scratch:
+        merged(model).save_pretrained(scratch)
+        load_tokenizer(tokenizer).save_pretrained(scratch)
+        for path in sorted(Path(scratch).iterdir(), key=lambda path: path.name == "config.json"):
+            publish(path, folder / path.name)
+    sync_folder(folder)
+
+
+def _gathered(model: Any) -> dict[str, Any]:
+    """The whole parameters on the CPU, one at a time; a collective call on every rank.
+
+    torch's get_model_state_dict leaves the parameters of a CPU mesh sharded.
+    """
+    state = {}
+    for name, value in model.state_dict().items():
+        whole = value.full_tensor() if hasattr(value, "full_tensor") else value
+        state[name] = whole.cpu() if torch.distributed.get_rank() == 0 else None
+    return state

@@ -1,0 +1,100 @@
+"""Batches ahead of time, and how long the model waited for them."""
+
+import queue
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+from stages.train_student.dataset import CacheDataset, Collate
+from stages.train_student.sampler import StreamSampler
+
+AHEAD = 4
+"""Batches that are decoded before they are asked for: by a thread, or by each worker process."""
+
+
+class BatchLoader:
+    """The micro-batches of a run: decoded, collated and (for a GPU) pinned in the background.
+
+    With `num_workers` 0 a thread of this process does it while the model computes; else worker processes do. The order
+    is the sampler's in any case. An error of theirs is raised by the iterator, which stops them when it is closed.
+    """
+
+    def __init__(
+        self, dataset: CacheDataset, collate: Collate, sampler: StreamSampler, *, num_workers: int, pin: bool
+    ) -> None:
+        self.dataset, self.batch_sampler = dataset, sampler
+        self._loader = DataLoader(
+            dataset,
+            batch_sampler=sampler,
+            collate_fn=collate,
+            num_workers=num_workers,
+            pin_memory=pin,
+            prefetch_factor=AHEAD if num_workers else None,
+        )
+
+    def __len__(self) -> int:
+        return len(self.batch_sampler)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return iter(self._loader) if self._loader.num_workers else _ahead(iter(self._loader))
+
+
+def _ahead(batches: Iterator[Any]) -> Iterator[Any]:
+    """The same batches, made by a thread that stays at most AHEAD in front."""
+    ready: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue(AHEAD)
+    closed = threading.Event()
+
+    def put(item: tuple[Any, BaseException | None]) -> None:
+        while not closed.is_set():
+            try:
+                return ready.put(item, timeout=0.1)
+            except queue.Full:
+                continue
+
+    def produce() -> None:
+        try:
+            for batch in batches:
+                put((batch, None))
+                if closed.is_set():
+                    return
+            put((None, StopIteration()))
+        except BaseException as error:  # the consumer raises it
+            put((None, error))
+
+    thread = threading.Thread(target=produce, name="batches", daemon=True)
+    thread.start()
+    try:
+        while True:
+            batch, error = ready.get()
+            if isinstance(error, StopIteration):
+                return
+            if error is not None:
+                raise error
+            yield batch
+    finally:
+        closed.set()
+        thread.join()
+
+
+class Stopwatch:
+    """Seconds spent inside `with stopwatch:` blocks, as a share of the time since it was last read."""
+
+    def __init__(self) -> None:
+        self._spent = 0.0
+        self._since = time.perf_counter()
+
+    def __enter__(self) -> None:
+        self._entered = time.perf_counter()
+
+    def __exit__(self, *exc: Any) -> None:
+        self._spent += time.perf_counter() - self._entered
+
+    def read(self) -> tuple[float, float]:
+        """(seconds since the last reading, share of them inside); starts again."""
+        now = time.perf_counter()
+        elapsed, share = now - self._since, self._spent / max(now - self._since, 1e-9)
+        self._spent, self._since = 0.0, now
+        return elapsed, share

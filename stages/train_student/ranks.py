@@ -1,0 +1,41 @@
+"""The ranks of a run under torchrun."""
+
+import gc
+import os
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from accelerate.state import AcceleratorState
+
+
+def world_size() -> int:
+    """How many ranks torchrun started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def rank() -> int:
+    """The number of this one."""
+    return int(os.environ.get("RANK", "0"))
+
+
+@contextmanager
+def own_process_group() -> Iterator[None]:
+    """Destroys the ranks' process group at the end, unless it was there before.
+
+    Its native threads would outlive the interpreter and now and then abort the process (exit code -6).
+    They end with the last reference to the group; the model has one, and an error's traceback has the model.
+    """
+    found = torch.distributed.is_initialized()
+    try:
+        yield
+    except BaseException as error:
+        if torch.distributed.is_initialized() and not found:
+            traceback.clear_frames(error.__traceback__)
+        raise
+    finally:
+        if torch.distributed.is_initialized() and not found:
+            gc.collect()
+            torch.distributed.destroy_process_group()
+            AcceleratorState._reset_state(reset_partial_state=True)

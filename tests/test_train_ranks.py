@@ -1,0 +1,145 @@
+"""Stage two on two ranks: sharded or not, killed or asked to leave, the losses are those of one undisturbed run."""
+
+import dataclasses
+import functools
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from pipeline import open_cache
+from pipeline.config import TrainConfig, resolved
+from pipeline.errors import ConfigError
+from stages.train_student import train_student
+from tests.small import llama_config, make_cache
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory, corpus):
+    """Settings of a run on one rank with a global batch of 8, for a student that starts from random weights."""
+    cache = make_cache(tmp_path_factory.mktemp("cache"), corpus, codec="lossless")
+    student = tmp_path_factory.mktemp("student")
+    vocab_size = open_cache(cache).manifest.vocab_size
+    llama_config(vocab_size, num_hidden_layers=2, initializer_range=0.02).save_pretrained(student)
+    values = {"max_steps": 8, "batch_size": 8, "log_steps": 1, "save_steps": 3, "learning_rate": 1e-2}
+    return TrainConfig(student=student, cache=cache, out=Path("unset"), **values)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, base):
+    """The run on one rank."""
+    config = dataclasses.replace(base, out=tmp_path_factory.mktemp("whole") / "run")
+    train_student(config)
+    return config
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, base):
+    """What two ranks do that nothing happens to, by the kind of sharding."""
+
+    @functools.cache
+    def run(sharding):
+        config = two_ranks(base, tmp_path_factory.mktemp("undisturbed") / "run", sharding=sharding)
+        assert launch(config)[0] == 0
+        return config
+
+    return run
+
+
+def two_ranks(config, out, **changes):
+    """The same global batch on two ranks of two micro-batches."""
+    return dataclasses.replace(config, out=out, **{"batch_size": 2, "gradient_accumulation": 2} | changes)
+
+
+def launch(config, *what_happens):
+    """Exit code and output of two ranks under torchrun."""
+    path = config.out.with_suffix(".yaml")
+    path.write_text(json.dumps(resolved(config)))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launcher, "-m", "tests.ranks", str(path), *map(str, what_happens)]
+    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    return finished.returncode, finished.stderr
+
+
+def trajectory(config):
+    """What was logged of every step, in the order of the steps."""
+    log = [json.loads(line) for line in (config.out / "log.jsonl").read_text().splitlines()]
+    names = ("step", "loss", "cross_entropy", "kl", "grad_norm", "learning_rate")
+    return [tuple(entry[name] for name in names) for entry in log if "loss" in entry]
+
+
+def test_sharded_ranks_have_the_losses_of_one_rank(tmp_path, base, whole):
+    """Parameters are really sharded, checkpoints too; the student is written once, whole."""
+    config = two_ranks(base, tmp_path / "run", sharding="fsdp2", eval_cache=base.cache)
+    code, errors = launch(config)
+    assert code == 0, errors
+    assert (config.out / "parameters.txt").read_text() == "FSDPLlamaForCausalLM ['DTensor']"
+    for ours, theirs in zip(trajectory(config), trajectory(whole), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5)
+    shards = {path.name for path in (config.out / "checkpoints" / "checkpoint-6").rglob("*.distcp")}
+    assert shards == {"__0_0.distcp", "__1_0.distcp"}
+    weights, expected = (AutoModelForCausalLM.from_pretrained(run.out).state_dict() for run in (config, whole))
+    for (name, ours), theirs in zip(weights.items(), expected.values(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_global_batch_may_be_shared_out_anew_but_not_changed(tmp_path, whole, base):
+    config = dataclasses.replace(base, out=tmp_path / "run", max_steps=2, batch_size=4, gradient_accumulation=2)
+    train_student(config)
+    (config.out / "metrics.json").unlink()
+    train_student(dataclasses.replace(config, batch_size=2, gradient_accumulation=4))
+    with pytest.raises(ConfigError, match=r"global_batch was 8, now 4 \(batch_size 4 x .* 1 x 1 ranks\)"):
+        train_student(dataclasses.replace(config, gradient_accumulation=1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sharding", ["none", "fsdp2"])
+def test_ranks_killed_again_and_again_continue_to_the_bit(tmp_path, base, undisturbed, sharding):
+    """kill -9 of one rank in a step, then of the other while a checkpoint is saved."""
+    expected = undisturbed(sharding)
+    killed = two_ranks(base, tmp_path / "killed", sharding=sharding, save_steps=2)
+    for what_happens in ((1, 4, "step"), (0, 6, "save")):
+        assert launch(killed, *what_happens)[0] != 0
+        assert not (killed.out / "metrics.json").exists()
+    assert launch(killed)[0] == 0
+    assert trajectory(killed) == trajectory(expected)
+    weights = [AutoModelForCausalLM.from_pretrained(run.out).state_dict() for run in (killed, expected)]
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*(w.values() for w in weights), strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("sharding", "name"), [("none", "usr1"), ("fsdp2", "term")])
+def test_signal_to_one_rank_saves_on_all_and_the_run_continues_to_the_bit(tmp_path, base, undisturbed, sharding, name):
+    config = two_ranks(base, tmp_path / "run", sharding=sharding, save_steps=100)
+    code, errors = launch(config, 1, 5, name)
+    assert code != 0
+    assert errors.count("exitcode  : 75") == 2, errors
+    assert (config.out / "checkpoints" / "checkpoint-5" / "whole.json").is_file()
+    assert launch(config)[0] == 0
+    assert trajectory(config) == trajectory(undisturbed(sharding))
+
+
+@pytest.mark.slow
+def test_run_continues_on_one_rank(tmp_path, base, whole):
+    """What two ranks began, one finishes: the same steps, but for the order of the sums."""
+    config = two_ranks(base, tmp_path / "run", save_steps=3)
+    assert launch(config, 1, 5, "step")[0] != 0
+    train_student(dataclasses.replace(config, batch_size=4))
+    for ours, theirs in zip(trajectory(config), trajectory(whole), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_bad_loss_of_one_rank_is_skipped_by_all(tmp_path, base):
+    config = two_ranks(base, tmp_path / "run", on_bad_loss="skip")
+    code, errors = launch(config, 1, 4, "nan")
+    assert code == 0, errors
+    (entry,) = map(json.loads, (config.out / "bad_steps.jsonl").read_text().splitlines())
+    assert (entry["step"], entry["problem"], len(set(entry["keys"]))) == (4, "a loss of nan", 8)
+    assert [loss is None for _, loss, *_ in trajectory(config)] == [step == 4 for step in range(1, 9)]

@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from pipeline.config import CacheConfig, DemoConfig, PrepareConfig, TrainConfig, VerifyConfig
-from pipeline.errors import CacheCorruptError, PipelineError
+from pipeline.errors import CacheCorruptError, Drained, PipelineError
 from pipeline.options import config_command
 from pipeline.progress import TerminalReporter
 
@@ -30,6 +30,9 @@ class _Main(click.Group):
             os.environ.setdefault(name, value)
         try:
             return super().invoke(context)
+        except Drained as drained:
+            click.echo(str(drained), err=True)
+            sys.exit(drained.exit_code)
         except PipelineError as error:
             click.echo(f"error: {error}", err=True)
         except OSError as error:

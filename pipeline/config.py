@@ -126,6 +126,16 @@ class CacheConfig(_Config):
     gpu_memory_utilization: float = setting(0.9, "Share of a GPU's memory that vLLM takes, 0 to 1.")
     quantization: str | None = setting(None, "vLLM's name of the teacher's quantisation, such as fp8.")
     enforce_eager: bool = setting(False, "Skip vLLM's compilation: starts sooner, runs slower on a GPU.")
+    worker: int = setting(0, "Number of this worker, from 0; any number of workers may share one --out.")
+    workers: int = setting(1, "Workers that share the cache: each begins with its share and then takes what is left.")
+    worker_from_env: bool = setting(
+        False, "Take both from PIPELINE_WORKER, a Slurm array, a Kubernetes Indexed Job or srun, in this order."
+    )
+    lease_s: float = setting(
+        180.0, "Seconds without a heartbeat after which others take a worker's partitions.", flag="--lease-seconds"
+    )
+    max_failures: int = setting(3, "Failures of a partition after which it is set aside and the rest goes on.")
+    retry_failed: bool = setting(False, "Try again what was set aside.")
 
     def check(self) -> None:
         self._at_least("top_k", 0)
@@ -134,6 +144,10 @@ class CacheConfig(_Config):
             raise ConfigError("top_k is 0 and tail_samples is 0; keep at least one entry of a position.")
         for name in ("shard_tokens", "tensor_parallel", "pipeline_parallel", "batch_tokens", "row_chunk"):
             self._at_least(name, 1)
+        self._at_least("max_failures", 1)
+        self._positive("lease_s", (self.lease_s,))
+        if not 0 <= self.worker < self.workers:
+            raise ConfigError(f"worker is {self.worker} of {self.workers} workers; count from 0.")
         if not self.temperatures:
             raise ConfigError("temperatures is empty; give at least one, such as --temperature 2.0.")
         self._positive("temperatures", self.temperatures)

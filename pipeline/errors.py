@@ -4,7 +4,9 @@
     ├── ConfigError                 a setting, a flag or a YAML key
     ├── CorpusError                 input text, or a tokenised corpus
     ├── EngineError                 a teacher that the chosen engine cannot serve
+    ├── Drained                     asked to stop: run the same command again (exit code 75)
     └── CacheError                  a folder of cached targets
+        ├── PartitionsFailedError   partitions were set aside after failures; the rest is captured
         ├── CacheIncompleteError    partitions are missing: run `pipeline cache-logits` again
         ├── CacheCorruptError       a file is damaged; `pipeline verify` names all of them
         └── CacheMismatchError      made by other settings, or for another vocabulary
@@ -30,8 +32,18 @@ class EngineError(PipelineError):
     """The teacher cannot be served by the chosen engine."""
 
 
+class Drained(PipelineError):
+    """A signal asked the command to stop; what was in hand is finished and saved."""
+
+    exit_code = 75
+
+
 class CacheError(PipelineError):
     """A folder of cached targets cannot be used."""
+
+
+class PartitionsFailedError(CacheError):
+    """Some partitions failed again and again and were set aside."""
 
 
 class CacheIncompleteError(CacheError):

@@ -90,3 +90,9 @@ def read_lease(path: Path) -> tuple[str, float] | None:
         return path.read_text(encoding="utf-8"), path.stat().st_mtime
     except FileNotFoundError:
         return None
+
+
+def remove_leases(folder: Path) -> None:
+    """Remove what vanished workers have left of their leases, once nothing is left to lease."""
+    for name in list_names(folder / LEASES):
+        (folder / LEASES / name).unlink(missing_ok=True)

@@ -11,8 +11,8 @@ from pipeline.errors import ConfigError
 class Rank:
     """Worker `worker` of `workers`: it begins with that share of the partitions."""
 
-    worker: int = 0
-    workers: int = 1
+    worker: int
+    workers: int
 
 
 def _array_size(environment: Mapping[str, str]) -> str | None:

@@ -3,7 +3,7 @@
 import contextlib
 import errno
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ from pipeline.runs.claims import Claims
 from pipeline.runs.commits import ShardCommit, list_commits
 from pipeline.runs.drain import Drain
 from pipeline.runs.failures import FAILURES, read_failure
-from pipeline.runs.leases import LEASES
+from pipeline.runs.leases import LEASES, remove_leases
 from pipeline.runs.presence import WORKERS, Presence, one_line
 from pipeline.runs.rank import Rank
 from pipeline.targets import SparseTargets
@@ -25,8 +25,8 @@ from stages.cache_logits.engine import Engine
 
 MENDABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG}
 """Errors of a folder, which no other partition would be spared."""
-BAD_MACHINE = 8
-"""So many partitions may fail without one commit between them before the worker blames its machine."""
+BAD_MACHINE = 3
+"""After so many failures of different partitions, and no commit between them, a worker blames its machine."""
 
 
 def work(
@@ -57,6 +57,8 @@ def work(
         if drain.requested and claims.unsettled():
             presence.say("drained")
             raise Drained(f"{folder}: drained; run the same command again to continue.")
+        if not claims.unsettled():
+            remove_leases(folder)
     aside = claims.set_aside()
     if aside:
         raise PartitionsFailedError(_what_failed(folder, aside))
@@ -80,7 +82,7 @@ class _Worker:
         self._sums = np.zeros(3)
         self._tokens, self._bytes = 0, 0
         self._started = time.monotonic()
-        self._blamed: set[int] = set()
+        self._blamed: list[set[int]] = []
         self._announced = False
 
     def run(self, make_engine: Callable[[], Engine]) -> None:
@@ -117,11 +119,12 @@ class _Worker:
         """Count a failure against the partitions in hand, unless it would have met any of them."""
         if isinstance(exc, PipelineError) or (isinstance(exc, OSError) and exc.errno in MENDABLE):
             raise exc
-        self._blamed.update(self._presence.leases.held)
-        reason = one_line(exc)
-        self._reporter.log(f"{self._folder}: partitions {self._presence.leases.held} failed: {reason}")
+        held, reason = self._presence.leases.held, one_line(exc)
+        self._reporter.log(f"{self._folder}: partitions {_some(held)} failed: {reason}")
         self._claims.fail(reason)
-        if len(self._blamed) >= BAD_MACHINE:
+        if all(earlier.isdisjoint(held) for earlier in self._blamed):
+            self._blamed.append(set(held))
+        if len(self._blamed) == BAD_MACHINE:
             raise exc
 
     def _on_sequence(self, sequence: TokenSequence, targets: SparseTargets) -> None:
@@ -164,6 +167,6 @@ def _what_failed(folder: Path, failures: dict[int, int]) -> str:
     )
 
 
-def _some(partitions: dict[int, int]) -> str:
+def _some(partitions: Iterable[int]) -> str:
     names = list(map(str, partitions))
     return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")

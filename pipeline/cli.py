@@ -1,18 +1,19 @@
 """The command line: the only code that prints results or chooses an exit code.
 
-Exit codes: 0 done, 1 `verify` found damage, 2 a mistake or fault that the user can mend. Anything
-else keeps its traceback. A command imports its stage inside its function, so that `--help` loads
+Exit codes: 0 done, 1 `verify` found damage, 2 a mistake or fault that the user can mend, 75 drained after
+a signal; `status` has 3 and 4. Anything else keeps its traceback. A command imports its stage inside its function, so that `--help` loads
 neither torch nor vllm.
 """
 
 import errno
 import os
 import sys
+import time
 from typing import Any
 
 import click
 
-from pipeline.config import CacheConfig, DemoConfig, PrepareConfig, TrainConfig, VerifyConfig
+from pipeline.config import CacheConfig, DemoConfig, PrepareConfig, StatusConfig, TrainConfig, VerifyConfig
 from pipeline.errors import CacheCorruptError, Drained, PipelineError
 from pipeline.options import config_command
 from pipeline.progress import TerminalReporter
@@ -67,6 +68,26 @@ def cache_logits_command(config: CacheConfig) -> None:
     from stages.cache_logits import cache_logits
 
     cache_logits(config, TerminalReporter())
+
+
+@main.command("status")
+@config_command(StatusConfig)
+def status_command(config: StatusConfig) -> None:
+    """Say how a run stands, from its folder CACHE alone: while workers work and after they have died.
+
+    Exit code 0: complete. 3: not yet. 4: all that is left was set aside after failures.
+    """
+    from pipeline.runs.status import StatusReader, describe
+
+    reader = StatusReader(config.cache)
+    while True:
+        status = reader.read()
+        if config.watch and sys.stdout.isatty():
+            click.clear()
+        click.echo(status.to_json() if config.json else "\n".join(describe(status)))
+        if not config.watch or status.state != "incomplete":
+            sys.exit(status.exit_code)
+        time.sleep(config.interval_s)
 
 
 @main.command("verify")

@@ -172,6 +172,19 @@ class VerifyConfig(_Config):
 
 
 @dataclass(frozen=True, kw_only=True)
+class StatusConfig(_Config):
+    """Settings of `pipeline status`."""
+
+    cache: Path = required("Folder that `pipeline cache-logits` writes.", argument=True)
+    watch: bool = setting(False, "Show it again and again until nothing is left to do.")
+    json: bool = setting(False, "One JSON document instead of text.")
+    interval_s: float = setting(10.0, "Seconds between two looks with --watch.", flag="--interval")
+
+    def check(self) -> None:
+        self._positive("interval_s", (self.interval_s,))
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig(_Config):
     """Settings of `pipeline train-student`."""
 

@@ -13,10 +13,19 @@ from typing import Any
 
 import click
 
-from pipeline.config import CacheConfig, DemoConfig, PrepareConfig, StatusConfig, TrainConfig, VerifyConfig
+from pipeline.config import (
+    CacheConfig,
+    DemoConfig,
+    PrepareConfig,
+    StatusConfig,
+    SubmitConfig,
+    TrainConfig,
+    VerifyConfig,
+)
 from pipeline.errors import CacheCorruptError, Drained, PipelineError
 from pipeline.options import config_command
 from pipeline.progress import TerminalReporter
+from pipeline.runs.launch.processes import follow_parent
 
 MENDABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG}
 """Operating-system errors that are the user's to mend: a full disk, a read-only folder."""
@@ -29,6 +38,7 @@ class _Main(click.Group):
     def invoke(self, context: click.Context) -> Any:
         for name, value in QUIET.items():
             os.environ.setdefault(name, value)
+        follow_parent()
         try:
             return super().invoke(context)
         except Drained as drained:
@@ -68,6 +78,24 @@ def cache_logits_command(config: CacheConfig) -> None:
     from stages.cache_logits import cache_logits
 
     cache_logits(config, TerminalReporter())
+
+
+@main.command("submit")
+@config_command(SubmitConfig)
+def submit_command(config: SubmitConfig) -> None:
+    """Start many workers of `cache-logits`, and `train-student` once the cache is whole.
+
+    'local' and 'ray' stay until all is done; 'slurm' and 'kubernetes' write scripts next to the cache and
+    hand them to the cluster.
+    """
+    from pipeline.runs.launch import Job, launcher
+
+    job = Job.of(config)
+    if config.launcher != "kubernetes":  # whose paths are those of its containers
+        from stages.cache_logits.planning import plan_cache
+
+        plan_cache(job.settings)
+    launcher(config.launcher)(job, TerminalReporter())
 
 
 @main.command("status")

@@ -24,6 +24,7 @@ CODECS = ("compact", "lossless")
 PACKINGS = ("isolated", "crossing", "none")
 TAILS = ("ghost", "hybrid", "zero", "renormalise", "uniform")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+LAUNCHERS = ("local", "slurm", "ray", "kubernetes")
 SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup")
 
 Config = TypeVar("Config", bound="_Config")
@@ -36,9 +37,9 @@ def setting(default: Any, help: str, *, choices: tuple[str, ...] = (), flag: str
     return field(default=None if default is _REQUIRED else default, metadata=metadata)
 
 
-def required(help: str, *, flag: str = "", argument: bool = False) -> Any:
+def required(help: str, *, choices: tuple[str, ...] = (), flag: str = "", argument: bool = False) -> Any:
     """A setting without a default."""
-    return setting(_REQUIRED, help, flag=flag, argument=argument)
+    return setting(_REQUIRED, help, choices=choices, flag=flag, argument=argument)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,6 +170,46 @@ class VerifyConfig(_Config):
     """Settings of `pipeline verify`."""
 
     cache: Path = required("Folder that `pipeline cache-logits` wrote.", argument=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SubmitConfig(_Config):
+    """Settings of `pipeline submit`."""
+
+    launcher: str = required("What starts the workers: this machine, or a cluster.", choices=LAUNCHERS, flag="--on")
+    cache_logits: Path = required("YAML file with the settings of `pipeline cache-logits`.")
+    train_student: Path | None = setting(None, "YAML file with the settings of `pipeline train-student`, to follow.")
+    workers: int = setting(1, "Workers that share the cache.")
+    gpus_per_worker: int | None = setting(
+        None, "GPUs of a worker; none takes tensor_parallel x pipeline_parallel, 0 is for a CPU."
+    )
+    student_nodes: int = setting(1, "Nodes of the student's training.")
+    student_gpus: int = setting(0, "GPUs of the student's training on each node; 0 is for a CPU.")
+    attempts: int = setting(5, "Times in a row that something is started again without getting further.")
+    drain_s: int = setting(
+        600, "Seconds of warning before a worker is stopped: more than a shard takes.", flag="--drain-seconds"
+    )
+    directives: tuple[str, ...] = setting(
+        (), "Slurm: a further #SBATCH option of all jobs, such as --partition=gpu; repeatable.", flag="--sbatch"
+    )
+    setup: tuple[str, ...] = setting((), "Slurm: a line of shell before the command, such as module load cuda.")
+    address: str | None = setting(None, "Ray: address of the cluster; none starts one on this machine.")
+    image: str | None = setting(None, "Kubernetes: container image in which this package is installed.")
+    volume: str | None = setting(None, "Kubernetes: persistent volume claim with teacher, corpus and cache.")
+    mount: Path = setting(Path("/data"), "Kubernetes: where the volume appears in the containers.")
+    write_only: bool = setting(False, "Write the scripts and submit nothing.")
+
+    def check(self) -> None:
+        for name in ("workers", "student_nodes", "attempts", "drain_s"):
+            self._at_least(name, 1)
+        for name in ("gpus_per_worker", "student_gpus"):
+            self._at_least(name, 0)
+        if self.launcher == "kubernetes" and (self.image is None or self.volume is None):
+            raise ConfigError("launcher is 'kubernetes'; give --image and --volume too.")
+        if self.student_nodes > 1 and self.launcher != "slurm":
+            raise ConfigError(f"student_nodes is {self.student_nodes}; only Slurm trains on several nodes.")
+        if self.write_only and self.launcher in ("local", "ray"):
+            raise ConfigError(f"write_only: nothing is written for {self.launcher!r}; it is for slurm and kubernetes.")
 
 
 @dataclass(frozen=True, kw_only=True)

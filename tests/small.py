@@ -38,11 +38,11 @@ def llama_config(vocab_size: int, **changes: object) -> LlamaConfig:
     return LlamaConfig(**settings | changes)
 
 
-def make_teacher(folder: Path, padding: int = 21, seed: int = 0) -> Path:
+def make_teacher(folder: Path, padding: int = 21, seed: int = 0, **changes: object) -> Path:
     """A random Llama with a peaked output, its tokenizer beside it; its head has `padding` dead rows."""
     tokenizer = tiny_tokenizer(folder)
     torch.manual_seed(seed)
-    LlamaForCausalLM(llama_config(len(tokenizer) + padding)).save_pretrained(folder)
+    LlamaForCausalLM(llama_config(len(tokenizer) + padding, **changes)).save_pretrained(folder)
     return folder
 
 

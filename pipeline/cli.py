@@ -1,21 +1,31 @@
 """The command line: the only code that prints results or chooses an exit code.
 
-Exit codes: 0 done, 1 `verify` found damage, 2 a mistake or fault that the user can mend. Anything
-else keeps its traceback. A command imports its stage inside its function, so that `--help` loads
+Exit codes: 0 done, 1 `verify` found damage, 2 a mistake or fault that the user can mend, 75 drained after
+a signal; `status` has 3 and 4. Anything else keeps its traceback. A command imports its stage inside its function, so that `--help` loads
 neither torch nor vllm.
 """
 
 import errno
 import os
 import sys
+import time
 from typing import Any
 
 import click
 
-from pipeline.config import CacheConfig, DemoConfig, PrepareConfig, TrainConfig, VerifyConfig
-from pipeline.errors import CacheCorruptError, PipelineError
+from pipeline.config import (
+    CacheConfig,
+    DemoConfig,
+    PrepareConfig,
+    StatusConfig,
+    SubmitConfig,
+    TrainConfig,
+    VerifyConfig,
+)
+from pipeline.errors import CacheCorruptError, Drained, PipelineError
 from pipeline.options import config_command
 from pipeline.progress import TerminalReporter
+from pipeline.runs.launch.processes import follow_parent
 
 MENDABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG}
 """Operating-system errors that are the user's to mend: a full disk, a read-only folder."""
@@ -28,8 +38,12 @@ class _Main(click.Group):
     def invoke(self, context: click.Context) -> Any:
         for name, value in QUIET.items():
             os.environ.setdefault(name, value)
+        follow_parent()
         try:
             return super().invoke(context)
+        except Drained as drained:
+            click.echo(str(drained), err=True)
+            sys.exit(drained.exit_code)
         except PipelineError as error:
             click.echo(f"error: {error}", err=True)
         except OSError as error:
@@ -64,6 +78,44 @@ def cache_logits_command(config: CacheConfig) -> None:
     from stages.cache_logits import cache_logits
 
     cache_logits(config, TerminalReporter())
+
+
+@main.command("submit")
+@config_command(SubmitConfig)
+def submit_command(config: SubmitConfig) -> None:
+    """Start many workers of `cache-logits`, and `train-student` once the cache is whole.
+
+    'local' and 'ray' stay until all is done; 'slurm' and 'kubernetes' write scripts next to the cache and
+    hand them to the cluster.
+    """
+    from pipeline.runs.launch import Job, launcher
+
+    job = Job.of(config)
+    if config.launcher != "kubernetes":  # whose paths are those of its containers
+        from stages.cache_logits.planning import plan_cache
+
+        plan_cache(job.settings)
+    launcher(config.launcher)(job, TerminalReporter())
+
+
+@main.command("status")
+@config_command(StatusConfig)
+def status_command(config: StatusConfig) -> None:
+    """Say how a run stands, from its folder CACHE alone: while workers work and after they have died.
+
+    Exit code 0: complete. 3: not yet. 4: all that is left was set aside after failures.
+    """
+    from pipeline.runs.status import StatusReader, describe
+
+    reader = StatusReader(config.cache)
+    while True:
+        status = reader.read()
+        if config.watch and sys.stdout.isatty():
+            click.clear()
+        click.echo(status.to_json() if config.json else "\n".join(describe(status)))
+        if not config.watch or status.state != "incomplete":
+            sys.exit(status.exit_code)
+        time.sleep(config.interval_s)
 
 
 @main.command("verify")

@@ -29,6 +29,7 @@ SCHEDULES = ("cosine", "linear", "wsd", "constant", "constant_with_warmup")
 ALPHA_SCHEDULES = ("constant", "linear", "wsd")
 SHARDINGS = ("none", "fsdp2")
 BAD_LOSS_ACTIONS = ("stop", "skip")
+LAUNCHERS = ("local", "slurm", "ray", "kubernetes")
 
 Config = TypeVar("Config", bound="_Config")
 _REQUIRED: Any = object()
@@ -40,9 +41,9 @@ def setting(default: Any, help: str, *, choices: tuple[str, ...] = (), flag: str
     return field(default=None if default is _REQUIRED else default, metadata=metadata)
 
 
-def required(help: str, *, flag: str = "", argument: bool = False) -> Any:
+def required(help: str, *, choices: tuple[str, ...] = (), flag: str = "", argument: bool = False) -> Any:
     """A setting without a default."""
-    return setting(_REQUIRED, help, flag=flag, argument=argument)
+    return setting(_REQUIRED, help, choices=choices, flag=flag, argument=argument)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,6 +131,16 @@ class CacheConfig(_Config):
     gpu_memory_utilization: float = setting(0.9, "Share of a GPU's memory that vLLM takes, 0 to 1.")
     quantization: str | None = setting(None, "vLLM's name of the teacher's quantisation, such as fp8.")
     enforce_eager: bool = setting(False, "Skip vLLM's compilation: starts sooner, runs slower on a GPU.")
+    worker: int = setting(0, "Number of this worker, from 0; any number of workers may share one --out.")
+    workers: int = setting(1, "Workers that share the cache: each begins with its share and then takes what is left.")
+    worker_from_env: bool = setting(
+        False, "Take both from PIPELINE_WORKER, a Slurm array, a Kubernetes Indexed Job or srun, in this order."
+    )
+    lease_s: float = setting(
+        180.0, "Seconds without a heartbeat after which others take a worker's partitions.", flag="--lease-seconds"
+    )
+    max_failures: int = setting(3, "Failures of a partition after which it is set aside and the rest goes on.")
+    retry_failed: bool = setting(False, "Try again what was set aside.")
 
     def check(self) -> None:
         self._at_least("top_k", 0)
@@ -138,6 +149,10 @@ class CacheConfig(_Config):
             raise ConfigError("top_k is 0 and tail_samples is 0; keep at least one entry of a position.")
         for name in ("shard_tokens", "tensor_parallel", "pipeline_parallel", "batch_tokens", "row_chunk"):
             self._at_least(name, 1)
+        self._at_least("max_failures", 1)
+        self._positive("lease_s", (self.lease_s,))
+        if not 0 <= self.worker < self.workers:
+            raise ConfigError(f"worker is {self.worker} of {self.workers} workers; count from 0.")
         if not self.temperatures:
             raise ConfigError("temperatures is empty; give at least one, such as --temperature 2.0.")
         self._positive("temperatures", self.temperatures)
@@ -166,6 +181,59 @@ class VerifyConfig(_Config):
 
     def check(self) -> None:
         self._at_least("workers", 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SubmitConfig(_Config):
+    """Settings of `pipeline submit`."""
+
+    launcher: str = required("What starts the workers: this machine, or a cluster.", choices=LAUNCHERS, flag="--on")
+    cache_logits: Path = required("YAML file with the settings of `pipeline cache-logits`.")
+    train_student: Path | None = setting(None, "YAML file with the settings of `pipeline train-student`, to follow.")
+    workers: int = setting(1, "Workers that share the cache.")
+    gpus_per_worker: int | None = setting(
+        None, "GPUs of a worker; none takes tensor_parallel x pipeline_parallel, 0 is for a CPU."
+    )
+    student_nodes: int = setting(1, "Nodes of the student's training.")
+    student_gpus: int = setting(0, "GPUs of the student's training on each node; 0 is for a CPU.")
+    attempts: int = setting(5, "Times in a row that something is started again without getting further.")
+    drain_s: int = setting(
+        600, "Seconds of warning before a worker is stopped: more than a shard takes.", flag="--drain-seconds"
+    )
+    directives: tuple[str, ...] = setting(
+        (), "Slurm: a further #SBATCH option of all jobs, such as --partition=gpu; repeatable.", flag="--sbatch"
+    )
+    setup: tuple[str, ...] = setting((), "Slurm: a line of shell before the command, such as module load cuda.")
+    address: str | None = setting(None, "Ray: address of the cluster; none starts one on this machine.")
+    image: str | None = setting(None, "Kubernetes: container image in which this package is installed.")
+    volume: str | None = setting(None, "Kubernetes: persistent volume claim with teacher, corpus and cache.")
+    mount: Path = setting(Path("/data"), "Kubernetes: where the volume appears in the containers.")
+    write_only: bool = setting(False, "Write the scripts and submit nothing.")
+
+    def check(self) -> None:
+        for name in ("workers", "student_nodes", "attempts", "drain_s"):
+            self._at_least(name, 1)
+        for name in ("gpus_per_worker", "student_gpus"):
+            self._at_least(name, 0)
+        if self.launcher == "kubernetes" and (self.image is None or self.volume is None):
+            raise ConfigError("launcher is 'kubernetes'; give --image and --volume too.")
+        if self.student_nodes > 1 and self.launcher != "slurm":
+            raise ConfigError(f"student_nodes is {self.student_nodes}; only Slurm trains on several nodes.")
+        if self.write_only and self.launcher in ("local", "ray"):
+            raise ConfigError(f"write_only: nothing is written for {self.launcher!r}; it is for slurm and kubernetes.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StatusConfig(_Config):
+    """Settings of `pipeline status`."""
+
+    cache: Path = required("Folder that `pipeline cache-logits` writes.", argument=True)
+    watch: bool = setting(False, "Show it again and again until nothing is left to do.")
+    json: bool = setting(False, "One JSON document instead of text.")
+    interval_s: float = setting(10.0, "Seconds between two looks with --watch.", flag="--interval")
+
+    def check(self) -> None:
+        self._positive("interval_s", (self.interval_s,))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -86,6 +86,14 @@ def partial_path(final: Path) -> Path:
     return final.with_name(f"{final.name}.{owner_name()}{PARTIAL}")
 
 
+def list_names(folder: Path) -> list[str]:
+    """Names of the numbered files in a folder, less those that are being written; empty if there is no folder."""
+    try:
+        return [name for name in os.listdir(folder) if name[:1].isdigit() and not name.endswith(PARTIAL)]
+    except FileNotFoundError:
+        return []
+
+
 def write_json(path: Path, document: dict[str, Any], *, first_wins: bool = False) -> bool:
     """Write `document` with a checksum of itself, atomically; False if `first_wins` and the name was taken."""
     body = json.dumps(document, indent=1, ensure_ascii=False).encode()

@@ -14,7 +14,7 @@ from tests.helpers import tiny_tokenizer
 from tests.small import make_cache
 
 ROOT = Path(__file__).parent.parent
-COMMANDS = ("prepare", "cache-logits", "verify", "train-student", "demo")
+COMMANDS = ("prepare", "cache-logits", "submit", "status", "verify", "train-student", "demo")
 
 
 def run(*arguments: object) -> "tuple[int, str, str]":

@@ -5,13 +5,14 @@ the shard and its checksum. The first record of a partition wins; a shard withou
 never read.
 """
 
+import os
 import secrets
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import CacheCorruptError
-from pipeline.files import PARTIAL, hash_file, owner_is_dead, owner_name, publish, read_json, write_json
+from pipeline.files import PARTIAL, hash_file, list_names, owner_is_dead, owner_name, publish, read_json, write_json
 from pipeline.shards.layout import ShardLayout
 
 COMMITS = "commits"
@@ -83,14 +84,35 @@ def read_commit(folder: Path, partition: int) -> ShardCommit | None:
     return commit
 
 
+def list_commits(folder: Path) -> set[int]:
+    """The partitions that are done, from one listing."""
+    return {int(name.removesuffix(".json")) for name in list_names(folder / COMMITS)}
+
+
+def is_committed(folder: Path, partition: int) -> bool:
+    """True if the partition has a record."""
+    return commit_path(folder, partition).exists()
+
+
 def remove_leftovers(folder: Path) -> int:
     """Delete what dead processes of this host left behind; returns how many files went."""
-    committed = {read_json(path, CacheCorruptError)["file"] for path in (folder / COMMITS).glob("*.json")}
-    removed = 0
-    for path in sorted((folder / SHARDS).iterdir()):
-        owner = path.name.removesuffix(PARTIAL).split("-", 2)[-1]
-        owner = owner.removesuffix(".arrow").removesuffix(".zarr.zip")
-        if path.name not in committed and owner_is_dead(owner):
-            path.unlink(missing_ok=True)
-            removed += 1
-    return removed
+    shards: dict[int, list[str]] = {}
+    for name in list_names(folder / SHARDS):
+        shards.setdefault(int(name.partition("-")[0]), []).append(name)
+    done = list_commits(folder)
+    removed = [name for name in os.listdir(folder / SHARDS) if name.endswith(PARTIAL)]
+    for partition, names in shards.items():
+        if partition not in done:
+            removed += names
+        elif len(names) > 1:  # a single one is what the record names; reading thousands of records takes long
+            winner = read_commit(folder, partition)
+            removed += [name for name in names if winner is not None and name != winner.file]
+    removed = [name for name in removed if owner_is_dead(_owner(name))]
+    for name in removed:
+        (folder / SHARDS / name).unlink(missing_ok=True)
+    return len(removed)
+
+
+def _owner(name: str) -> str:
+    owner = name.removesuffix(PARTIAL).split("-", 2)[-1]
+    return owner.removesuffix(".arrow").removesuffix(".zarr.zip")

@@ -8,6 +8,9 @@ from pipeline.errors import CacheMismatchError
 from pipeline.files import partial_path, publish, sync_folder
 from pipeline.manifest import MANIFEST, TOKENIZER, CacheManifest
 from pipeline.runs.commits import COMMITS, SHARDS
+from pipeline.runs.failures import FAILURES
+from pipeline.runs.leases import LEASES
+from pipeline.runs.presence import WORKERS
 
 
 def open_folder(folder: Path, manifest: CacheManifest, tokenizer: Path) -> None:
@@ -28,7 +31,7 @@ def _create(folder: Path, manifest: CacheManifest, tokenizer: Path) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = partial_path(folder)
     shutil.rmtree(partial, ignore_errors=True)
-    for name in (SHARDS, COMMITS):
+    for name in (SHARDS, COMMITS, LEASES, FAILURES, WORKERS):
         (partial / name).mkdir(parents=True)
     shutil.copytree(tokenizer, partial / TOKENIZER)
     manifest.write(partial)

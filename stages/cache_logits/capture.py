@@ -28,6 +28,8 @@ from stages.cache_logits.engine import Engine, Request
 QUEUE_SEQUENCES = 256
 """Finished sequences that may wait for the writer."""
 
+_OnCommit = Callable[[int, ShardCommit | None], None]
+
 
 @dataclass(eq=False)
 class _Row:
@@ -42,6 +44,10 @@ class _Row:
         return concatenate(parts) if len(parts) == len(self.documents) else None
 
 
+def _raise(partition: int, error: CorpusError) -> None:
+    raise error
+
+
 def capture(
     engine: Engine,
     corpus: Corpus,
@@ -49,15 +55,19 @@ def capture(
     folder: Path,
     partitions: Iterable[int],
     on_sequence: Callable[[TokenSequence, SparseTargets], None] = lambda sequence, targets: None,
-    on_commit: Callable[[ShardCommit], None] = lambda commit: None,
+    on_commit: _OnCommit = lambda partition, commit: None,
+    on_unreadable: Callable[[int, CorpusError], None] = _raise,
 ) -> None:
     """Score the partitions and commit each as soon as its last sequence is there.
 
-    `on_commit` is called in the writer's thread, with what this process has committed.
+    A partition is drawn from `partitions` when the engine has room for it, not before. `on_commit` is
+    called in the writer's thread once a partition is committed, with None if another process was
+    faster; `on_unreadable` gets a partition whose rows cannot be read, and the rest goes on.
     """
     rows: deque[_Row] = deque()
     with _Writer(folder, manifest, on_commit) as writer:
-        for (row, document), targets in engine.score(_requests(corpus, manifest, partitions, rows, writer)):
+        requests = _requests(corpus, manifest, partitions, rows, writer, on_unreadable)
+        for (row, document), targets in engine.score(requests):
             row.documents[document] = targets
             while rows and (whole := rows[0].targets()) is not None:
                 done = rows.popleft()
@@ -68,22 +78,36 @@ def capture(
 
 
 def _requests(
-    corpus: Corpus, manifest: CacheManifest, partitions: Iterable[int], rows: deque[_Row], writer: "_Writer"
+    corpus: Corpus,
+    manifest: CacheManifest,
+    partitions: Iterable[int],
+    rows: deque[_Row],
+    writer: "_Writer",
+    on_unreadable: Callable[[int, CorpusError], None],
 ) -> Iterator[Request]:
     """One request a document that has targets; registers rows and announces shards on the way."""
     for partition in partitions:
-        start, stop = manifest.partitions[partition], manifest.partitions[partition + 1]
-        sequences = list(corpus.rows(start, stop))
+        try:
+            sequences = _read_rows(corpus, manifest.partitions[partition], manifest.partitions[partition + 1])
+        except CorpusError as error:
+            on_unreadable(partition, error)
+            continue
         writer.begin(partition, _layout(manifest, sequences))
         for sequence in sequences:
             row = _Row(sequence)
             documents = list(_documents(sequence))
-            if not documents:
-                raise CorpusError(f"{corpus.folder}: sequence {sequence.key.hex()} has no target; prepare it again.")
             row.documents = [None] * len(documents)
             rows.append(row)
             for index, document in enumerate(documents):
                 yield Request((row, index), *document)
+
+
+def _read_rows(corpus: Corpus, start: int, stop: int) -> list[TokenSequence]:
+    sequences = list(corpus.rows(start, stop))
+    for sequence in sequences:
+        if not len(sequence.target_positions):
+            raise CorpusError(f"{corpus.folder}: sequence {sequence.key.hex()} has no target; prepare it again.")
+    return sequences
 
 
 def _layout(manifest: CacheManifest, sequences: Sequence[TokenSequence]) -> ShardLayout:
@@ -112,7 +136,7 @@ def _documents(sequence: TokenSequence) -> Iterator[tuple[np.ndarray, np.ndarray
 class _Writer:
     """Encodes and commits shards in a thread of its own, in the order in which they were begun."""
 
-    def __init__(self, folder: Path, manifest: CacheManifest, on_commit: Callable[[ShardCommit], None]) -> None:
+    def __init__(self, folder: Path, manifest: CacheManifest, on_commit: _OnCommit) -> None:
         self._folder, self._manifest, self._on_commit = folder, manifest, on_commit
         self._queue: queue.Queue[Any] = queue.Queue(maxsize=QUEUE_SEQUENCES)
         self._layouts: deque[tuple[int, ShardLayout]] = deque()
@@ -172,9 +196,7 @@ class _Writer:
                 writer.discard()
             if statistics is None:
                 return False
-            commit = commit_shard(self._folder, partition, path, layout, statistics.to_dict())
-            if commit is not None:
-                self._on_commit(commit)
+            self._on_commit(partition, commit_shard(self._folder, partition, path, layout, statistics.to_dict()))
         finally:
             path.unlink(missing_ok=True)
         return True

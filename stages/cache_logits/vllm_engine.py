@@ -66,8 +66,8 @@ class VllmEngine:
                     yield request.key, self._targets(request, output.outputs.data)
 
     def close(self) -> None:
-        """Stop the engine core and its workers."""
-        self._llm.llm_engine.engine_core.shutdown()
+        """Stop the engine core and its workers, by SIGKILL: they have nothing to save, and SIGTERM is kept from them."""
+        self._llm.llm_engine.engine_core.shutdown(timeout=0)
 
     def _targets(self, request: Request, rows_NW: Any) -> SparseTargets:
         expected = (len(request.positions), self._reduction.width)
@@ -142,7 +142,7 @@ def _cores_of_workers(config: CacheConfig) -> str:
     return "|".join(",".join(map(str, part)) for part in shares) or "nobind"
 
 
-def require_vllm(architecture: str, folder: Path) -> None:
+def require_vllm(teacher: Teacher) -> None:
     """Raise EngineError unless vLLM is there and serves the teacher's architecture."""
     try:
         with warnings.catch_warnings():
@@ -150,5 +150,8 @@ def require_vllm(architecture: str, folder: Path) -> None:
             from vllm import ModelRegistry
     except ImportError as exc:
         raise EngineError(f"vLLM is not installed ({exc}); see the README, or take --engine transformers.") from exc
-    if architecture not in ModelRegistry.get_supported_archs():
-        raise EngineError(f"{folder}: vLLM does not serve the architecture {architecture}; take --engine transformers.")
+    if teacher.architecture not in ModelRegistry.get_supported_archs():
+        raise EngineError(
+            f"{teacher.folder}: vLLM does not serve the architecture {teacher.architecture}; "
+            "take --engine transformers."
+        )

@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from pipeline.config import CacheConfig, DemoConfig, PrepareConfig, TrainConfig, VerifyConfig
+from pipeline.config import CacheConfig, ConvertConfig, DemoConfig, PrepareConfig, TrainConfig, VerifyConfig
 from pipeline.errors import CacheCorruptError, PipelineError
 from pipeline.options import config_command
 from pipeline.progress import TerminalReporter
@@ -74,8 +74,8 @@ def verify_command(config: VerifyConfig) -> None:
     With --repair, damaged shards are dropped with their records, and the exit code is 0: what is then
     missing, the same `pipeline cache-logits` command computes.
     """
+    from pipeline.lifecycle.repair import repair_cache
     from pipeline.manifest import CacheManifest
-    from pipeline.shards.repair import repair_cache
     from pipeline.shards.verify import verify_cache
 
     try:
@@ -107,6 +107,18 @@ def _say_what_now(config: VerifyConfig, report: Any) -> None:
         f"{config.cache}: repaired: {len(report.damaged)} damaged partitions were dropped; run the same "
         f"`pipeline cache-logits` command again: it computes the {todo} that are missing now."
     )
+
+
+@main.command("convert")
+@config_command(ConvertConfig)
+def convert_command(config: ConvertConfig) -> None:
+    """Copy a cache into the other container. Every shard is read back and compared.
+
+    Run the same command again after a crash: it continues with what is missing.
+    """
+    from pipeline.lifecycle.convert import convert_cache
+
+    convert_cache(config, TerminalReporter())
 
 
 @main.command("train-student")

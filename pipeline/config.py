@@ -36,9 +36,9 @@ def setting(default: Any, help: str, *, choices: tuple[str, ...] = (), flag: str
     return field(default=None if default is _REQUIRED else default, metadata=metadata)
 
 
-def required(help: str, *, flag: str = "", argument: bool = False) -> Any:
+def required(help: str, *, choices: tuple[str, ...] = (), flag: str = "", argument: bool = False) -> Any:
     """A setting without a default."""
-    return setting(_REQUIRED, help, flag=flag, argument=argument)
+    return setting(_REQUIRED, help, choices=choices, flag=flag, argument=argument)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,6 +159,19 @@ class VerifyConfig(_Config):
         False, "Drop what is damaged: the next run of the same `pipeline cache-logits` computes that alone."
     )
     workers: int | None = setting(None, "Shards that are read at the same time; none takes one a core.")
+
+    def check(self) -> None:
+        self._at_least("workers", 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertConfig(_Config):
+    """Settings of `pipeline convert`."""
+
+    cache: Path = required("Folder of a finished cache.", argument=True)
+    format: str = required("Container of the new shards.", choices=CONTAINERS)
+    out: Path = required("Folder to write the new cache to.")
+    workers: int | None = setting(None, "Shards that are converted at the same time; none takes one a core.")
 
     def check(self) -> None:
         self._at_least("workers", 1)

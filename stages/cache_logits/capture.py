@@ -7,7 +7,6 @@ the other and reaches the caller.
 
 import queue
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from pipeline.manifest import CacheManifest
 from pipeline.runs.commits import ShardCommit, commit_shard, partial_shard_path
 from pipeline.shards.containers import CONTAINERS, ShardWriter
 from pipeline.shards.layout import ShardLayout, encode
+from pipeline.shards.statistics import TargetStatistics
 from pipeline.targets import SparseTargets, concatenate
 from stages.cache_logits.engine import Engine, Request
 
@@ -179,9 +179,9 @@ class _Writer:
             path.unlink(missing_ok=True)
         return True
 
-    def _fill(self, writer: ShardWriter, layout: ShardLayout, item: Any) -> "_Statistics | None":
+    def _fill(self, writer: ShardWriter, layout: ShardLayout, item: Any) -> TargetStatistics | None:
         """Write `item` and the rest of its shard's sequences; None if there are no more."""
-        statistics = _Statistics(self._manifest.temperatures)
+        statistics = TargetStatistics(self._manifest.temperatures)
         for remaining in reversed(range(layout.num_sequences)):
             sequence, targets = item
             statistics.add(targets)
@@ -191,23 +191,3 @@ class _Writer:
                 return None
         writer.close()
         return statistics
-
-
-class _Statistics:
-    """Sums over the targets of a shard, for its commit record."""
-
-    def __init__(self, temperatures: tuple[float, ...]) -> None:
-        self._started = time.time()
-        self._temperatures = temperatures
-        self._sums = np.zeros((3, len(temperatures)))
-
-    def add(self, targets: SparseTargets) -> None:
-        """Count the targets of one sequence."""
-        for index, temperature in enumerate(self._temperatures):
-            values = (targets.entropy(temperature), targets.tail_mass(temperature), targets.label_logprobs(temperature))
-            self._sums[:, index] += [value.sum(dtype=np.float64) for value in values]
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON values: sums a temperature, seconds from the first sequence to the last."""
-        names = ("sum_entropy", "sum_tail_mass", "sum_label_logprob")
-        return dict(zip(names, self._sums.tolist())) | {"seconds": round(time.time() - self._started, 3)}

@@ -12,7 +12,15 @@ from typing import Any
 
 import click
 
-from pipeline.config import CacheConfig, ConvertConfig, DemoConfig, PrepareConfig, TrainConfig, VerifyConfig
+from pipeline.config import (
+    CacheConfig,
+    ConvertConfig,
+    DemoConfig,
+    ExportConfig,
+    PrepareConfig,
+    TrainConfig,
+    VerifyConfig,
+)
 from pipeline.errors import CacheCorruptError, PipelineError
 from pipeline.options import config_command
 from pipeline.progress import TerminalReporter
@@ -119,6 +127,18 @@ def convert_command(config: ConvertConfig) -> None:
     from pipeline.lifecycle.convert import convert_cache
 
     convert_cache(config, TerminalReporter())
+
+
+@main.command("export")
+@config_command(ExportConfig)
+def export_command(config: ExportConfig) -> None:
+    """Write a cache as the plain lists that other trainers read, at one temperature.
+
+    Run the same command again after a crash: it continues with what is missing. docs/export.md lists the columns.
+    """
+    from pipeline.lifecycle.export import export_cache
+
+    export_cache(config, TerminalReporter())
 
 
 @main.command("train-student")

@@ -21,6 +21,8 @@ from pipeline.errors import ConfigError
 ENGINES = ("vllm", "transformers")
 CONTAINERS = ("arrow", "zarr")
 CODECS = ("compact", "lossless")
+EXPORTS = ("parquet",)
+EXPORT_LAYOUTS = ("plain", "axolotl")
 PACKINGS = ("isolated", "crossing", "none")
 TAILS = ("ghost", "hybrid", "zero", "renormalise", "uniform")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -174,6 +176,26 @@ class ConvertConfig(_Config):
     workers: int | None = setting(None, "Shards that are converted at the same time; none takes one a core.")
 
     def check(self) -> None:
+        self._at_least("workers", 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig(_Config):
+    """Settings of `pipeline export`."""
+
+    cache: Path = required("Folder of a finished cache.", argument=True)
+    out: Path = required("Folder to write the files to.")
+    to: str = setting("parquet", "Kind of file.", choices=EXPORTS)
+    layout: str = setting(
+        "plain",
+        "Columns: 'plain' has one entry a target, 'axolotl' one a token, as axolotl's KD plugin takes them.",
+        choices=EXPORT_LAYOUTS,
+    )
+    temperature: float = setting(1.0, "Temperature T of the log-probabilities; the cache must hold it.")
+    workers: int | None = setting(None, "Files that are written at the same time; none takes one a core.")
+
+    def check(self) -> None:
+        self._positive("temperature", (self.temperature,))
         self._at_least("workers", 1)
 
 

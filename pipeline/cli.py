@@ -1,8 +1,8 @@
 """The command line: the only code that prints results or chooses an exit code.
 
-Exit codes: 0 done, 1 `verify` found damage, 2 a mistake or fault that the user can mend. Anything
-else keeps its traceback. A command imports its stage inside its function, so that `--help` loads
-neither torch nor vllm.
+Exit codes: 0 done, 1 `verify` found damage or `audit` a disagreement, 2 a mistake or fault that the
+user can mend. Anything else keeps its traceback. A command imports its stage inside its function, so
+that `--help` loads neither torch nor vllm.
 """
 
 import errno
@@ -13,6 +13,7 @@ from typing import Any
 import click
 
 from pipeline.config import (
+    AuditConfig,
     CacheConfig,
     ConvertConfig,
     DemoConfig,
@@ -27,6 +28,9 @@ from pipeline.progress import TerminalReporter
 
 MENDABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG}
 """Operating-system errors that are the user's to mend: a full disk, a read-only folder."""
+
+SHOWN_PROBLEMS = 20
+"""Disagreements that an audit lists; the rest is counted."""
 
 QUIET = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1"}
 """What keeps the libraries from talking over our own progress, and from asking a model hub."""
@@ -115,6 +119,25 @@ def _say_what_now(config: VerifyConfig, report: Any) -> None:
         f"{config.cache}: repaired: {len(report.damaged)} damaged partitions were dropped; run the same "
         f"`pipeline cache-logits` command again: it computes the {todo} that are missing now."
     )
+
+
+@main.command("audit")
+@config_command(AuditConfig)
+def audit_command(config: AuditConfig) -> None:
+    """Score a random sample of a cache again with its teacher. Exit code 1 names what disagrees."""
+    from stages.cache_logits.audit import audit_cache
+
+    report = audit_cache(config, TerminalReporter())
+    for problem in report.problems[:SHOWN_PROBLEMS]:
+        click.echo(problem)
+    outcome = f"{len(report.problems)} disagreements" if report.problems else "the teacher agrees"
+    click.echo(
+        f"{config.cache}: {outcome}: {report.num_sequences:,} sequences, {report.num_targets:,} targets; the largest "
+        f"difference of a probability is {report.largest:.2g}, {report.allowed:.2g} is allowed (the codec alone makes "
+        f"{report.codec_error:.2g}, the teacher's arithmetic may make {report.noise:.2g})."
+    )
+    if report.problems:
+        sys.exit(1)
 
 
 @main.command("convert")

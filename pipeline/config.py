@@ -51,7 +51,7 @@ class _Config:
             if value is None and spec.metadata["required"]:
                 raise ConfigError(f"{flag_of(spec)} is missing; give it as a flag or as `{spec.name}:` in the file.")
             choices = spec.metadata["choices"]
-            if choices and value not in choices:
+            if choices and value is not None and value not in choices:
                 raise ConfigError(f"{spec.name} is {value!r}; choose one of: {', '.join(choices)}.")
         self.check()
 
@@ -197,6 +197,35 @@ class ExportConfig(_Config):
     def check(self) -> None:
         self._positive("temperature", (self.temperature,))
         self._at_least("workers", 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditConfig(_Config):
+    """Settings of `pipeline audit`. What is not given is as it was in the capture."""
+
+    cache: Path = required("Folder of a finished cache.", argument=True)
+    teacher: Path = required("Folder of the teacher that made it.")
+    fraction: float = setting(0.001, "Share of the sequences that are scored again, 0 to 1.")
+    sequences: int = setting(8, "Sequences that are scored again at least.")
+    seed: int = setting(0, "Seed of the sample.")
+    noise: float | None = setting(
+        None,
+        "How far arithmetic alone may put a probability, beyond what the codec rounds; none takes 0.0001 for a "
+        "teacher in float32, 0.02 in float16, 0.1 in bfloat16 or quantised.",
+    )
+    engine: str | None = setting(None, "What runs the teacher; none takes the capture's.", choices=ENGINES)
+    tensor_parallel: int | None = setting(None, "Devices that share each layer; none takes the capture's.")
+    pipeline_parallel: int | None = setting(None, "Devices that share the stack of layers; none takes the capture's.")
+    batch_tokens: int | None = setting(None, "Tokens in one step of the engine; none takes the capture's.")
+    gpu_memory_utilization: float | None = setting(None, "Share of a GPU's memory; none takes the capture's.")
+    enforce_eager: bool | None = setting(None, "Skip vLLM's compilation; none takes the capture's.")
+
+    def check(self) -> None:
+        for name in ("sequences", "tensor_parallel", "pipeline_parallel", "batch_tokens"):
+            self._at_least(name, 1)
+        self._at_least("noise", 0)
+        if not 0 <= self.fraction <= 1:
+            raise ConfigError(f"fraction is {self.fraction}; it must lie in [0, 1].")
 
 
 @dataclass(frozen=True, kw_only=True)

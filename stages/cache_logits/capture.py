@@ -9,11 +9,8 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from pipeline.corpus import Corpus, TokenSequence
 from pipeline.errors import CorpusError
@@ -22,24 +19,12 @@ from pipeline.runs.commits import ShardCommit, commit_shard, partial_shard_path
 from pipeline.shards.containers import CONTAINERS, ShardWriter
 from pipeline.shards.layout import ShardLayout, encode
 from pipeline.shards.statistics import TargetStatistics
-from pipeline.targets import SparseTargets, concatenate
+from pipeline.targets import SparseTargets
 from stages.cache_logits.engine import Engine, Request
+from stages.cache_logits.scoring import Row
 
 QUEUE_SEQUENCES = 256
 """Finished sequences that may wait for the writer."""
-
-
-@dataclass(eq=False)
-class _Row:
-    """A sequence in flight: its documents come back one by one."""
-
-    sequence: TokenSequence
-    documents: list[SparseTargets | None] = field(default_factory=list)
-
-    def targets(self) -> SparseTargets | None:
-        """The targets of the whole sequence once every document is there."""
-        parts = [part for part in self.documents if part is not None]
-        return concatenate(parts) if len(parts) == len(self.documents) else None
 
 
 def capture(
@@ -55,7 +40,7 @@ def capture(
 
     `on_commit` is called in the writer's thread, with what this process has committed.
     """
-    rows: deque[_Row] = deque()
+    rows: deque[Row] = deque()
     with _Writer(folder, manifest, on_commit) as writer:
         for (row, document), targets in engine.score(_requests(corpus, manifest, partitions, rows, writer)):
             row.documents[document] = targets
@@ -68,7 +53,7 @@ def capture(
 
 
 def _requests(
-    corpus: Corpus, manifest: CacheManifest, partitions: Iterable[int], rows: deque[_Row], writer: "_Writer"
+    corpus: Corpus, manifest: CacheManifest, partitions: Iterable[int], rows: deque[Row], writer: "_Writer"
 ) -> Iterator[Request]:
     """One request a document that has targets; registers rows and announces shards on the way."""
     for partition in partitions:
@@ -76,14 +61,10 @@ def _requests(
         sequences = list(corpus.rows(start, stop))
         writer.begin(partition, _layout(manifest, sequences))
         for sequence in sequences:
-            row = _Row(sequence)
-            documents = list(_documents(sequence))
-            if not documents:
+            if not len(sequence.target_positions):
                 raise CorpusError(f"{corpus.folder}: sequence {sequence.key.hex()} has no target; prepare it again.")
-            row.documents = [None] * len(documents)
-            rows.append(row)
-            for index, document in enumerate(documents):
-                yield Request((row, index), *document)
+            rows.append(Row(sequence))
+            yield from rows[-1].requests()
 
 
 def _layout(manifest: CacheManifest, sequences: Sequence[TokenSequence]) -> ShardLayout:
@@ -93,20 +74,6 @@ def _layout(manifest: CacheManifest, sequences: Sequence[TokenSequence]) -> Shar
         num_documents=sum(len(sequence.document_lengths) for sequence in sequences),
         num_targets=sum(len(sequence.target_positions) for sequence in sequences),
     )
-
-
-def _documents(sequence: TokenSequence) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Token ids, target positions and their uniforms of every document of a sequence that has targets."""
-    # Seeded by the content: a rerun, another batch or order makes the same draws (on as many ranks).
-    generator = np.random.Generator(np.random.Philox(key=int.from_bytes(sequence.key, "little")))
-    uniforms = generator.random(len(sequence.target_positions), dtype=np.float32)
-    ends = np.cumsum(sequence.document_lengths)
-    for start, end in zip(ends - sequence.document_lengths, ends):
-        first, last = np.searchsorted(sequence.target_positions, (start, end))
-        positions = sequence.target_positions[first:last] - np.int32(start)
-        assert not len(positions) or positions[-1] < end - start - 1, "a label is the first token of a document"
-        if len(positions):
-            yield sequence.token_ids[start:end], positions, uniforms[first:last]
 
 
 class _Writer:

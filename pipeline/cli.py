@@ -18,6 +18,7 @@ from pipeline.config import (
     ConvertConfig,
     DemoConfig,
     ExportConfig,
+    MergeConfig,
     PrepareConfig,
     TrainConfig,
     VerifyConfig,
@@ -150,6 +151,18 @@ def convert_command(config: ConvertConfig) -> None:
     from pipeline.lifecycle.convert import convert_cache
 
     convert_cache(config, TerminalReporter())
+
+
+@main.command("merge")
+@config_command(MergeConfig)
+def merge_command(config: MergeConfig) -> None:
+    """Make one cache of several by the same teacher; a sequence that more than one holds is stored once.
+
+    Run the same command again after a crash: it continues with what is missing.
+    """
+    from pipeline.lifecycle.merge import merge_caches
+
+    merge_caches(config, TerminalReporter())
 
 
 @main.command("export")

@@ -180,6 +180,21 @@ class ConvertConfig(_Config):
 
 
 @dataclass(frozen=True, kw_only=True)
+class MergeConfig(_Config):
+    """Settings of `pipeline merge`."""
+
+    caches: tuple[Path, ...] = required("Folders of two or more finished caches of one teacher.", argument=True)
+    out: Path = required("Folder to write the new cache to.")
+    format: str | None = setting(None, "Container of the new shards; none takes the first cache's.", choices=CONTAINERS)
+    workers: int | None = setting(None, "Shards that are copied at the same time; none takes one a core.")
+
+    def check(self) -> None:
+        self._at_least("workers", 1)
+        if len(self.caches) < 2:
+            raise ConfigError(f"caches names {len(self.caches)} folder; a merge needs two or more.")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ExportConfig(_Config):
     """Settings of `pipeline export`."""
 

@@ -12,7 +12,7 @@ from tests.helpers import run, tiny_tokenizer
 from tests.small import make_cache
 
 ROOT = Path(__file__).parent.parent
-COMMANDS = ("prepare", "cache-logits", "verify", "audit", "convert", "export", "train-student", "demo")
+COMMANDS = ("prepare", "cache-logits", "verify", "audit", "convert", "merge", "export", "train-student", "demo")
 
 
 def assert_refused(message: str, *arguments: object) -> None:

@@ -60,24 +60,13 @@ def test_converted_cache_is_what_the_capture_would_have_made(tmp_path, corpus):
 
 
 KILLED = """
-import os, signal, sys
 from pathlib import Path
+from sys import argv
 from pipeline.config import ConvertConfig
 from pipeline.lifecycle.convert import convert_cache
-from tests.crash import kill_before
-
-killed = 0
-while True:
-    pid = os.fork()
-    if pid == 0:
-        kill_before(killed)
-        convert_cache(ConvertConfig(cache=Path(sys.argv[1]), format="arrow", out=Path(sys.argv[2]), workers=1))
-        os._exit(0)
-    _, status = os.waitpid(pid, 0)
-    if os.WIFEXITED(status):
-        sys.exit(os.WEXITSTATUS(status)) if os.WEXITSTATUS(status) else print(killed)
-        break
-    killed += 1
+from tests.crash import kill_everywhere
+config = ConvertConfig(cache=Path(argv[1]), format="arrow", out=Path(argv[2]), workers=1)
+kill_everywhere(lambda: convert_cache(config))
 """
 
 

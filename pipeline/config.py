@@ -120,6 +120,11 @@ class CacheConfig(_Config):
         choices=CODECS,
     )
     shard_tokens: int = setting(1_048_576, "Tokens in one shard: the work that a crash can lose.")
+    reuse: tuple[Path, ...] = setting(
+        (),
+        "A cache by the same teacher and settings, finished or not: sequences that it holds are copied instead of "
+        "scored; repeatable.",
+    )
     dtype: str = setting("auto", "Type of the teacher's body; its head always runs in float32.", choices=DTYPES)
     tensor_parallel: int = setting(1, "Devices that share each layer of the teacher (vLLM).")
     pipeline_parallel: int = setting(1, "Devices that share the stack of layers (vLLM).")

@@ -42,18 +42,29 @@ def capture(
     """
     rows: deque[Row] = deque()
     with _Writer(folder, manifest, on_commit) as writer:
-        for (row, document), targets in engine.score(_requests(corpus, manifest, partitions, rows, writer)):
-            row.documents[document] = targets
+
+        def hand_over() -> None:
+            """Give the writer the sequences at the front that are whole."""
             while rows and (whole := rows[0].targets()) is not None:
                 done = rows.popleft()
                 writer.put(done.sequence, whole)
                 on_sequence(done.sequence, whole)
+
+        requests = _requests(corpus, manifest, partitions, rows, writer, hand_over)
+        for (row, document), targets in engine.score(requests):
+            row.documents[document] = targets
+            hand_over()
         if rows:
             raise RuntimeError(f"the engine ended with {len(rows)} sequences unanswered")
 
 
 def _requests(
-    corpus: Corpus, manifest: CacheManifest, partitions: Iterable[int], rows: deque[Row], writer: "_Writer"
+    corpus: Corpus,
+    manifest: CacheManifest,
+    partitions: Iterable[int],
+    rows: deque[Row],
+    writer: "_Writer",
+    hand_over: Callable[[], None],
 ) -> Iterator[Request]:
     """One request a document that has targets; registers rows and announces shards on the way."""
     for partition in partitions:
@@ -65,6 +76,7 @@ def _requests(
                 raise CorpusError(f"{corpus.folder}: sequence {sequence.key.hex()} has no target; prepare it again.")
             rows.append(Row(sequence))
             yield from rows[-1].requests()
+            hand_over()  # a known sequence is whole at once
 
 
 def _layout(manifest: CacheManifest, sequences: Sequence[TokenSequence]) -> ShardLayout:

@@ -12,6 +12,7 @@ from pipeline.config import CacheConfig, resolved
 from pipeline.corpus import TOKENIZER, Corpus, TokenSequence
 from pipeline.errors import CorpusError
 from pipeline.files import hash_folder
+from pipeline.lifecycle.known import GrownCorpus, KnownTargets
 from pipeline.manifest import CacheManifest
 from pipeline.progress import Reporter
 from pipeline.runs.commits import ShardCommit, read_commit, remove_leftovers
@@ -19,7 +20,7 @@ from pipeline.runs.folder import open_folder
 from pipeline.runs.plan import plan_partitions
 from pipeline.targets import SparseTargets
 from stages.cache_logits.capture import capture
-from stages.cache_logits.engine import Engine
+from stages.cache_logits.engine import Engine, NoEngine
 from stages.cache_logits.teacher import Teacher, read_teacher
 from stages.cache_logits.transformers_engine import TransformersEngine
 from stages.cache_logits.vllm_engine import VllmEngine, require_vllm
@@ -46,12 +47,19 @@ def cache_logits(config: CacheConfig, reporter: Reporter | None = None) -> Cache
         require_vllm(teacher.architecture, teacher.folder)
     tokens, longest_document = corpus.lengths()
     manifest = _manifest(config, corpus, teacher, tokens)
+    engine_class = ENGINES[config.engine]
+    if config.reuse:
+        corpus = GrownCorpus(config.corpus, KnownTargets(config.reuse, manifest))
+        num_known = corpus.num_known_tokens()
+        num_new = manifest.num_tokens - num_known
+        reporter.log(f"{config.out}: {num_known:,} tokens are in earlier caches and copied, {num_new:,} are scored.")
+        engine_class = engine_class if num_new else NoEngine
     open_folder(config.out, manifest, config.corpus / TOKENIZER)
     remove_leftovers(config.out)
     todo = [part for part in range(manifest.num_partitions) if read_commit(config.out, part) is None]
     if todo:
         reporter.log(_announcement(config, manifest, len(todo)))
-        with closing(ENGINES[config.engine](teacher, config, int(longest_document.max()))) as engine:
+        with closing(engine_class(teacher, config, int(longest_document.max()))) as engine:
             _capture(engine, corpus, manifest, config.out, todo, tokens, reporter)
     reporter.log(f"{config.out}: complete, {manifest.num_sequences:,} sequences, {manifest.num_targets:,} targets.")
     return manifest

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from pipeline.corpus import TokenSequence
+from pipeline.lifecycle.known import KnownSequence
 from pipeline.targets import SparseTargets, concatenate
 from stages.cache_logits.engine import Engine, Request
 
@@ -19,14 +20,17 @@ class Row:
     documents: list[SparseTargets | None] = field(default_factory=list)
 
     def requests(self) -> Iterator[Request]:
-        """One request a document that has targets; its key is this row and the document's place in it."""
-        documents = list(documents_of(self.sequence))
+        """One request a document that has targets, none of a known sequence; its key is this row and the document's
+        place in it."""
+        documents = [] if isinstance(self.sequence, KnownSequence) else list(documents_of(self.sequence))
         self.documents = [None] * len(documents)
         for index, document in enumerate(documents):
             yield Request((self, index), *document)
 
     def targets(self) -> SparseTargets | None:
-        """The targets of the whole sequence once every document is there."""
+        """The targets of the whole sequence once every document is there; read from its cache if it is known."""
+        if isinstance(self.sequence, KnownSequence):
+            return self.sequence.load()
         parts = [part for part in self.documents if part is not None]
         return concatenate(parts) if len(parts) == len(self.documents) else None
 

@@ -21,6 +21,8 @@ from pipeline.errors import ConfigError
 ENGINES = ("vllm", "transformers")
 CONTAINERS = ("arrow", "zarr")
 CODECS = ("compact", "lossless")
+EXPORTS = ("parquet",)
+EXPORT_LAYOUTS = ("plain", "axolotl")
 PACKINGS = ("isolated", "crossing", "none")
 TAILS = ("ghost", "hybrid", "sampled", "zero", "renormalise", "uniform")
 DIVERGENCES = ("forward", "reverse", "js")
@@ -54,7 +56,7 @@ class _Config:
             if value is None and spec.metadata["required"]:
                 raise ConfigError(f"{flag_of(spec)} is missing; give it as a flag or as `{spec.name}:` in the file.")
             choices = spec.metadata["choices"]
-            if choices and value not in choices:
+            if choices and value is not None and value not in choices:
                 raise ConfigError(f"{spec.name} is {value!r}; choose one of: {', '.join(choices)}.")
         self.check()
 
@@ -123,6 +125,11 @@ class CacheConfig(_Config):
         choices=CODECS,
     )
     shard_tokens: int = setting(1_048_576, "Tokens in one shard: the work that a crash can lose.")
+    reuse: tuple[Path, ...] = setting(
+        (),
+        "A cache by the same teacher and settings, finished or not: sequences that it holds are copied instead of "
+        "scored; repeatable.",
+    )
     dtype: str = setting("auto", "Type of the teacher's body; its head always runs in float32.", choices=DTYPES)
     tensor_parallel: int = setting(1, "Devices that share each layer of the teacher (vLLM).")
     pipeline_parallel: int = setting(1, "Devices that share the stack of layers (vLLM).")
@@ -234,6 +241,83 @@ class StatusConfig(_Config):
 
     def check(self) -> None:
         self._positive("interval_s", (self.interval_s,))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertConfig(_Config):
+    """Settings of `pipeline convert`."""
+
+    cache: Path = required("Folder of a finished cache.", argument=True)
+    format: str = required("Container of the new shards.", choices=CONTAINERS)
+    out: Path = required("Folder to write the new cache to.")
+    workers: int | None = setting(None, "Shards that are converted at the same time; none takes one a core.")
+
+    def check(self) -> None:
+        self._at_least("workers", 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeConfig(_Config):
+    """Settings of `pipeline merge`."""
+
+    caches: tuple[Path, ...] = required("Folders of two or more finished caches of one teacher.", argument=True)
+    out: Path = required("Folder to write the new cache to.")
+    format: str | None = setting(None, "Container of the new shards; none takes the first cache's.", choices=CONTAINERS)
+    workers: int | None = setting(None, "Shards that are copied at the same time; none takes one a core.")
+
+    def check(self) -> None:
+        self._at_least("workers", 1)
+        if len(self.caches) < 2:
+            raise ConfigError(f"caches names {len(self.caches)} folder; a merge needs two or more.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig(_Config):
+    """Settings of `pipeline export`."""
+
+    cache: Path = required("Folder of a finished cache.", argument=True)
+    out: Path = required("Folder to write the files to.")
+    to: str = setting("parquet", "Kind of file.", choices=EXPORTS)
+    layout: str = setting(
+        "plain",
+        "Columns: 'plain' has one entry a target, 'axolotl' one a token, as axolotl's KD plugin takes them.",
+        choices=EXPORT_LAYOUTS,
+    )
+    temperature: float = setting(1.0, "Temperature T of the log-probabilities; the cache must hold it.")
+    workers: int | None = setting(None, "Files that are written at the same time; none takes one a core.")
+
+    def check(self) -> None:
+        self._positive("temperature", (self.temperature,))
+        self._at_least("workers", 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditConfig(_Config):
+    """Settings of `pipeline audit`. What is not given is as it was in the capture."""
+
+    cache: Path = required("Folder of a finished cache.", argument=True)
+    teacher: Path = required("Folder of the teacher that made it.")
+    fraction: float = setting(0.001, "Share of the sequences that are scored again, 0 to 1.")
+    sequences: int = setting(8, "Sequences that are scored again at least.")
+    seed: int = setting(0, "Seed of the sample.")
+    noise: float | None = setting(
+        None,
+        "How far arithmetic alone may put a probability, beyond what the codec rounds; none takes 0.0001 for a "
+        "teacher in float32, 0.02 in float16, 0.1 in bfloat16 or quantised.",
+    )
+    engine: str | None = setting(None, "What runs the teacher; none takes the capture's.", choices=ENGINES)
+    tensor_parallel: int | None = setting(None, "Devices that share each layer; none takes the capture's.")
+    pipeline_parallel: int | None = setting(None, "Devices that share the stack of layers; none takes the capture's.")
+    batch_tokens: int | None = setting(None, "Tokens in one step of the engine; none takes the capture's.")
+    gpu_memory_utilization: float | None = setting(None, "Share of a GPU's memory; none takes the capture's.")
+    enforce_eager: bool | None = setting(None, "Skip vLLM's compilation; none takes the capture's.")
+
+    def check(self) -> None:
+        for name in ("sequences", "tensor_parallel", "pipeline_parallel", "batch_tokens"):
+            self._at_least(name, 1)
+        self._at_least("noise", 0)
+        if not 0 <= self.fraction <= 1:
+            raise ConfigError(f"fraction is {self.fraction}; it must lie in [0, 1].")
 
 
 @dataclass(frozen=True, kw_only=True)

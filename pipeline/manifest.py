@@ -25,6 +25,8 @@ MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer"
 PROVENANCE = ("settings", "software", "chat_template", "tokenizer_files")
 """Entries that tell where a cache comes from and do not decide what is in it."""
+COLLECTION = ("container", "corpus", "packing", "sequence_length", "num_tokens", "num_targets", "partitions")
+"""Entries that say which sequences a cache has and how they are kept; a sequence's targets do not depend on them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +96,10 @@ class CacheManifest:
             del document[name]
         document |= {f"{name}.{key}": value for name, entries in nested.items() for key, value in entries.items()}
         return document
+
+    def target_identity(self) -> dict[str, Any]:
+        """The entries that decide the targets of a sequence, whatever else is in the cache and how it is kept."""
+        return {name: value for name, value in self.identity().items() if name not in COLLECTION}
 
     def require_equal(self, requested: "CacheManifest", folder: Path) -> None:
         """Raise CacheMismatchError, naming every difference, unless both describe the same targets."""

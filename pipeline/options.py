@@ -55,5 +55,5 @@ def _default(spec: dataclasses.Field[Any], several: bool) -> str:
     if spec.default is None:
         return "default: none"
     if several:
-        return f"default: {', '.join(f'{item}' for item in spec.default)}"
+        return f"default: {', '.join(f'{item}' for item in spec.default) or 'none'}"
     return f"default: {str(spec.default).lower() if isinstance(spec.default, bool) else spec.default}"

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from pipeline import open_cache
 from pipeline.corpus import TOKENIZER, Corpus, CorpusManifest, TokenSequence, write_partition
 from pipeline.files import hash_folder
 from pipeline.manifest import CacheManifest
@@ -195,6 +196,24 @@ def make_cache(folder: Path, corpus_folder: Path, **settings: object) -> Path:
     todo = [part for part in range(manifest.num_partitions) if read_commit(folder, part) is None]
     capture(FakeEngine(manifest), corpus, manifest, folder, todo)
     return folder
+
+
+def contents_of(folder: Path) -> dict[bytes, list[np.ndarray]]:
+    """Every array of every sequence, by key."""
+    found = {}
+    for sequence in open_cache(folder):
+        targets = sequence.targets
+        arrays = [sequence.token_ids, sequence.loss_mask, sequence.document_lengths, targets.ids, targets.logits]
+        found[sequence.key] = [*arrays, targets.logsumexps, targets.tail_logprobs, targets.entropies, targets.draws]
+    return found
+
+
+def assert_equal_caches(first: Path, second: Path) -> None:
+    ours, theirs = contents_of(first), contents_of(second)
+    assert list(ours) == list(theirs)
+    for key, arrays in ours.items():
+        for one, other in zip(arrays, theirs[key], strict=True):
+            np.testing.assert_array_equal(one, other)
 
 
 @functools.cache

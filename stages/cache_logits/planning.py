@@ -11,6 +11,7 @@ from pipeline.config import CacheConfig, resolved
 from pipeline.corpus import TOKENIZER, Corpus
 from pipeline.errors import CorpusError
 from pipeline.files import hash_folder
+from pipeline.lifecycle.known import GrownCorpus, KnownTargets
 from pipeline.manifest import MANIFEST, CacheManifest
 from pipeline.runs.folder import open_folder
 from pipeline.runs.plan import plan_partitions
@@ -26,6 +27,8 @@ class Plan:
     corpus: Corpus
     teacher: Teacher
     manifest: CacheManifest
+    num_known_tokens: int
+    """Tokens of sequences that are copied from earlier caches."""
 
 
 def plan_cache(config: CacheConfig, check: Callable[[Teacher], None] = lambda teacher: None) -> Plan:
@@ -41,8 +44,12 @@ def plan_cache(config: CacheConfig, check: Callable[[Teacher], None] = lambda te
     check(teacher)
     partitions = _planned(config, corpus) or plan_partitions(corpus.lengths()[0], config.shard_tokens)
     manifest = _manifest(config, corpus, teacher, partitions)
+    num_known_tokens = 0
+    if config.reuse:
+        corpus = GrownCorpus(config.corpus, KnownTargets(config.reuse, manifest))
+        num_known_tokens = corpus.num_known_tokens()
     open_folder(config.out, manifest, config.corpus / TOKENIZER)
-    return Plan(corpus, teacher, manifest)
+    return Plan(corpus, teacher, manifest, num_known_tokens)
 
 
 def announcement(config: CacheConfig, manifest: CacheManifest, num_todo: int) -> str:

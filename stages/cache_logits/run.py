@@ -8,7 +8,7 @@ from pipeline.progress import Reporter
 from pipeline.runs.commits import list_commits, remove_leftovers
 from pipeline.runs.failures import forget_failures
 from pipeline.runs.rank import Rank, rank_from_environment
-from stages.cache_logits.engine import Engine
+from stages.cache_logits.engine import Engine, NoEngine
 from stages.cache_logits.planning import announcement, plan_cache
 from stages.cache_logits.teacher import Teacher
 from stages.cache_logits.transformers_engine import TransformersEngine
@@ -32,6 +32,13 @@ def cache_logits(config: CacheConfig, reporter: Reporter | None = None) -> Cache
     rank = rank_from_environment() if config.worker_from_env else Rank(config.worker, config.workers)
     plan = plan_cache(config, require_vllm if config.engine == "vllm" else lambda teacher: None)
     manifest = plan.manifest
+    engine_class = ENGINES[config.engine]
+    if config.reuse:
+        num_new = manifest.num_tokens - plan.num_known_tokens
+        reporter.log(
+            f"{config.out}: {plan.num_known_tokens:,} tokens are in earlier caches and copied, {num_new:,} are scored."
+        )
+        engine_class = engine_class if num_new else NoEngine
     if config.retry_failed:
         forget_failures(config.out)
     todo = manifest.num_partitions - len(list_commits(config.out))
@@ -42,7 +49,7 @@ def cache_logits(config: CacheConfig, reporter: Reporter | None = None) -> Cache
             config.out,
             plan.corpus,
             manifest,
-            lambda: ENGINES[config.engine](plan.teacher, config, plan.corpus.manifest.sequence_length),
+            lambda: engine_class(plan.teacher, config, plan.corpus.manifest.sequence_length),
             rank=rank,
             lease_s=config.lease_s,
             max_failures=config.max_failures,

@@ -144,7 +144,7 @@ class SlurmCluster:
 
     def forget(self) -> None:
         """Let `jobs` tell of later jobs only."""
-        self._forgotten = {job_id for job_id, *_ in self.jobs()}
+        self._forgotten |= {job_id for job_id, *_ in self.jobs()}
 
     def jobs(self, *states: str) -> list[list[str]]:
         """Id, name and state of every task, in the order of submission, of those in the given states."""

@@ -126,7 +126,7 @@ def main() -> None:
     parser.add_argument("--partitions", type=int, default=500)
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--pause", type=float, default=0.03, help="mean seconds between two strikes")
-    parser.add_argument("--delay", type=float, default=0.18, help="mean seconds for an answer of the engine")
+    parser.add_argument("--delay", type=float, default=0.25, help="mean seconds for an answer of the engine")
     parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, default="/dev/shm" if os.path.isdir("/dev/shm") else None)

@@ -56,22 +56,22 @@ class SmallJob:
         assert len(list((self.cache / SHARDS).iterdir())) >= self.partitions
 
 
-def small_job(folder: Path, sequences: int = 120, layers: int = 2, engine: str = "transformers") -> SmallJob:
-    """A job of one sequence a partition; `layers` sets how long each takes."""
+def small_job(folder: Path, sequences: int = 120, layers: int = 2, **changes: object) -> SmallJob:
+    """A job of one sequence a partition; `layers` sets how long each takes, `changes` are of the capture."""
     teacher = make_teacher(folder / "teacher", num_hidden_layers=layers)
     corpus = make_corpus(folder / "corpus", random_sequences(sequences, 300))
     capture = {
         "teacher": str(teacher),
         "corpus": str(corpus),
         "out": str(folder / "cache"),
-        "engine": engine,
+        "engine": "transformers",
         "top_k": 8,
         "shard_tokens": 1,
         "lease_s": 10.0,
         "batch_tokens": 96,
     }
     train = {"student": str(teacher), "cache": str(folder / "cache"), "out": str(folder / "student"), "max_steps": 2}
-    (folder / "cache-logits.yaml").write_text(json.dumps(capture))
+    (folder / "cache-logits.yaml").write_text(json.dumps(capture | changes))
     (folder / "train-student.yaml").write_text(json.dumps(train | {"batch_size": 2, "save_steps": 2}))
     return SmallJob(folder, corpus, sequences)
 

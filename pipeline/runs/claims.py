@@ -52,6 +52,8 @@ class Claims:
         self._folder, self._num_partitions, self._rank = folder, num_partitions, rank
         self._presence, self._drain, self._max_failures = presence, drain, max_failures
         self._leases: Leases = presence.leases
+        start, stop = (share * num_partitions // rank.workers for share in (rank.worker, rank.worker + 1))
+        self._own = range(start, stop)
         self._view = _View()
         self._free: deque[int] = deque()
         self._next: int | None = None
@@ -121,17 +123,17 @@ class Claims:
         return partition not in self._view.done and self._num_failures(partition) >= self._max_failures
 
     def _take_sound(self) -> int | None:
-        partition = self._take_free()
-        if partition is None and self._refresh_if_old():
-            partition = self._take_free()
-        return partition if partition is not None else self._take_over()
-
-    def _take_free(self) -> int | None:
-        while self._free:
+        looked = False
+        while True:
+            # What is not this worker's own is taken by a recent view: an old one offers what is long done.
+            if not looked and not (self._free and self._free[0] in self._own):
+                looked = True
+                self._refresh_if_old()
+            if not self._free:
+                return self._take_over()
             partition = self._free.popleft()
             if self._take(partition, 1):
                 return partition
-        return None
 
     def _take_over(self) -> int | None:
         """A partition whose worker has vanished."""
@@ -178,11 +180,9 @@ class Claims:
             return False
         return True
 
-    def _refresh_if_old(self) -> bool:
-        if time.monotonic() - self._view.read_at < self._poll_s:
-            return False
-        self._refresh()
-        return True
+    def _refresh_if_old(self) -> None:
+        if time.monotonic() - self._view.read_at >= self._poll_s:
+            self._refresh()
 
     def _refresh(self) -> None:
         leases = list_leases(self._folder)  # before the commits: a lease that ends in between shows as committed
@@ -193,9 +193,7 @@ class Claims:
 
     def _order(self) -> Iterator[int]:
         """The own slice, a range of neighbours in the corpus, and then the rest in an order of this worker's."""
-        worker, workers = self._rank.worker, self._rank.workers
-        start, stop = (share * self._num_partitions // workers for share in (worker, worker + 1))
-        yield from range(start, stop)
-        rest = [*range(start), *range(stop, self._num_partitions)]
-        random.Random(worker).shuffle(rest)  # thieves that all began at one end would meet at every step
+        yield from self._own
+        rest = [*range(self._own.start), *range(self._own.stop, self._num_partitions)]
+        random.Random(self._rank.worker).shuffle(rest)  # thieves that begin at one end would meet at every step
         yield from rest

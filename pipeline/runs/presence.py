@@ -128,8 +128,9 @@ class Presence:
             try:
                 partial.write_text(json.dumps(asdict(self._record())), encoding="utf-8")
                 os.replace(partial, self._path)
-            finally:
+            except OSError:
                 partial.unlink(missing_ok=True)
+                raise
 
     def _record(self) -> WorkerRecord:
         now, tokens = time.monotonic(), self._num_tokens

@@ -115,7 +115,6 @@ class _Writer:
         self._queue: queue.Queue[Any] = queue.Queue(maxsize=QUEUE_SEQUENCES)
         self._layouts: deque[tuple[int, ShardLayout]] = deque()
         self._failure: BaseException | None = None
-        self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="shard-writer", daemon=True)
 
     def __enter__(self) -> "_Writer":
@@ -123,9 +122,7 @@ class _Writer:
         return self
 
     def __exit__(self, exc_type: type | None, exc: BaseException | None, traceback: Any) -> None:
-        if exc_type is not None:
-            self._stopped.set()
-        self._offer(None)
+        self._offer(None)  # after what is queued: shards that are whole are committed, whatever has happened
         self._thread.join()
         if exc_type is None and self._failure is not None:
             raise self._failure
@@ -157,7 +154,7 @@ class _Writer:
     def _write_shard(self) -> bool:
         """Write one shard from the queue; False at the end."""
         item = self._queue.get()
-        if item is None or self._stopped.is_set():
+        if item is None:
             return False
         partition, layout = self._layouts.popleft()
         container = CONTAINERS[self._manifest.container]
@@ -183,7 +180,7 @@ class _Writer:
             statistics.add(targets)
             writer.append(encode(layout, sequence, targets))
             item = self._queue.get() if remaining else None
-            if remaining and (item is None or self._stopped.is_set()):
+            if remaining and item is None:
                 return None
         writer.close()
         return statistics

@@ -64,12 +64,16 @@ class Child:
 
 
 def follow_parent() -> None:
-    """Ask the kernel for the signal that the launcher of this process wishes it to get if the launcher dies."""
-    parent, _, number = os.environ.pop(PARENT, "").partition(" ")
+    """Ask the kernel for the signal that the launcher of this process wishes it to get if the launcher dies.
+
+    The kernel tells children alone: a process that torchrun has started is torchrun's to end.
+    """
+    parent, _, number = os.environ.get(PARENT, "").partition(" ")
     if not parent:
         return
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(number), 0, 0, 0)
-    if os.getppid() != int(parent):  # it died before
+    if os.getppid() == int(parent):
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(number), 0, 0, 0)
+    if not os.path.exists(f"/proc/{parent}"):  # it died before, perhaps just now
         os.kill(os.getpid(), int(number))
 
 

@@ -4,6 +4,7 @@
     ├── ConfigError                 a setting, a flag or a YAML key
     ├── CorpusError                 input text, or a tokenised corpus
     ├── EngineError                 a teacher that the chosen engine cannot serve
+    ├── StorageError                an object store that refuses, or does not answer in time
     └── CacheError                  a folder of cached targets
         ├── CacheIncompleteError    partitions are missing: run `pipeline cache-logits` again
         ├── CacheCorruptError       a file is damaged; `pipeline verify` names all of them
@@ -28,6 +29,10 @@ class CorpusError(PipelineError):
 
 class EngineError(PipelineError):
     """The teacher cannot be served by the chosen engine."""
+
+
+class StorageError(PipelineError):
+    """An object store refuses a request, or does not answer in time."""
 
 
 class CacheError(PipelineError):

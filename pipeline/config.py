@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import yaml
 
 from pipeline.errors import ConfigError
+from pipeline.storage import Location, ObjectPath, location
 
 ENGINES = ("vllm", "transformers")
 CONTAINERS = ("arrow", "zarr")
@@ -38,7 +39,10 @@ _REQUIRED: Any = object()
 
 
 def setting(default: Any, help: str, *, choices: tuple[str, ...] = (), flag: str = "", argument: bool = False) -> Any:
-    """A field of a config class. `flag` names its option where that differs from the field's name."""
+    """A field of a config class. `flag` names its option where that differs from the field's name.
+
+    A folder that may also be the URL of an object store is a Location.
+    """
     metadata = {"help": help, "choices": choices, "flag": flag, "argument": argument, "required": default is _REQUIRED}
     return field(default=None if default is _REQUIRED else default, metadata=metadata)
 
@@ -107,7 +111,7 @@ class CacheConfig(_Config):
 
     teacher: Path = required("Folder of the teacher: config.json, weights, tokenizer.")
     corpus: Path = required("Folder that `pipeline prepare` wrote.")
-    out: Path = required("Folder to write the cache to.")
+    out: Location = required("Folder or URL to write the cache to.")
     top_k: int = setting(64, "Largest probabilities kept for each position.")
     temperatures: tuple[float, ...] = setting(
         (1.0, 2.0), "A temperature T at which targets are exact; repeatable.", flag="--temperature"
@@ -125,7 +129,7 @@ class CacheConfig(_Config):
         choices=CODECS,
     )
     shard_tokens: int = setting(1_048_576, "Tokens in one shard: the work that a crash can lose.")
-    reuse: tuple[Path, ...] = setting(
+    reuse: tuple[Location, ...] = setting(
         (),
         "A cache by the same teacher and settings, finished or not: sequences that it holds are copied instead of "
         "scored; repeatable.",
@@ -180,7 +184,7 @@ class CacheConfig(_Config):
 class VerifyConfig(_Config):
     """Settings of `pipeline verify`."""
 
-    cache: Path = required("Folder that `pipeline cache-logits` wrote.", argument=True)
+    cache: Location = required("Folder or URL that `pipeline cache-logits` wrote to.", argument=True)
     repair: bool = setting(
         False, "Drop what is damaged: the next run of the same `pipeline cache-logits` computes that alone."
     )
@@ -247,9 +251,9 @@ class StatusConfig(_Config):
 class ConvertConfig(_Config):
     """Settings of `pipeline convert`."""
 
-    cache: Path = required("Folder of a finished cache.", argument=True)
+    cache: Location = required("Folder or URL of a finished cache.", argument=True)
     format: str = required("Container of the new shards.", choices=CONTAINERS)
-    out: Path = required("Folder to write the new cache to.")
+    out: Location = required("Folder or URL to write the new cache to.")
     workers: int | None = setting(None, "Shards that are converted at the same time; none takes one a core.")
 
     def check(self) -> None:
@@ -260,8 +264,10 @@ class ConvertConfig(_Config):
 class MergeConfig(_Config):
     """Settings of `pipeline merge`."""
 
-    caches: tuple[Path, ...] = required("Folders of two or more finished caches of one teacher.", argument=True)
-    out: Path = required("Folder to write the new cache to.")
+    caches: tuple[Location, ...] = required(
+        "Folders or URLs of two or more finished caches of one teacher.", argument=True
+    )
+    out: Location = required("Folder or URL to write the new cache to.")
     format: str | None = setting(None, "Container of the new shards; none takes the first cache's.", choices=CONTAINERS)
     workers: int | None = setting(None, "Shards that are copied at the same time; none takes one a core.")
 
@@ -275,7 +281,7 @@ class MergeConfig(_Config):
 class ExportConfig(_Config):
     """Settings of `pipeline export`."""
 
-    cache: Path = required("Folder of a finished cache.", argument=True)
+    cache: Location = required("Folder or URL of a finished cache.", argument=True)
     out: Path = required("Folder to write the files to.")
     to: str = setting("parquet", "Kind of file.", choices=EXPORTS)
     layout: str = setting(
@@ -295,7 +301,7 @@ class ExportConfig(_Config):
 class AuditConfig(_Config):
     """Settings of `pipeline audit`. What is not given is as it was in the capture."""
 
-    cache: Path = required("Folder of a finished cache.", argument=True)
+    cache: Location = required("Folder or URL of a finished cache.", argument=True)
     teacher: Path = required("Folder of the teacher that made it.")
     fraction: float = setting(0.001, "Share of the sequences that are scored again, 0 to 1.")
     sequences: int = setting(8, "Sequences that are scored again at least.")
@@ -325,7 +331,7 @@ class TrainConfig(_Config):
     """Settings of `pipeline train-student`."""
 
     student: Path = required("Folder of the student, or a config.json for one that starts from random weights.")
-    cache: Path = required("Folder that `pipeline cache-logits` wrote.")
+    cache: Location = required("Folder or URL that `pipeline cache-logits` wrote to.")
     out: Path = required("Folder for checkpoints, logs and the finished student.")
     alpha: float = setting(0.5, "Weight of the distillation term; 0 trains from the labels alone.")
     temperature: float = setting(2.0, "Temperature T of the distillation term; the cache must hold it.")
@@ -344,7 +350,7 @@ class TrainConfig(_Config):
     divergence: str = setting(
         "forward", "Forward KL, reverse KL or Jensen-Shannon; the last two with the ghost tail.", choices=DIVERGENCES
     )
-    eval_cache: Path | None = setting(None, "A held-out cache to evaluate on.")
+    eval_cache: Location | None = setting(None, "A held-out cache to evaluate on.")
     epochs: float = setting(1.0, "Passes over the cache; --max-steps takes precedence.")
     max_steps: int | None = setting(None, "Optimizer steps to train for.")
     batch_size: int = setting(8, "Sequences in a micro-batch, for each device.")
@@ -444,13 +450,14 @@ def value_type(annotation: Any) -> tuple[type, bool]:
     """The scalar type of a field's annotation, and whether the field takes several."""
     if typing.get_origin(annotation) is tuple:
         return typing.get_args(annotation)[0], True
-    if isinstance(annotation, types.UnionType):
-        return next(arg for arg in typing.get_args(annotation) if arg is not type(None)), False
+    if isinstance(annotation, types.UnionType) and annotation != Location:
+        kinds = [arg for arg in typing.get_args(annotation) if arg is not type(None)]
+        return (Location if ObjectPath in kinds else kinds[0]), False
     return annotation, False
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, Path):
+    if isinstance(value, Location):
         return str(value)
     return [_plain(item) for item in value] if isinstance(value, tuple) else value
 
@@ -476,7 +483,7 @@ def _nearest(key: Any, specs: Mapping[str, Any]) -> str:
 
 def _convert(where: str, value: Any, annotation: Any) -> Any:
     kind, several = value_type(annotation)
-    if value is None and isinstance(annotation, types.UnionType):
+    if value is None and type(None) in typing.get_args(annotation):
         return None
     if several:
         items = value if isinstance(value, list | tuple) else [value]
@@ -487,8 +494,12 @@ def _convert(where: str, value: Any, annotation: Any) -> Any:
 def _scalar(where: str, value: Any, kind: type) -> Any:
     if kind is bool or isinstance(value, bool):
         fits = kind is bool and isinstance(value, bool)
-    elif kind is Path:
-        fits = isinstance(value, str | Path)
+    elif kind is Location and isinstance(value, str | Location):
+        return location(str(value))
+    elif kind in (Path, Location):
+        fits, kind = isinstance(value, str | Path), Path
+        if "://" in str(value):
+            raise ConfigError(f"{where} is {value}; this must be a path on this machine, not a URL.")
     elif kind in (int, float):
         value, fits = _number(value, kind)
     else:

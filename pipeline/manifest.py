@@ -11,12 +11,12 @@ two stages. `identity` is what must be equal for two runs to write into one fold
 """
 
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 from pipeline.errors import CacheCorruptError, CacheIncompleteError, CacheMismatchError
 from pipeline.files import read_json, write_json
 from pipeline.shards.layout import ALIGNMENT, ShardLayout
+from pipeline.storage import Location
 from pipeline.tokenizer import TokenizerIdentity
 
 FORMAT = "sparse-target-cache"
@@ -101,7 +101,7 @@ class CacheManifest:
         """The entries that decide the targets of a sequence, whatever else is in the cache and how it is kept."""
         return {name: value for name, value in self.identity().items() if name not in COLLECTION}
 
-    def require_equal(self, requested: "CacheManifest", folder: Path) -> None:
+    def require_equal(self, requested: "CacheManifest", folder: Location) -> None:
         """Raise CacheMismatchError, naming every difference, unless both describe the same targets."""
         ours, theirs = self.identity(), requested.identity()
         different = [name for name in ours if ours[name] != theirs.get(name)]
@@ -109,13 +109,13 @@ class CacheManifest:
             found = "; ".join(f"{name} is {_short(ours[name])}, now {_short(theirs.get(name))}" for name in different)
             raise CacheMismatchError(f"{folder}: holds a cache made by other settings: {found}; choose another --out.")
 
-    def write(self, folder: Path) -> bool:
+    def write(self, folder: Location) -> bool:
         """Publish the manifest; False if another process was first."""
         document = {"format": FORMAT, "format_version": FORMAT_VERSION, "alignment": ALIGNMENT, **asdict(self)}
         return write_json(folder / MANIFEST, document, first_wins=True)
 
     @classmethod
-    def read(cls, folder: Path) -> "CacheManifest":
+    def read(cls, folder: Location) -> "CacheManifest":
         """The manifest of the cache in `folder`; raises CacheError."""
         path = folder / MANIFEST
         if not path.is_file():

@@ -5,6 +5,7 @@ of the vocabulary and of the ids of a fixed probe text (which also sees merges a
 pre-tokenisation), not of the files, so that a re-saved tokenizer stays the same.
 """
 
+import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import xxhash
 
 from pipeline.errors import ConfigError
 from pipeline.files import canonical_json
+from pipeline.storage import Location, local_folder
 
 FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "merges.txt", "tekken.json")
 PROBE = "The quick brown fox's 3.14159…\n\tdef f(x: int) -> str:\r\n    return f'{x!r}'  # 中文分词，測試。 привет 🙂 naïve\x00\n\n"
@@ -47,16 +49,21 @@ def has_tokenizer(folder: Path) -> bool:
     return folder.is_dir() and any((folder / name).is_file() for name in FILES)
 
 
-def load_tokenizer(folder: Path) -> Any:
+def load_tokenizer(folder: Location) -> Any:
     """The transformers tokenizer in `folder`; never asks a model hub."""
-    if not has_tokenizer(folder):
-        raise ConfigError(f"{folder}: no tokenizer there; expected a folder with tokenizer.json or tokenizer.model.")
-    from transformers import AutoTokenizer
+    with tempfile.TemporaryDirectory() as scratch:
+        local = local_folder(folder, Path(scratch) / "tokenizer")
+        if not has_tokenizer(local):
+            raise ConfigError(
+                f"{folder}: no tokenizer there; expected a folder with tokenizer.json or tokenizer.model."
+            )
+        from transformers import AutoTokenizer
 
-    try:
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    except Exception as exc:  # whatever a foreign file makes the library raise
-        raise ConfigError(f"{folder}: transformers cannot load this tokenizer: {' '.join(str(exc).split())}") from exc
+        try:
+            return AutoTokenizer.from_pretrained(str(local), local_files_only=True)
+        except Exception as exc:  # whatever a foreign file makes the library raise
+            reason = " ".join(str(exc).split())
+            raise ConfigError(f"{folder}: transformers cannot load this tokenizer: {reason}") from exc
 
 
 def identify(tokenizer: Any) -> TokenizerIdentity:

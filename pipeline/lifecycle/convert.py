@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from pathlib import Path
 
 from pipeline.config import ConvertConfig
 from pipeline.errors import ConfigError
@@ -13,6 +12,7 @@ from pipeline.progress import Reporter
 from pipeline.runs.commits import ShardCommit, read_commit, remove_leftovers
 from pipeline.runs.folder import open_folder
 from pipeline.shards.reader import open_cache
+from pipeline.storage import Location
 
 
 def convert_cache(config: ConvertConfig, reporter: Reporter | None = None) -> CacheManifest:
@@ -41,6 +41,6 @@ def convert_cache(config: ConvertConfig, reporter: Reporter | None = None) -> Ca
     return manifest
 
 
-def _convert(source: Path, out: Path, commit: ShardCommit) -> int:
+def _convert(source: Location, out: Location, commit: ShardCommit) -> int:
     copy_shard(source, commit, out, commit.partition)
     return commit.num_tokens

@@ -14,10 +14,10 @@ import numpy as np
 from pipeline.errors import CacheCorruptError
 from pipeline.files import hash_file
 from pipeline.manifest import CacheManifest
-from pipeline.runs.commits import SHARDS, ShardCommit, commit_shard, partial_shard_path
+from pipeline.runs.commits import ShardCommit, commit_shard, partial_shard_path
 from pipeline.shards.containers import CONTAINERS, Container, Shard
 from pipeline.shards.layout import RAGGED, ShardLayout, decode
-from pipeline.shards.reader import check_shard_file, layout_of_commit
+from pipeline.shards.reader import layout_of_commit, shard_file
 from pipeline.shards.statistics import TargetStatistics
 
 BLOCK_TARGETS = 65_536
@@ -32,8 +32,7 @@ def copy_shard(source: Path, commit: ShardCommit, folder: Path, partition: int, 
     With `rows`, rising numbers of the shard's sequences, those alone are copied.
     """
     theirs, name = CacheManifest.read(source), CacheManifest.read(folder).container
-    original = source / SHARDS / commit.file
-    check_shard_file(original, commit)
+    original = shard_file(source, commit)
     layout, statistics = layout_of_commit(theirs, commit), commit.statistics
     partial = partial_shard_path(folder, partition, CONTAINERS[name].suffix)
     try:

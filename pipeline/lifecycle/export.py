@@ -17,10 +17,10 @@ from pipeline.lifecycle.exported import LAYOUTS, Row
 from pipeline.manifest import CacheManifest
 from pipeline.parallel import available_cores, in_processes
 from pipeline.progress import Reporter
-from pipeline.runs.commits import SHARDS, ShardCommit
+from pipeline.runs.commits import ShardCommit
 from pipeline.shards.containers import CONTAINERS
 from pipeline.shards.layout import ALIGNMENT, decode
-from pipeline.shards.reader import check_shard_file, layout_of_commit, open_cache
+from pipeline.shards.reader import layout_of_commit, open_cache, shard_file
 from pipeline.targets import column_of
 
 RECORD = ".export.json"
@@ -97,8 +97,7 @@ def _row_groups(rows: Iterator[Row]) -> Iterator[list[Row]]:
 
 
 def _rows(config: ExportConfig, manifest: CacheManifest, commit: ShardCommit) -> Iterator[Row]:
-    path = config.cache / SHARDS / commit.file
-    check_shard_file(path, commit)
+    path = shard_file(config.cache, commit)
     layout = layout_of_commit(manifest, commit)
     shard = CONTAINERS[manifest.container].open(path, layout)
     try:

@@ -19,7 +19,8 @@ from pipeline.parallel import available_cores, in_threads
 from pipeline.runs.commits import SHARDS, ShardCommit, read_commit
 from pipeline.shards.containers import CONTAINERS, Shard
 from pipeline.shards.layout import decode
-from pipeline.shards.reader import check_shard_file, layout_of_commit
+from pipeline.shards.reader import layout_of_commit, shard_file
+from pipeline.storage import Location
 from pipeline.targets import SparseTargets
 
 OPEN_SHARDS = 16
@@ -76,9 +77,9 @@ class KnownTargets:
     Keeps 24 bytes of memory a sequence. Not for several threads at once.
     """
 
-    def __init__(self, folders: Sequence[Path], wanted: CacheManifest) -> None:
+    def __init__(self, folders: Sequence[Location], wanted: CacheManifest) -> None:
         """Raises CacheMismatchError, with the reason, if a cache holds other targets than are `wanted`."""
-        self._shards: list[tuple[Path, CacheManifest, ShardCommit]] = []
+        self._shards: list[tuple[Location, CacheManifest, ShardCommit]] = []
         for folder in folders:
             manifest = CacheManifest.read(folder)
             _require_reusable(folder, manifest, wanted)
@@ -106,9 +107,6 @@ class KnownTargets:
         index = int(np.searchsorted(self._starts, place, side="right")) - 1
         folder, manifest, commit = self._shards[index]
         path = folder / SHARDS / commit.file
-        if index not in self._checked:
-            check_shard_file(path, commit)
-            self._checked.add(index)
         row = int(place - self._starts[index])
         sequence = decode(self._shard(index).columns(row, row + 1), manifest.temperatures, str(path))
         if sequence.key != key:
@@ -123,13 +121,15 @@ class KnownTargets:
         self._open.move_to_end(index)
         return self._open[index]
 
-    def _opened(self, index: int) -> Shard:
+    def _opened(self, index: int, *, check: bool = True) -> Shard:
         folder, manifest, commit = self._shards[index]
-        layout = layout_of_commit(manifest, commit)
-        return CONTAINERS[manifest.container].open(folder / SHARDS / commit.file, layout)
+        path = shard_file(folder, commit, check=check and index not in self._checked)
+        if check:
+            self._checked.add(index)
+        return CONTAINERS[manifest.container].open(path, layout_of_commit(manifest, commit))
 
     def _keys(self, index: int) -> tuple[int, np.ndarray]:
-        shard = self._opened(index)
+        shard = self._opened(index, check=False)  # a damaged key only hides its sequence
         keys = np.array(shard.heads()["key"])
         shard.close()
         return index, keys
@@ -140,7 +140,7 @@ def _sortable(keys: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(keys).view("S16").ravel()
 
 
-def _require_reusable(folder: Path, manifest: CacheManifest, wanted: CacheManifest) -> None:
+def _require_reusable(folder: Location, manifest: CacheManifest, wanted: CacheManifest) -> None:
     ours, theirs = wanted.target_identity(), manifest.target_identity()
     different = [name for name in ours if ours[name] != theirs.get(name)]
     if different:

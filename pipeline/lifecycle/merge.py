@@ -7,7 +7,6 @@ the first stays. A shard that loses none is copied byte for byte if the containe
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import xxhash
@@ -19,17 +18,18 @@ from pipeline.lifecycle.copying import copy_shard
 from pipeline.manifest import TOKENIZER, CacheManifest
 from pipeline.parallel import available_cores, in_processes, in_threads
 from pipeline.progress import Reporter
-from pipeline.runs.commits import SHARDS, ShardCommit, read_commit, remove_leftovers
+from pipeline.runs.commits import ShardCommit, read_commit, remove_leftovers
 from pipeline.runs.folder import open_folder
 from pipeline.shards.containers import CONTAINERS
-from pipeline.shards.reader import Cache, layout_of_commit, open_cache
+from pipeline.shards.reader import Cache, layout_of_commit, open_cache, shard_file
+from pipeline.storage import Location
 
 
 @dataclass(frozen=True)
 class _Piece:
     """What becomes one partition of the new cache."""
 
-    source: Path
+    source: Location
     commit: ShardCommit
     rows: np.ndarray | None
     """Numbers of the sequences that are taken; None takes all."""
@@ -66,7 +66,7 @@ def merge_caches(config: MergeConfig, reporter: Reporter | None = None) -> Cache
     return manifest
 
 
-def _copy(task: tuple[_Piece, Path, int]) -> int:
+def _copy(task: tuple[_Piece, Location, int]) -> int:
     piece, out, partition = task
     copy_shard(piece.source, piece.commit, out, partition, piece.rows)
     return piece.num_tokens
@@ -103,7 +103,7 @@ def _all_heads(shards: Sequence[tuple[Cache, ShardCommit]]) -> list[dict[str, np
     def read(index: int) -> tuple[int, dict[str, np.ndarray]]:
         cache, commit = shards[index]
         layout = layout_of_commit(cache.manifest, commit)
-        shard = CONTAINERS[cache.manifest.container].open(cache.folder / SHARDS / commit.file, layout)
+        shard = CONTAINERS[cache.manifest.container].open(shard_file(cache.folder, commit, check=False), layout)
         heads = {name: np.array(values) for name, values in shard.heads().items()}
         shard.close()
         return index, heads

@@ -5,7 +5,6 @@ single partitions but the one that is about to be taken. A partition that has fa
 workers have vanished twice, is a suspect: it is done alone, so that a failure is its own.
 """
 
-import random
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -52,8 +51,7 @@ class Claims:
         self._folder, self._num_partitions, self._rank = folder, num_partitions, rank
         self._presence, self._drain, self._max_failures = presence, drain, max_failures
         self._leases: Leases = presence.leases
-        start, stop = (share * num_partitions // rank.workers for share in (rank.worker, rank.worker + 1))
-        self._own = range(start, stop)
+        self._own = rank.share(num_partitions)
         self._view = _View()
         self._free: deque[int] = deque()
         self._next: int | None = None
@@ -189,11 +187,4 @@ class Claims:
         done = list_commits(self._folder)
         self._view = _View(done, leases, list_failures(self._folder), time.monotonic())
         busy = done | leases.keys() | self._view.failures.keys()
-        self._free = deque(part for part in self._order() if part not in busy)
-
-    def _order(self) -> Iterator[int]:
-        """The own slice, a range of neighbours in the corpus, and then the rest in an order of this worker's."""
-        yield from self._own
-        rest = [*range(self._own.start), *range(self._own.stop, self._num_partitions)]
-        random.Random(self._rank.worker).shuffle(rest)  # thieves that begin at one end would meet at every step
-        yield from rest
+        self._free = deque(part for part in self._rank.order(self._num_partitions) if part not in busy)

@@ -14,6 +14,7 @@ from typing import Any
 from pipeline.errors import CacheCorruptError
 from pipeline.files import PARTIAL, hash_file, list_names, owner_is_dead, owner_name, publish, read_json, write_json
 from pipeline.shards.layout import ShardLayout
+from pipeline.storage import Location, ObjectPath, copies_folder
 
 COMMITS = "commits"
 SHARDS = "shards"
@@ -35,16 +36,17 @@ class ShardCommit:
     """Sums over the targets, and what the capture took."""
 
 
-def partial_shard_path(folder: Path, partition: int, suffix: str) -> Path:
+def partial_shard_path(folder: Location, partition: int, suffix: str) -> Path:
     """Where an attempt at the shard of a partition is written until it is whole; no two attempts share a name."""
-    return folder / SHARDS / f"{partition:05d}-{secrets.token_hex(4)}-{owner_name()}{suffix}{PARTIAL}"
+    place = copies_folder() if isinstance(folder, ObjectPath) else folder / SHARDS
+    return place / f"{partition:05d}-{secrets.token_hex(4)}-{owner_name()}{suffix}{PARTIAL}"
 
 
 def commit_shard(
-    folder: Path, partition: int, partial: Path, layout: ShardLayout, statistics: dict[str, Any]
+    folder: Location, partition: int, partial: Path, layout: ShardLayout, statistics: dict[str, Any]
 ) -> ShardCommit | None:
     """Publish a closed shard and its record; None if another process has committed the partition before."""
-    final = partial.with_name(partial.name.removesuffix(PARTIAL))
+    final = folder / SHARDS / partial.name.removesuffix(PARTIAL)
     commit = ShardCommit(
         partition=partition,
         file=final.name,
@@ -63,12 +65,12 @@ def commit_shard(
     return None
 
 
-def commit_path(folder: Path, partition: int) -> Path:
+def commit_path(folder: Location, partition: int) -> Location:
     """The record of a partition."""
     return folder / COMMITS / f"{partition:05d}.json"
 
 
-def read_commit(folder: Path, partition: int) -> ShardCommit | None:
+def read_commit(folder: Location, partition: int) -> ShardCommit | None:
     """The record of a partition; None if it is not done. Raises CacheCorruptError if it is damaged."""
     path = commit_path(folder, partition)
     try:
@@ -84,18 +86,20 @@ def read_commit(folder: Path, partition: int) -> ShardCommit | None:
     return commit
 
 
-def list_commits(folder: Path) -> set[int]:
+def list_commits(folder: Location) -> set[int]:
     """The partitions that are done, from one listing."""
     return {int(name.removesuffix(".json")) for name in list_names(folder / COMMITS)}
 
 
-def is_committed(folder: Path, partition: int) -> bool:
+def is_committed(folder: Location, partition: int) -> bool:
     """True if the partition has a record."""
     return commit_path(folder, partition).exists()
 
 
-def remove_leftovers(folder: Path) -> int:
+def remove_leftovers(folder: Location) -> int:
     """Delete what dead processes of this host left behind; returns how many files went."""
+    if isinstance(folder, ObjectPath):
+        return 0  # `pipeline verify --repair` deletes them
     shards: dict[int, list[str]] = {}
     for name in list_names(folder / SHARDS):
         shards.setdefault(int(name.partition("-")[0]), []).append(name)

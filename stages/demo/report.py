@@ -1,38 +1,23 @@
 """The demo's report: lines for a terminal, and one HTML page without anything to download."""
 
 import html
-import io
 import os
 import platform
 from pathlib import Path
 
 import numpy as np
 
-from pipeline.files import partial_path, publish
+from pipeline.pages import Table, axes, grid, html_table, svg, write_page
 from pipeline.progress import duration
 from stages.demo.results import DemoResults
 
 COLOURS = {"distilled": "#0b6e4f", "hard-labels": "#c8553d", "teacher": "#44546a"}
-STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #1d2733; }
-h1 { font-size: 1.6rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
-table { border-collapse: collapse; margin-bottom: 1.5rem; } td, th { padding: .25rem .9rem .25rem 0; text-align: right; }
-td:first-child, th:first-child { text-align: left; } th { border-bottom: 1px solid #99a; font-weight: 600; }
-.verdict { font-size: 1.15rem; padding: .8rem 1rem; background: #eef3f1; border-left: 4px solid #0b6e4f; }
-.grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(26rem, 1fr)); gap: 1rem; } svg { width: 100%; height: auto; }
-.small { color: #5a6675; font-size: .9rem; }
-"""
-
-Table = list[list[str]]
 
 
 def write_report(results: DemoResults, path: Path) -> list[str]:
     """Write the HTML page to `path` and return the report for a terminal."""
     students, stages = student_table(results), stage_table(results)
-    page = _page(results, students, stages)
-    partial = partial_path(path)
-    partial.write_text(page, encoding="utf-8")
-    publish(partial, path)
+    write_page(path, "Distillation demo", _body(results, students, stages))
     return [
         "",
         verdict(results),
@@ -105,23 +90,15 @@ def aligned(table: Table) -> list[str]:
     return lines
 
 
-def _page(results: DemoResults, students: Table, stages: Table) -> str:
-    figures = "".join(f"<div>{figure}</div>" for figure in _figures(results))
+def _body(results: DemoResults, students: Table, stages: Table) -> str:
     machine = f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}, Python {platform.python_version()}"
     return (
-        f"<!doctype html><html lang=en><meta charset=utf-8><title>Distillation demo</title><style>{STYLE}</style>"
         f"<h1>A student from cached targets</h1><p class=verdict>{html.escape(verdict(results))}</p>"
-        f"{_html_table(students)}<div class=grid>{figures}</div><h2>What it cost</h2>{_html_table(stages)}"
+        f"{html_table(students)}{grid(_figures(results))}<h2>What it cost</h2>{html_table(stages)}"
         f"<p>{html.escape(exactness(results))}</p><p>{html.escape(storage(results))}</p>"
         f"<p class=small>Measured on this machine: {html.escape(machine)}. KL is that of the ghost tail, "
-        "a lower bound on the full one.</p></html>\n"
+        "a lower bound on the full one.</p>"
     )
-
-
-def _html_table(table: Table) -> str:
-    rows = [f"<tr>{''.join(f'<th>{html.escape(cell)}</th>' for cell in table[0])}</tr>"]
-    rows += [f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in table[1:]]
-    return f"<table>{''.join(rows)}</table>"
 
 
 def _figures(results: DemoResults) -> list[str]:
@@ -137,39 +114,22 @@ def _figures(results: DemoResults) -> list[str]:
 
 
 def _curves(results: DemoResults, name: str, title: str, unit: str, teacher: float | None = None) -> str:
-    figure, axes = _axes(title, "optimizer step", unit)
+    figure, plot = axes(title, "optimizer step", unit)
     for student, result in results.students.items():
         points = np.array(result.curves[name])
         marker = "o" if len(points) < 20 else ""
-        axes.plot(*points.T, label=student, color=COLOURS[student], marker=marker, markersize=4)
+        plot.plot(*points.T, label=student, color=COLOURS[student], marker=marker, markersize=4)
     if teacher is not None:
-        axes.axhline(teacher, label="teacher", color=COLOURS["teacher"], linestyle="--", linewidth=1)
-    axes.legend(frameon=False)
-    return _svg(figure)
+        plot.axhline(teacher, label="teacher", color=COLOURS["teacher"], linestyle="--", linewidth=1)
+    plot.legend(frameon=False)
+    return svg(figure)
 
 
 def _histogram(values: dict[float, np.ndarray], title: str, unit: str) -> str:
-    figure, axes = _axes(title, unit, "share of positions")
+    figure, plot = axes(title, unit, "share of positions")
     edges = np.linspace(0, max(float(column.max()) for column in values.values()), 41)
     for temperature, column in values.items():
         weights = np.full(len(column), 1 / len(column))
-        axes.hist(column, bins=edges, weights=weights, alpha=0.55, label=f"T={temperature:g}, mean {column.mean():.2f}")
-    axes.legend(frameon=False)
-    return _svg(figure)
-
-
-def _axes(title, x_label, y_label):  # type: ignore[no-untyped-def]
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5.6, 3.4), layout="constrained")
-    axes = figure.add_subplot(title=title, xlabel=x_label, ylabel=y_label)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.25)
-    return figure, axes
-
-
-def _svg(figure) -> str:  # type: ignore[no-untyped-def]
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg")
-    text = buffer.getvalue()
-    return text[text.index("<svg") :]
+        plot.hist(column, bins=edges, weights=weights, alpha=0.55, label=f"T={temperature:g}, mean {column.mean():.2f}")
+    plot.legend(frameon=False)
+    return svg(figure)

@@ -1,5 +1,6 @@
 """Low-rank adapters on a student, by the peft library."""
 
+import functools
 from typing import Any
 
 import torch
@@ -25,7 +26,10 @@ def add_adapters(model: Any, *, rank: int, alpha: float, on_head: bool) -> Any:
         if isinstance(module, torch.nn.Linear) and (module is not head or on_head)
     ]
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=chosen, task_type="CAUSAL_LM")
-    return get_peft_model(model, config)
+    adapted = get_peft_model(model, config)
+    # peft would put a frozen head beside its adapter into every checkpoint
+    adapted.save_pretrained = functools.partial(adapted.save_pretrained, save_embedding_layers=False)
+    return adapted
 
 
 def head_adapter(head: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:

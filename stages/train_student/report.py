@@ -1,10 +1,85 @@
 """report.html: the curves of a run, in one page without anything to download."""
 
+import html
+import importlib.util
+import json
+from pathlib import Path
 from typing import Any
 
-from pipeline.config import TrainConfig
+from pipeline.config import TrainConfig, resolved
+from pipeline.pages import Table, axes, grid, html_table, svg, write_page
 from pipeline.progress import Reporter
+from stages.train_student.guards import BAD_STEPS
+
+REPORT = "report.html"
+NATS = "nats a token"
+CURVES = (
+    ("loss", "Loss, (1 - alpha) CE + alpha T² D", NATS),
+    ("cross_entropy", "Cross-entropy, training", NATS),
+    ("kl", "Divergence of teacher and student at T, training", NATS),
+    ("eval_cross_entropy", "Cross-entropy, held out", NATS),
+    ("eval_kl_", "KL to the teacher, held out (ghost tail)", NATS),
+    ("eval_top1_agreement", "Top-1 agreement with the teacher, held out", "share of tokens"),
+    ("eval_acceptance_", "Speculative acceptance: lower and upper bound", "rate"),
+    ("eval_calibration_error", "Expected calibration error, held out", "probability"),
+    ("learning_rate", "Learning rate", ""),
+    ("alpha", "alpha", ""),
+    ("grad_norm", "Norm of the gradient before clipping", ""),
+    ("tokens_per_second", "Speed", "tokens/s"),
+    ("data_wait_share", "Time spent waiting for data", "share"),
+)
+"""Key of the log, or what several keys begin with; title; unit."""
 
 
 def write_report(config: TrainConfig, log: list[dict[str, Any]], metrics: dict[str, Any], reporter: Reporter) -> None:
-    """Nothing yet."""
+    """Write OUT/report.html from the log's entries; says so where matplotlib is missing."""
+    if importlib.util.find_spec("matplotlib") is None:
+        reporter.log(f"{config.out}: no {REPORT}: matplotlib is not installed.")
+        return
+    figures = [_curve(log, *curve) for curve in CURVES]
+    settings = [["setting", "value"], *([key, str(value)] for key, value in resolved(config).items())]
+    body = (
+        f"<h1>{html.escape(config.out.name)}</h1><p class=verdict>{html.escape(_summary(metrics))}</p>"
+        f"{_bad_steps(config.out)}{grid([figure for figure in figures if figure])}"
+        f"<h2>Results</h2>{html_table(_results(metrics))}<h2>Settings</h2>{html_table(settings)}"
+    )
+    write_page(config.out / REPORT, f"train-student: {config.out.name}", body)
+
+
+def _curve(log: list[dict[str, Any]], key: str, title: str, unit: str) -> str:
+    names = sorted(
+        {name for entry in log for name in entry if name == key or (key[-1] == "_" and name.startswith(key))}
+    )
+    if not names:
+        return ""
+    figure, plot = axes(title, "optimizer step", unit)
+    for name in names:
+        points = [(entry["step"], entry[name]) for entry in log if name in entry]
+        plot.plot(*zip(*points), label=name, marker="o" if len(points) < 20 else "", markersize=4)
+    if len(names) > 1:
+        plot.legend(frameon=False)
+    return svg(figure)
+
+
+def _summary(metrics: dict[str, Any]) -> str:
+    steps = f"{metrics['steps']:,} steps, about {metrics['tokens_seen']:,} tokens."
+    if "eval_cross_entropy" not in metrics:
+        return f"{steps} No held-out cache was given."
+    teacher = metrics.get("eval_teacher_cross_entropy")
+    beside = "" if teacher is None else f"; the teacher's is {teacher:.4f}"
+    return f"{steps} Held-out cross-entropy {metrics['eval_cross_entropy']:.4f} nats a token{beside}."
+
+
+def _results(metrics: dict[str, Any]) -> Table:
+    return [["metric", "value"]] + [
+        [name, f"{value:,.4f}" if isinstance(value, float) else str(value)] for name, value in metrics.items()
+    ]
+
+
+def _bad_steps(folder: Path) -> str:
+    path = folder / BAD_STEPS
+    if not path.is_file():
+        return ""
+    entries = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    rows = [[str(entry["step"]), entry["problem"], entry["action"], str(len(entry["keys"]))] for entry in entries]
+    return f"<h2>Bad steps</h2>{html_table([['step', 'problem', 'action', 'sequences'], *rows])}"

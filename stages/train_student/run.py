@@ -68,8 +68,8 @@ def _train_student(config: TrainConfig, reporter: Reporter) -> dict[str, Any]:
         return read_json(config.out / METRICS, PipelineError)
     with Drain() as drain:
         trainer = _trainer(config, student, cache, held_out, shape, drain, reporter)
-        _train(trainer, config, cache, student, reporter)
-    metrics = {"steps": trainer.state.global_step, "tokens_seen": _tokens_seen(trainer, shape, cache)}
+        metrics = {"train_seconds": _train(trainer, config, cache, student, reporter)}
+    metrics |= {"steps": trainer.state.global_step, "tokens_seen": _tokens_seen(trainer, shape, cache)}
     if held_out is not None:
         metrics |= trainer.evaluate()
         metrics["eval_teacher_cross_entropy"] = _teacher_cross_entropy(held_out)
@@ -82,8 +82,8 @@ def _train_student(config: TrainConfig, reporter: Reporter) -> dict[str, Any]:
 
 def _train(
     trainer: DistillationTrainer, config: TrainConfig, cache: Cache, student: Student, reporter: Reporter
-) -> None:
-    """Every step that is left; raises Drained if a signal came."""
+) -> float:
+    """Take every step that is left, and return the seconds they took; raises Drained if a signal came."""
     checkpoint = newest_whole_checkpoint(config.out / CHECKPOINTS)
     if checkpoint is not None:
         trainer.restore(read_mark(checkpoint))
@@ -92,12 +92,13 @@ def _train(
         reporter.log(_announcement(config, trainer, cache, checkpoint))
         for note in special_token_notes(student, load_tokenizer(config.cache / TOKENIZER)):
             reporter.log(note)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    outcome = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if trainer.drained and trainer.state.global_step < trainer.state.max_steps:
         raise Drained(
             f"{config.out}: a signal asked to stop; step {trainer.state.global_step} of {trainer.state.max_steps} is "
             "saved; run the same command again to continue."
         )
+    return outcome.metrics["train_runtime"]
 
 
 def _load(config: TrainConfig, student: Student) -> Any:
@@ -142,6 +143,7 @@ def _trainer(
         model=model,
         args=arguments,
         train_dataset=dataset,
+        eval_dataset=CacheDataset(held_out) if held_out is not None else None,
         batches=BatchLoader(dataset, collate, sampler, num_workers=workers, pin=on_gpu),
         alpha=AlphaSchedule.of(config),
         evaluation=evaluation,

@@ -80,7 +80,7 @@ def read_student(path: Path, manifest: CacheManifest) -> Student:
 def _check_special_tokens(config_path: Path, document: dict[str, Any], vocab_size: int) -> None:
     for name in SPECIAL_TOKENS:
         for token in _ids(document.get(name)):
-            if not 0 <= token < vocab_size:
+            if token >= vocab_size:  # below 0 stands for none
                 raise ConfigError(f"{config_path}: {name} is {token}, outside its vocabulary of {vocab_size}.")
 
 

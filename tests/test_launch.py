@@ -98,12 +98,12 @@ def test_slurm_scripts_are_shell_and_say_what_was_asked(tmp_path, nodes):
     assert sorted(scripts) == ["capture.sbatch", "gate.sbatch", "student.sbatch", "submit.sh"]
     for name, text in scripts.items():
         run(["bash", "-n", str(job.folder / name)])
-        assert "@" not in text.replace("USR1@300", ""), name
+        assert "@" not in text.replace("USR1@300", "").replace('"$@"', ""), name
     for line in ("--array=0-31", "--gres=gpu:8", "--signal=B:USR1@300", "--requeue", "--partition=gpu"):
         assert f"#SBATCH {line}\n" in scripts["capture.sbatch"]
     assert "module load cuda\n" in scripts["capture.sbatch"]
     assert "--gres" not in scripts["gate.sbatch"]
-    assert ("srun" in scripts["student.sbatch"]) == (nodes == 2)
+    assert ("--rdzv-endpoint" in scripts["student.sbatch"]) == (nodes == 2)
     assert "--nproc-per-node 8" in scripts["student.sbatch"]
 
 

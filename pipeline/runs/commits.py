@@ -10,10 +10,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.copies import copies_folder
 from pipeline.errors import CacheCorruptError
 from pipeline.files import PARTIAL, hash_file, owner_is_dead, owner_name, publish, read_json, write_json
 from pipeline.shards.layout import ShardLayout
-from pipeline.storage import Location, ObjectPath, copies_folder
+from pipeline.storage import Location, ObjectPath
 
 COMMITS = "commits"
 SHARDS = "shards"
@@ -87,14 +88,20 @@ def read_commit(folder: Location, partition: int) -> ShardCommit | None:
 
 def remove_leftovers(folder: Location) -> int:
     """Delete what dead processes of this host left behind; returns how many files went."""
-    if isinstance(folder, ObjectPath):
-        return 0  # `pipeline verify --repair` deletes them
+    if isinstance(folder, ObjectPath):  # what they have uploaded, `pipeline verify --repair` deletes
+        dead = [path for path in copies_folder().glob(f"*{PARTIAL}") if owner_is_dead(_owner(path.name))]
+        for path in dead:
+            path.unlink(missing_ok=True)
+        return len(dead)
     committed = {read_json(path, CacheCorruptError)["file"] for path in (folder / COMMITS).glob("*.json")}
     removed = 0
     for path in sorted((folder / SHARDS).iterdir()):
-        owner = path.name.removesuffix(PARTIAL).split("-", 2)[-1]
-        owner = owner.removesuffix(".arrow").removesuffix(".zarr.zip")
-        if path.name not in committed and owner_is_dead(owner):
+        if path.name not in committed and owner_is_dead(_owner(path.name)):
             path.unlink(missing_ok=True)
             removed += 1
     return removed
+
+
+def _owner(name: str) -> str:
+    owner = name.removesuffix(PARTIAL).split("-", 2)[-1]
+    return owner.removesuffix(".arrow").removesuffix(".zarr.zip")

@@ -5,11 +5,12 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from pipeline.copies import local_folder
 from pipeline.errors import CacheMismatchError
 from pipeline.files import partial_path, publish, sync_folder
 from pipeline.manifest import MANIFEST, TOKENIZER, CacheManifest
 from pipeline.runs.commits import COMMITS, SHARDS
-from pipeline.storage import Location, ObjectPath, local_folder
+from pipeline.storage import Location, ObjectPath
 
 
 def open_folder(folder: Location, manifest: CacheManifest, tokenizer: Location) -> None:

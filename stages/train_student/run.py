@@ -15,7 +15,6 @@ from pipeline.files import publish, read_json, sync_folder, write_json
 from pipeline.manifest import TOKENIZER, CacheManifest
 from pipeline.progress import Reporter
 from pipeline.shards.reader import Cache, open_cache
-from pipeline.storage import Location, local_folder
 from pipeline.targets import column_of
 from pipeline.tokenizer import load_tokenizer
 from stages.train_student.checkpoints import MarkWhole, newest_whole_checkpoint, remove_torn_checkpoints
@@ -172,11 +171,11 @@ def _announcement(config: TrainConfig, trainer: DistillationTrainer, cache: Cach
     )
 
 
-def _write_student(trainer: DistillationTrainer, folder: Path, tokenizer: Location) -> None:
+def _write_student(trainer: DistillationTrainer, folder: Path, tokenizer: Path) -> None:
     """The student and its tokenizer, whole: the config, without which nothing loads it, comes last."""
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".student-") as scratch, tempfile.TemporaryDirectory() as copy:
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".student-") as scratch:
         trainer.accelerator.unwrap_model(trainer.model).save_pretrained(scratch)
-        load_tokenizer(local_folder(tokenizer, Path(copy))).save_pretrained(scratch)
+        load_tokenizer(tokenizer).save_pretrained(scratch)
         for path in sorted(Path(scratch).iterdir(), key=lambda path: path.name == "config.json"):
             publish(path, folder / path.name)
     sync_folder(folder)

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.copies import local_copy
 from pipeline.errors import CacheCorruptError, CacheIncompleteError
 from pipeline.files import hash_file
 from pipeline.manifest import MANIFEST, CacheManifest
@@ -14,7 +15,7 @@ from pipeline.parallel import in_threads
 from pipeline.runs.commits import SHARDS, ShardCommit, read_commit
 from pipeline.shards.containers import CONTAINERS, Shard
 from pipeline.shards.layout import CachedSequence, ShardLayout, decode
-from pipeline.storage import Location, ObjectPath, local_copy, location
+from pipeline.storage import Location, ObjectPath, location
 
 OPEN_SHARDS = 64
 """Shards that a reader keeps open at the same time."""

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -17,19 +18,29 @@ import pytest
 from pipeline import copies, open_cache, storage
 from pipeline.config import CacheConfig, ConvertConfig, ExportConfig, MergeConfig, TrainConfig, load_config
 from pipeline.corpus import Corpus
-from pipeline.errors import CacheCorruptError, CacheIncompleteError, CacheMismatchError, ConfigError, StorageError
+from pipeline.errors import (
+    CacheCorruptError,
+    CacheIncompleteError,
+    CacheMismatchError,
+    ConfigError,
+    Drained,
+    StorageError,
+)
 from pipeline.files import hash_file, owner_name, read_json, write_json
 from pipeline.lifecycle.convert import convert_cache
 from pipeline.lifecycle.export import export_cache
 from pipeline.lifecycle.merge import merge_caches
 from pipeline.lifecycle.repair import repair_cache
 from pipeline.manifest import CacheManifest
-from pipeline.runs.commits import COMMITS, SHARDS, commit_path, read_commit, remove_leftovers
+from pipeline.progress import Reporter
+from pipeline.runs.commits import COMMITS, SHARDS, commit_path, list_commits, read_commit, remove_leftovers
 from pipeline.runs.folder import open_folder
+from pipeline.runs.rank import Rank
 from pipeline.shards.verify import verify_cache
 from pipeline.storage import ObjectPath
 from stages.cache_logits import cache_logits
 from stages.cache_logits.capture import capture
+from stages.cache_logits.store_worker import work_in_store
 from stages.train_student import train_student
 from tests.helpers import run
 from tests.small import FakeEngine, contents_of, fake_manifest, llama_config, make_cache
@@ -298,6 +309,35 @@ def test_cache_logits_writes_to_the_store_and_reuses_from_it(url, teacher, corpu
     cache_logits(CacheConfig(**values, out=url.parent / "again", reuse=(url,)))
     assert_equal(url, url.parent / "again")
     assert verify_cache(url).problems == []
+
+
+class InterruptedEngine(FakeEngine):
+    """Asks its process to drain once it has answered a few requests."""
+
+    def score(self, requests):
+        for number, answer in enumerate(super().score(requests)):
+            yield answer
+            if number == 5:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_worker_of_a_store_begins_with_its_share_drains_and_ends_with_what_is_missing(url, corpus):
+    whole = Corpus(corpus)
+    manifest = fake_manifest(whole)
+    open_folder(url, manifest, corpus / "tokenizer")
+    rank = Rank(1, 2)
+
+    def work(engine):
+        work_in_store(url, whole, manifest, lambda: engine(manifest), rank=rank, reporter=Reporter())
+
+    with pytest.raises(Drained, match="run the same command again"):
+        work(InterruptedEngine)
+    committed = list_commits(url)
+    assert committed
+    assert committed < set(rank.share(manifest.num_partitions))
+    work(FakeEngine)
+    assert len(list_commits(url)) == manifest.num_partitions
+    assert [sequence.key for sequence in open_cache(url)] == [sequence.key for sequence in whole.rows()]
 
 
 def test_student_trains_from_the_store_as_from_a_folder(tmp_path, url, local):

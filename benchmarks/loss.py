@@ -1,7 +1,7 @@
 """Cost of the loss, forward and backward, beside others: time over our own cross-entropy, and peak memory.
 
-    python benchmarks/loss.py [--rounds 9] [--shape 512 512 32000] [--top-k 64]      # ratios of CPU time
-    python benchmarks/loss.py --memory [--tokens 512 1024 2048]                       # MiB over the inputs
+    python -m benchmarks.loss [--rounds 9] [--shape 512 512 32000] [--only ours torch]   # ratios of CPU time
+    python -m benchmarks.loss --memory [--tokens 512 1024 2048]                       # MiB over the inputs
 
 Time: one thread, every scheme once a round in random order, CPU time of the process; the table has the median over
 rounds of a scheme's time over that of `ours, cross-entropy` in the same round, and the fastest time. Memory: every
@@ -91,6 +91,12 @@ def torch_fused_cross_entropy(case: Case) -> Tensor:
     )
 
 
+def torch_in_one_chunk(case: Case) -> Tensor:
+    """torch's own with all tokens in a chunk, as ours has them while they fit 256 MiB."""
+    options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=len(case.labels_N), chunking_method=None)
+    return F.linear_cross_entropy(case.hidden_NH, case.weight_VH, case.labels_N, options=options)
+
+
 def dense_topk(hidden: Tensor, case: Case, rows: slice, temperature: float = 2.0) -> Tensor:
     """CE and ghost KL of some rows, from full float32 logits; a sum over the rows."""
     logits = hidden @ case.weight_VH.T
@@ -159,6 +165,7 @@ def liger(case: Case) -> Tensor:
 SCHEMES: dict[str, Callable[[Case], Tensor]] = {
     BASE: our_cross_entropy,
     "torch F.linear_cross_entropy": torch_fused_cross_entropy,
+    "torch F.linear_cross_entropy, one chunk": torch_in_one_chunk,
     "ours, KD T=1, ghost": ours(1.0),
     "ours, KD T=2, ghost": ours(2.0),
     "ours, KD T=3, ghost": ours(3.0),
@@ -170,14 +177,17 @@ SCHEMES: dict[str, Callable[[Case], Tensor]] = {
     "Liger, dense teacher computed": liger,
 }
 MISSING = {
+    "Liger, where the table has no such row": "`pip install --no-deps liger-kernel`",
     "Liger fused linear KL, sparse": "Liger has none; its distillation is the dense one above",
     "apple cut-cross-entropy": "CUDA only: it needs triton and a GPU",
 }
 
 
-def available() -> list[str]:
-    """Names of what can run here."""
-    return [name for name in SCHEMES if "Liger" not in name or importlib.util.find_spec("liger_kernel") is not None]
+def available(only: list[str]) -> list[str]:
+    """Names of what can run here and holds one of the words, if there are any; always the base."""
+    has_liger = importlib.util.find_spec("liger_kernel") is not None
+    chosen = [name for name in SCHEMES if name == BASE or not only or any(word in name for word in only)]
+    return [name for name in chosen if "Liger" not in name or has_liger]
 
 
 def step_seconds(name: str, case: Case) -> float:
@@ -188,9 +198,9 @@ def step_seconds(name: str, case: Case) -> float:
     return time.process_time() - started
 
 
-def time_table(shape: tuple[int, int, int], top_k: int, rounds: int) -> None:
+def time_table(names: list[str], shape: tuple[int, int, int], top_k: int, rounds: int) -> None:
     """Print the ratios of all schemes at a shape."""
-    names, case = available(), make_case(*shape, top_k)
+    case = make_case(*shape, top_k)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for number in range(rounds + 1):
         for name in random.sample(names, len(names)):
@@ -211,16 +221,16 @@ def peak_mib(name: str, case: Case) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10 - before / 2**20
 
 
-def memory_table(tokens: list[int], hidden_size: int, vocab_size: int, top_k: int) -> None:
+def memory_table(names: list[str], tokens: list[int], hidden_size: int, vocab_size: int, top_k: int) -> None:
     """Print the peak memory of all schemes; needs a process a case."""
     print(f"\nMiB over the inputs, H={hidden_size} V={vocab_size} k={top_k}, float32")
     print(f"{'N':42} " + " ".join(f"{count:>8,}" for count in tokens))
     print(f"{'(N x V float32)':42} " + " ".join(f"{count * vocab_size * 4 / 2**20:8,.0f}" for count in tokens))
-    for name in available():
+    for name in names:
         peaks = []
         for count in tokens:
             case = [str(count), str(hidden_size), str(vocab_size), str(top_k)]
-            command = [sys.executable, __file__, "--case", name, *case]
+            command = [sys.executable, "-m", "benchmarks.loss", "--case", name, *case]
             peaks.append(float(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
         print(f"{name:42} " + " ".join(f"{peak:8,.0f}" for peak in peaks), flush=True)
 
@@ -240,6 +250,7 @@ def main() -> None:
     parser.add_argument("--top-k", type=int, default=64, help="stored entries of a token")
     parser.add_argument("--memory", action="store_true", help="peak memory instead of time")
     parser.add_argument("--tokens", type=int, nargs="+", default=[512, 1024, 2048], help="N of --memory")
+    parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="schemes whose names hold one of these")
     parser.add_argument("--case", nargs=5, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -247,15 +258,14 @@ def main() -> None:
         name, *sizes = arguments.case
         print(peak_mib(name, make_case(*map(int, sizes))))
         return
+    names = available(arguments.only)
     print(f"{processor()}, one thread, torch {torch.__version__}")
     if arguments.memory:
         _, hidden_size, vocab_size = arguments.shape or SHAPES[1]
-        memory_table(arguments.tokens, hidden_size, vocab_size, arguments.top_k)
+        memory_table(names, arguments.tokens, hidden_size, vocab_size, arguments.top_k)
     else:
         for shape in [tuple(arguments.shape)] if arguments.shape else SHAPES:
-            time_table(shape, arguments.top_k, arguments.rounds)
-    for name in sorted(set(SCHEMES) - set(available())):
-        print(f"left out: {name}: not installed")
+            time_table(names, shape, arguments.top_k, arguments.rounds)
     for name, reason in MISSING.items():
         print(f"left out: {name}: {reason}")
 

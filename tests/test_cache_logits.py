@@ -119,6 +119,23 @@ def test_vllm_killed_and_continued_is_exact_and_agrees_with_transformers(tmp_pat
         cache_logits(dataclasses.replace(config, engine="transformers"))
 
 
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_worker_outlives_its_engine(tmp_path, teacher, corpus):
+    """The kernel kills the process that takes the most memory: the engine, not the worker that waits for it."""
+    config = settings(teacher, corpus, tmp_path / "cache", engine="vllm", shard_tokens=1)
+    process = run_command(config)
+    wait_for_commits(config.out, 1, process)
+    engines = [child for child in psutil.Process(process.pid).children() if "Engine" in "".join(child.cmdline())]
+    assert engines
+    for engine in engines:
+        engine.kill()
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    assert "EngineDeadError" in errors
+    assert verify_cache(config.out).problems == []
+
+
 @pytest.mark.parametrize(("codec", "tolerance"), [("lossless", 1e-5), ("compact", 1e-3)])
 @pytest.mark.parametrize("container", ["arrow", "zarr"])
 def test_transformers_is_exact(tmp_path, teacher, corpus, codec, tolerance, container):

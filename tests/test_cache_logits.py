@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -16,7 +17,7 @@ from pipeline import open_cache
 from pipeline.config import CacheConfig
 from pipeline.corpus import Corpus, TokenSequence
 from pipeline.errors import CacheMismatchError, ConfigError, CorpusError, EngineError
-from pipeline.runs.commits import COMMITS, SHARDS
+from pipeline.runs.commits import COMMITS, SHARDS, list_commits
 from pipeline.shards.verify import verify_cache
 from stages.cache_logits import cache_logits
 from tests.helpers import tiny_tokenizer
@@ -121,11 +122,21 @@ def test_vllm_killed_and_continued_is_exact_and_agrees_with_transformers(tmp_pat
 
 @pytest.mark.vllm
 @pytest.mark.slow
-def test_worker_outlives_its_engine(tmp_path, teacher, corpus):
-    """The kernel kills the process that takes the most memory: the engine, not the worker that waits for it."""
+def test_vllm_worker_drains_and_outlives_its_engine(tmp_path, teacher, corpus):
+    """Signals to every process, as Slurm sends them; then a kill -9 of the engine, as the kernel's, short of memory."""
     config = settings(teacher, corpus, tmp_path / "cache", engine="vllm", shard_tokens=1)
     process = run_command(config)
     wait_for_commits(config.out, 1, process)
+    started = psutil.Process(process.pid).children(recursive=True)
+    for each in [*started, process]:
+        each.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 75, errors
+    assert psutil.wait_procs(started, timeout=20)[1] == []
+    assert 0 < len(list_commits(config.out)) < Corpus(corpus).manifest.num_sequences
+    assert list((config.out / SHARDS).glob("*.partial")) == []
+    process = run_command(config)
+    wait_for_commits(config.out, len(list_commits(config.out)) + 1, process)
     engines = [child for child in psutil.Process(process.pid).children() if "Engine" in "".join(child.cmdline())]
     assert engines
     for engine in engines:

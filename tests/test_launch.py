@@ -9,7 +9,9 @@ import kubernetes_validate
 import psutil
 import pytest
 import yaml
+from click.testing import CliRunner
 
+from pipeline.cli import main
 from pipeline.config import SubmitConfig
 from pipeline.errors import ConfigError
 from pipeline.runs.launch import Job
@@ -19,7 +21,7 @@ from tests.launching import ROOT, run, small_job, wait_until
 
 
 def test_local_pool_survives_a_killed_worker(tmp_path):
-    job = small_job(tmp_path, sequences=150, layers=6)
+    job = small_job(tmp_path, sequences=100, layers=6)
     pool = subprocess.Popen(job.command("local", "--workers", 2), cwd=ROOT, stderr=subprocess.PIPE, text=True)
     wait_until(lambda: job.cache.is_dir() and job.num_done() >= 3)
     os.kill(job.worker_pids()[0], signal.SIGKILL)
@@ -125,7 +127,9 @@ def test_mistake_in_the_settings_is_found_before_anything_starts(tmp_path):
     job = small_job(tmp_path, sequences=4)
     settings = json.loads((tmp_path / "cache-logits.yaml").read_text()) | {"teacher": "nowhere"}
     (tmp_path / "cache-logits.yaml").write_text(json.dumps(settings))
-    finished = subprocess.run(job.command("local"), cwd=ROOT, capture_output=True, text=True)
-    assert finished.returncode == 2
-    assert "nowhere: no model there" in finished.stderr
+    result = CliRunner().invoke(
+        main, ["submit", "--on", "local", "--cache-logits", str(tmp_path / "cache-logits.yaml")]
+    )
+    assert result.exit_code == 2
+    assert "nowhere: no model there" in result.stderr
     assert not job.cache.exists()

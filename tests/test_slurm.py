@@ -116,8 +116,8 @@ def test_node_that_dies_and_task_that_is_requeued(slurm, tmp_path):
     slurm.kill_node("n2")
     slurm.run("scontrol", "requeue", slurm.run("squeue", "--noheader", "-w", "n1", "-o", "%A"))
     slurm.wait_until(lambda: "down" in {state.rstrip("*") for state in slurm.node_states()})
-    slurm.start_node("n2")
     slurm.wait_until(lambda: ended(slurm, "gate"))
+    slurm.start_node("n2")
     assert states(slurm, "capture") == ["COMPLETED", "COMPLETED"], log(job, "*")
     assert states(slurm, "gate") == ["COMPLETED"]
     job.assert_whole()

@@ -76,19 +76,6 @@ def kept_copy(folder: ObjectPath) -> Path:
 _kept: list[tempfile.TemporaryDirectory] = []
 
 
-def coordination_folder(folder: Location) -> Path:
-    """Where the workers of a cache leave word for each other: its folder, or one of this machine for a URL.
-
-    What lies there only saves work. Set LOGIT_CACHE_DIR to a folder that all machines share, and the
-    workers of all of them know of each other.
-    """
-    if isinstance(folder, Path):
-        return folder
-    place = copies_folder() / ".runs" / folder.quoted
-    place.mkdir(parents=True, exist_ok=True)
-    return place
-
-
 def _make_room(newest: Path) -> None:
     limit = float(os.environ.get(COPIES_GB) or DEFAULT_GB) * 1e9
     now = time.time()

@@ -15,7 +15,6 @@ import posixpath
 import subprocess
 import sys
 import time
-import urllib.parse
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -77,11 +76,6 @@ class ObjectPath:
     def parent(self) -> "ObjectPath":
         """The URL without its last part."""
         return ObjectPath(f"{self._root}/{posixpath.dirname(self._key)}")
-
-    @property
-    def quoted(self) -> str:
-        """The URL as one name of a file."""
-        return urllib.parse.quote(str(self), safe="")
 
     def is_file(self) -> bool:
         """Whether there is an object of this very name."""

@@ -1,19 +1,21 @@
 """Sequences whose targets an earlier cache holds: a corpus that has grown is scored only where it is new.
 
 A sequence is known by its key, which names its tokens, mask and document boundaries; its targets are
-the same in any corpus, order and shard. What is stored was rounded before, and rounding it again
-changes nothing.
+the same in any corpus, order and shard. Its stored columns are copied as they are: nothing is rounded
+twice.
 """
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
 from pipeline.corpus import Corpus, TokenSequence
 from pipeline.errors import CacheCorruptError, CacheMismatchError
+from pipeline.lifecycle.copying import Columns, sequences_of_shard
 from pipeline.manifest import CacheManifest
 from pipeline.parallel import available_cores, in_threads
 from pipeline.runs.commits import SHARDS, ShardCommit, read_commit
@@ -44,8 +46,13 @@ REASONS = {
 class KnownSequence(TokenSequence):
     """A row of a corpus whose targets are known."""
 
-    load: Callable[[], SparseTargets]
+    load: Callable[[], tuple[Columns, SparseTargets]]
     """Reads them; raises CacheCorruptError."""
+
+    @cached_property
+    def stored(self) -> tuple[Columns, SparseTargets]:
+        """The columns as they are stored, and the targets in them."""
+        return self.load()
 
 
 class GrownCorpus(Corpus):
@@ -102,16 +109,17 @@ class KnownTargets:
         index = np.searchsorted(self._sorted, wanted).clip(max=len(self._sorted) - 1)
         return np.where(self._sorted[index] == wanted, self._order[index], -1)
 
-    def load(self, place: int, key: bytes) -> SparseTargets:
-        """The targets at a place that `find` returned for `key`."""
+    def load(self, place: int, key: bytes) -> tuple[Columns, SparseTargets]:
+        """The stored columns and the targets at a place that `find` returned for `key`."""
         index = int(np.searchsorted(self._starts, place, side="right")) - 1
         folder, manifest, commit = self._shards[index]
         path = folder / SHARDS / commit.file
         row = int(place - self._starts[index])
-        sequence = decode(self._shard(index).columns(row, row + 1), manifest.temperatures, str(path))
+        (columns,) = sequences_of_shard(self._shard(index), layout_of_commit(manifest, commit), np.array([row]))
+        sequence = decode(columns, manifest.temperatures, str(path))
         if sequence.key != key:
             raise CacheCorruptError(f"{path}: sequence {row} has not the key that it had when the run began.")
-        return sequence.targets
+        return columns, sequence.targets
 
     def _shard(self, index: int) -> Shard:
         if index not in self._open:

@@ -14,6 +14,7 @@ from typing import Any
 
 from pipeline.corpus import Corpus, TokenSequence
 from pipeline.errors import CorpusError
+from pipeline.lifecycle.known import KnownSequence
 from pipeline.manifest import CacheManifest
 from pipeline.runs.commits import ShardCommit, commit_shard, partial_shard_path
 from pipeline.shards.containers import CONTAINERS, ShardWriter
@@ -178,7 +179,8 @@ class _Writer:
         for remaining in reversed(range(layout.num_sequences)):
             sequence, targets = item
             statistics.add(targets)
-            writer.append(encode(layout, sequence, targets))
+            is_known = isinstance(sequence, KnownSequence)
+            writer.append(sequence.stored[0] if is_known else encode(layout, sequence, targets))
             item = self._queue.get() if remaining else None
             if remaining and item is None:
                 return None

@@ -356,6 +356,18 @@ def test_large_file_comes_in_ranges(tmp_path, url, monkeypatch):
     assert (tmp_path / "copy").read_bytes() == contents
 
 
+@pytest.mark.parametrize("kind", ["500", "throttle", "drop", "lose"])
+def test_faults_of_a_part_do_not_harm_a_large_upload(server, tmp_path, url, kind):
+    contents = np.random.default_rng(0).bytes(12 << 20)  # three parts
+    (tmp_path / "file").write_bytes(contents)
+    server.fail((kind, "PUT", "large", 2), (kind, "POST", "large", 1))
+    (url / "large").upload(tmp_path / "file")
+    assert server.met() == [2, 1]
+    server.fail(("cut", "GET", "large", 1))
+    (url / "large").download(tmp_path / "copy")
+    assert (tmp_path / "copy").read_bytes() == contents
+
+
 def read_first(cache, queue) -> None:
     queue.put(cache[0].key)
 

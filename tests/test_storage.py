@@ -182,7 +182,7 @@ def test_passing_faults_of_reads_are_retried(server, url, local, kind):
 
 
 def test_lasting_faults_are_one_clear_error(server, url, local, monkeypatch):
-    monkeypatch.setattr(storage, "RETRY_S", 1.0)
+    monkeypatch.setattr(storage, "RETRY_S", 0.3)
     put_cache(local, url)
     for kind, message in [("500", "InternalError"), ("throttle", "SlowDown"), ("drop", "error sending request")]:
         server.fail((kind, "GET", "manifest.json", 10_000))

@@ -27,8 +27,10 @@ ROOT = Path(__file__).parent.parent
 OTHER = {"arrow": "zarr", "zarr": "arrow"}
 
 
-@pytest.mark.parametrize("container", ["arrow", "zarr"])
-@pytest.mark.parametrize(("codec", "top_k", "draws"), [("compact", 8, 0), ("lossless", 0, 5)])
+@pytest.mark.parametrize(
+    ("container", "codec", "top_k", "draws"),
+    [("arrow", "compact", 8, 0), ("zarr", "compact", 8, 2), ("arrow", "lossless", 0, 5)],
+)
 def test_converted_cache_is_equal_to_the_bit(tmp_path, corpus, container, codec, top_k, draws):
     source = make_cache(tmp_path / "source", corpus, container=container, codec=codec, top_k=top_k, tail_samples=draws)
     convert_cache(ConvertConfig(cache=source, format=OTHER[container], out=tmp_path / "other", workers=1))

@@ -84,8 +84,10 @@ def assert_same(folder: Path, wanted: Path) -> None:
             np.testing.assert_array_equal(one, other)
 
 
-@pytest.mark.parametrize(("old", "new"), [("arrow", "arrow"), ("zarr", "arrow"), ("arrow", "zarr")])
-@pytest.mark.parametrize("codec", ["compact", "lossless"])
+@pytest.mark.parametrize(
+    ("old", "new", "codec"),
+    [("arrow", "arrow", "lossless"), ("zarr", "arrow", "compact"), ("arrow", "zarr", "compact")],
+)
 def test_only_new_sequences_are_scored_and_the_cache_is_as_if_all_were(tmp_path, corpora, old, new, codec):
     settings = {"codec": codec, "tail_samples": 3}
     earlier = make_cache(tmp_path / "old", corpora / "old", container=old, **settings)

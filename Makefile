@@ -4,13 +4,16 @@ VENV ?= .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint install clean
+.PHONY: demo test slow lint install clean
 
 demo: install
 	$(VENV)/bin/pipeline demo
 
 test: install
 	$(VENV)/bin/python -m pytest
+
+slow: install
+	$(VENV)/bin/python -m pytest -m slow
 
 lint: install
 	$(VENV)/bin/ruff check .

@@ -1,24 +1,41 @@
 """The command line: the only code that prints results or chooses an exit code.
 
-Exit codes: 0 done, 1 `verify` found damage, 2 a mistake or fault that the user can mend. Anything
-else keeps its traceback. A command imports its stage inside its function, so that `--help` loads
-neither torch nor vllm.
+Exit codes: 0 done, 1 `verify` found damage or `audit` a disagreement, 2 a mistake or fault that the
+user can mend, 75 drained after a signal; `status` has 3 and 4. Anything else keeps its traceback. A
+command imports its stage inside its function, so that `--help` loads neither torch nor vllm.
 """
 
 import errno
 import os
 import sys
+import time
 from typing import Any
 
 import click
 
-from pipeline.config import CacheConfig, DemoConfig, PrepareConfig, TrainConfig, VerifyConfig
-from pipeline.errors import CacheCorruptError, PipelineError
+from pipeline.config import (
+    AuditConfig,
+    CacheConfig,
+    ConvertConfig,
+    DemoConfig,
+    ExportConfig,
+    MergeConfig,
+    PrepareConfig,
+    StatusConfig,
+    SubmitConfig,
+    TrainConfig,
+    VerifyConfig,
+)
+from pipeline.errors import CacheCorruptError, Drained, PipelineError
 from pipeline.options import config_command
 from pipeline.progress import TerminalReporter
+from pipeline.runs.launch.processes import follow_parent
 
 MENDABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG}
 """Operating-system errors that are the user's to mend: a full disk, a read-only folder."""
+
+SHOWN_PROBLEMS = 20
+"""Disagreements that an audit lists; the rest is counted."""
 
 QUIET = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1"}
 """What keeps the libraries from talking over our own progress, and from asking a model hub."""
@@ -28,8 +45,12 @@ class _Main(click.Group):
     def invoke(self, context: click.Context) -> Any:
         for name, value in QUIET.items():
             os.environ.setdefault(name, value)
+        follow_parent()
         try:
             return super().invoke(context)
+        except Drained as drained:
+            click.echo(str(drained), err=True)
+            sys.exit(drained.exit_code)
         except PipelineError as error:
             click.echo(f"error: {error}", err=True)
         except OSError as error:
@@ -66,6 +87,44 @@ def cache_logits_command(config: CacheConfig) -> None:
     cache_logits(config, TerminalReporter())
 
 
+@main.command("submit")
+@config_command(SubmitConfig)
+def submit_command(config: SubmitConfig) -> None:
+    """Start many workers of `cache-logits`, and `train-student` once the cache is whole.
+
+    'local' and 'ray' stay until all is done; 'slurm' and 'kubernetes' write scripts next to the cache and
+    hand them to the cluster.
+    """
+    from pipeline.runs.launch import Job, launcher
+
+    job = Job.of(config)
+    if config.launcher != "kubernetes":  # whose paths are those of its containers
+        from stages.cache_logits.planning import plan_cache
+
+        plan_cache(job.settings)
+    launcher(config.launcher)(job, TerminalReporter())
+
+
+@main.command("status")
+@config_command(StatusConfig)
+def status_command(config: StatusConfig) -> None:
+    """Say how a run stands, from its folder CACHE alone: while workers work and after they have died.
+
+    Exit code 0: complete. 3: not yet. 4: all that is left was set aside after failures.
+    """
+    from pipeline.runs.status import StatusReader, describe
+
+    reader = StatusReader(config.cache)
+    while True:
+        status = reader.read()
+        if config.watch and sys.stdout.isatty():
+            click.clear()
+        click.echo(status.to_json() if config.json else "\n".join(describe(status)))
+        if not config.watch or status.state != "incomplete":
+            sys.exit(status.exit_code)
+        time.sleep(config.interval_s)
+
+
 @main.command("verify")
 @config_command(VerifyConfig)
 def verify_command(config: VerifyConfig) -> None:
@@ -74,8 +133,8 @@ def verify_command(config: VerifyConfig) -> None:
     With --repair, damaged shards are dropped with their records, and the exit code is 0: what is then
     missing, the same `pipeline cache-logits` command computes.
     """
+    from pipeline.lifecycle.repair import repair_cache
     from pipeline.manifest import CacheManifest
-    from pipeline.shards.repair import repair_cache
     from pipeline.shards.verify import verify_cache
 
     try:
@@ -109,6 +168,61 @@ def _say_what_now(config: VerifyConfig, report: Any) -> None:
     )
 
 
+@main.command("audit")
+@config_command(AuditConfig)
+def audit_command(config: AuditConfig) -> None:
+    """Score a random sample of a cache again with its teacher. Exit code 1 names what disagrees."""
+    from stages.cache_logits.audit import audit_cache
+
+    report = audit_cache(config, TerminalReporter())
+    for problem in report.problems[:SHOWN_PROBLEMS]:
+        click.echo(problem)
+    outcome = f"{len(report.problems)} disagreements" if report.problems else "the teacher agrees"
+    click.echo(
+        f"{config.cache}: {outcome}: {report.num_sequences:,} sequences, {report.num_targets:,} targets; the largest "
+        f"difference of a probability is {report.largest:.2g}, {report.allowed:.2g} is allowed (the codec alone makes "
+        f"{report.codec_error:.2g}, the teacher's arithmetic may make {report.noise:.2g})."
+    )
+    if report.problems:
+        sys.exit(1)
+
+
+@main.command("convert")
+@config_command(ConvertConfig)
+def convert_command(config: ConvertConfig) -> None:
+    """Copy a cache into the other container. Every shard is read back and compared.
+
+    Run the same command again after a crash: it continues with what is missing.
+    """
+    from pipeline.lifecycle.convert import convert_cache
+
+    convert_cache(config, TerminalReporter())
+
+
+@main.command("merge")
+@config_command(MergeConfig)
+def merge_command(config: MergeConfig) -> None:
+    """Make one cache of several by the same teacher; a sequence that more than one holds is stored once.
+
+    Run the same command again after a crash: it continues with what is missing.
+    """
+    from pipeline.lifecycle.merge import merge_caches
+
+    merge_caches(config, TerminalReporter())
+
+
+@main.command("export")
+@config_command(ExportConfig)
+def export_command(config: ExportConfig) -> None:
+    """Write a cache as the plain lists that other trainers read, at one temperature.
+
+    Run the same command again after a crash: it continues with what is missing. docs/export.md lists the columns.
+    """
+    from pipeline.lifecycle.export import export_cache
+
+    export_cache(config, TerminalReporter())
+
+
 @main.command("train-student")
 @config_command(TrainConfig)
 def train_student_command(config: TrainConfig) -> None:
@@ -117,14 +231,9 @@ def train_student_command(config: TrainConfig) -> None:
     Run the same command again after a crash: it continues from the newest whole checkpoint. On a signal it saves one
     and leaves with exit code 75.
     """
-    from pipeline.errors import Drained
     from stages.train_student import train_student
 
-    try:
-        train_student(config, TerminalReporter())
-    except Drained as drained:
-        click.echo(str(drained), err=True)
-        sys.exit(drained.exit_code)
+    train_student(config, TerminalReporter())
 
 
 @main.command("demo")

@@ -17,10 +17,13 @@ from typing import Any, TypeVar
 import yaml
 
 from pipeline.errors import ConfigError
+from pipeline.storage import Location, ObjectPath, location
 
 ENGINES = ("vllm", "transformers")
 CONTAINERS = ("arrow", "zarr")
 CODECS = ("compact", "lossless")
+EXPORTS = ("parquet",)
+EXPORT_LAYOUTS = ("plain", "axolotl")
 PACKINGS = ("isolated", "crossing", "none")
 TAILS = ("ghost", "hybrid", "sampled", "zero", "renormalise", "uniform")
 DIVERGENCES = ("forward", "reverse", "js")
@@ -29,20 +32,24 @@ SCHEDULES = ("cosine", "linear", "wsd", "constant", "constant_with_warmup")
 ALPHA_SCHEDULES = ("constant", "linear", "wsd")
 SHARDINGS = ("none", "fsdp2")
 BAD_LOSS_ACTIONS = ("stop", "skip")
+LAUNCHERS = ("local", "slurm", "ray", "kubernetes")
 
 Config = TypeVar("Config", bound="_Config")
 _REQUIRED: Any = object()
 
 
 def setting(default: Any, help: str, *, choices: tuple[str, ...] = (), flag: str = "", argument: bool = False) -> Any:
-    """A field of a config class. `flag` names its option where that differs from the field's name."""
+    """A field of a config class. `flag` names its option where that differs from the field's name.
+
+    A folder that may also be the URL of an object store is a Location.
+    """
     metadata = {"help": help, "choices": choices, "flag": flag, "argument": argument, "required": default is _REQUIRED}
     return field(default=None if default is _REQUIRED else default, metadata=metadata)
 
 
-def required(help: str, *, flag: str = "", argument: bool = False) -> Any:
+def required(help: str, *, choices: tuple[str, ...] = (), flag: str = "", argument: bool = False) -> Any:
     """A setting without a default."""
-    return setting(_REQUIRED, help, flag=flag, argument=argument)
+    return setting(_REQUIRED, help, choices=choices, flag=flag, argument=argument)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +60,7 @@ class _Config:
             if value is None and spec.metadata["required"]:
                 raise ConfigError(f"{flag_of(spec)} is missing; give it as a flag or as `{spec.name}:` in the file.")
             choices = spec.metadata["choices"]
-            if choices and value not in choices:
+            if choices and value is not None and value not in choices:
                 raise ConfigError(f"{spec.name} is {value!r}; choose one of: {', '.join(choices)}.")
         self.check()
 
@@ -104,7 +111,7 @@ class CacheConfig(_Config):
 
     teacher: Path = required("Folder of the teacher: config.json, weights, tokenizer.")
     corpus: Path = required("Folder that `pipeline prepare` wrote.")
-    out: Path = required("Folder to write the cache to.")
+    out: Location = required("Folder or URL to write the cache to.")
     top_k: int = setting(64, "Largest probabilities kept for each position.")
     temperatures: tuple[float, ...] = setting(
         (1.0, 2.0), "A temperature T at which targets are exact; repeatable.", flag="--temperature"
@@ -122,6 +129,11 @@ class CacheConfig(_Config):
         choices=CODECS,
     )
     shard_tokens: int = setting(1_048_576, "Tokens in one shard: the work that a crash can lose.")
+    reuse: tuple[Location, ...] = setting(
+        (),
+        "A cache by the same teacher and settings, finished or not: sequences that it holds are copied instead of "
+        "scored; repeatable.",
+    )
     dtype: str = setting("auto", "Type of the teacher's body; its head always runs in float32.", choices=DTYPES)
     tensor_parallel: int = setting(1, "Devices that share each layer of the teacher (vLLM).")
     pipeline_parallel: int = setting(1, "Devices that share the stack of layers (vLLM).")
@@ -130,6 +142,16 @@ class CacheConfig(_Config):
     gpu_memory_utilization: float = setting(0.9, "Share of a GPU's memory that vLLM takes, 0 to 1.")
     quantization: str | None = setting(None, "vLLM's name of the teacher's quantisation, such as fp8.")
     enforce_eager: bool = setting(False, "Skip vLLM's compilation: starts sooner, runs slower on a GPU.")
+    worker: int = setting(0, "Number of this worker, from 0; any number of workers may share one --out.")
+    workers: int = setting(1, "Workers that share the cache: each begins with its share and then takes what is left.")
+    worker_from_env: bool = setting(
+        False, "Take both from PIPELINE_WORKER, a Slurm array, a Kubernetes Indexed Job or srun, in this order."
+    )
+    lease_s: float = setting(
+        180.0, "Seconds without a heartbeat after which others take a worker's partitions.", flag="--lease-seconds"
+    )
+    max_failures: int = setting(3, "Failures of a partition after which it is set aside and the rest goes on.")
+    retry_failed: bool = setting(False, "Try again what was set aside.")
 
     def check(self) -> None:
         self._at_least("top_k", 0)
@@ -138,6 +160,10 @@ class CacheConfig(_Config):
             raise ConfigError("top_k is 0 and tail_samples is 0; keep at least one entry of a position.")
         for name in ("shard_tokens", "tensor_parallel", "pipeline_parallel", "batch_tokens", "row_chunk"):
             self._at_least(name, 1)
+        self._at_least("max_failures", 1)
+        self._positive("lease_s", (self.lease_s,))
+        if not 0 <= self.worker < self.workers:
+            raise ConfigError(f"worker is {self.worker} of {self.workers} workers; count from 0.")
         if not self.temperatures:
             raise ConfigError("temperatures is empty; give at least one, such as --temperature 2.0.")
         self._positive("temperatures", self.temperatures)
@@ -158,7 +184,7 @@ class CacheConfig(_Config):
 class VerifyConfig(_Config):
     """Settings of `pipeline verify`."""
 
-    cache: Path = required("Folder that `pipeline cache-logits` wrote.", argument=True)
+    cache: Location = required("Folder or URL that `pipeline cache-logits` wrote to.", argument=True)
     repair: bool = setting(
         False, "Drop what is damaged: the next run of the same `pipeline cache-logits` computes that alone."
     )
@@ -169,11 +195,143 @@ class VerifyConfig(_Config):
 
 
 @dataclass(frozen=True, kw_only=True)
+class SubmitConfig(_Config):
+    """Settings of `pipeline submit`."""
+
+    launcher: str = required("What starts the workers: this machine, or a cluster.", choices=LAUNCHERS, flag="--on")
+    cache_logits: Path = required("YAML file with the settings of `pipeline cache-logits`.")
+    train_student: Path | None = setting(None, "YAML file with the settings of `pipeline train-student`, to follow.")
+    workers: int = setting(1, "Workers that share the cache.")
+    gpus_per_worker: int | None = setting(
+        None, "GPUs of a worker; none takes tensor_parallel x pipeline_parallel, 0 is for a CPU."
+    )
+    student_nodes: int = setting(1, "Nodes of the student's training.")
+    student_gpus: int = setting(0, "GPUs of the student's training on each node; 0 is for a CPU.")
+    attempts: int = setting(5, "Times in a row that something is started again without getting further.")
+    drain_s: int = setting(
+        600, "Seconds of warning before a worker is stopped: more than a shard takes.", flag="--drain-seconds"
+    )
+    directives: tuple[str, ...] = setting(
+        (), "Slurm: a further #SBATCH option of all jobs, such as --partition=gpu; repeatable.", flag="--sbatch"
+    )
+    setup: tuple[str, ...] = setting((), "Slurm: a line of shell before the command, such as module load cuda.")
+    address: str | None = setting(None, "Ray: address of the cluster; none starts one on this machine.")
+    image: str | None = setting(None, "Kubernetes: container image in which this package is installed.")
+    volume: str | None = setting(None, "Kubernetes: persistent volume claim with teacher, corpus and cache.")
+    mount: Path = setting(Path("/data"), "Kubernetes: where the volume appears in the containers.")
+    write_only: bool = setting(False, "Write the scripts and submit nothing.")
+
+    def check(self) -> None:
+        for name in ("workers", "student_nodes", "attempts", "drain_s"):
+            self._at_least(name, 1)
+        for name in ("gpus_per_worker", "student_gpus"):
+            self._at_least(name, 0)
+        if self.launcher == "kubernetes" and (self.image is None or self.volume is None):
+            raise ConfigError("launcher is 'kubernetes'; give --image and --volume too.")
+        if self.student_nodes > 1 and self.launcher != "slurm":
+            raise ConfigError(f"student_nodes is {self.student_nodes}; only Slurm trains on several nodes.")
+        if self.write_only and self.launcher in ("local", "ray"):
+            raise ConfigError(f"write_only: nothing is written for {self.launcher!r}; it is for slurm and kubernetes.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StatusConfig(_Config):
+    """Settings of `pipeline status`."""
+
+    cache: Path = required("Folder that `pipeline cache-logits` writes.", argument=True)
+    watch: bool = setting(False, "Show it again and again until nothing is left to do.")
+    json: bool = setting(False, "One JSON document instead of text.")
+    interval_s: float = setting(10.0, "Seconds between two looks with --watch.", flag="--interval")
+
+    def check(self) -> None:
+        self._positive("interval_s", (self.interval_s,))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertConfig(_Config):
+    """Settings of `pipeline convert`."""
+
+    cache: Location = required("Folder or URL of a finished cache.", argument=True)
+    format: str = required("Container of the new shards.", choices=CONTAINERS)
+    out: Location = required("Folder or URL to write the new cache to.")
+    workers: int | None = setting(None, "Shards that are converted at the same time; none takes one a core.")
+
+    def check(self) -> None:
+        self._at_least("workers", 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeConfig(_Config):
+    """Settings of `pipeline merge`."""
+
+    caches: tuple[Location, ...] = required(
+        "Folders or URLs of two or more finished caches of one teacher.", argument=True
+    )
+    out: Location = required("Folder or URL to write the new cache to.")
+    format: str | None = setting(None, "Container of the new shards; none takes the first cache's.", choices=CONTAINERS)
+    workers: int | None = setting(None, "Shards that are copied at the same time; none takes one a core.")
+
+    def check(self) -> None:
+        self._at_least("workers", 1)
+        if len(self.caches) < 2:
+            raise ConfigError(f"caches names {len(self.caches)} folder; a merge needs two or more.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig(_Config):
+    """Settings of `pipeline export`."""
+
+    cache: Location = required("Folder or URL of a finished cache.", argument=True)
+    out: Path = required("Folder to write the files to.")
+    to: str = setting("parquet", "Kind of file.", choices=EXPORTS)
+    layout: str = setting(
+        "plain",
+        "Columns: 'plain' has one entry a target, 'axolotl' one a token, as axolotl's KD plugin takes them.",
+        choices=EXPORT_LAYOUTS,
+    )
+    temperature: float = setting(1.0, "Temperature T of the log-probabilities; the cache must hold it.")
+    workers: int | None = setting(None, "Files that are written at the same time; none takes one a core.")
+
+    def check(self) -> None:
+        self._positive("temperature", (self.temperature,))
+        self._at_least("workers", 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditConfig(_Config):
+    """Settings of `pipeline audit`. What is not given is as it was in the capture."""
+
+    cache: Location = required("Folder or URL of a finished cache.", argument=True)
+    teacher: Path = required("Folder of the teacher that made it.")
+    fraction: float = setting(0.001, "Share of the sequences that are scored again, 0 to 1.")
+    sequences: int = setting(8, "Sequences that are scored again at least.")
+    seed: int = setting(0, "Seed of the sample.")
+    noise: float | None = setting(
+        None,
+        "How far arithmetic alone may put a probability, beyond what the codec rounds; none takes 0.0001 for a "
+        "teacher in float32, 0.02 in float16, 0.1 in bfloat16 or quantised.",
+    )
+    engine: str | None = setting(None, "What runs the teacher; none takes the capture's.", choices=ENGINES)
+    tensor_parallel: int | None = setting(None, "Devices that share each layer; none takes the capture's.")
+    pipeline_parallel: int | None = setting(None, "Devices that share the stack of layers; none takes the capture's.")
+    batch_tokens: int | None = setting(None, "Tokens in one step of the engine; none takes the capture's.")
+    gpu_memory_utilization: float | None = setting(None, "Share of a GPU's memory; none takes the capture's.")
+    enforce_eager: bool | None = setting(None, "Skip vLLM's compilation; none takes the capture's.")
+
+    def check(self) -> None:
+        for name in ("sequences", "tensor_parallel", "pipeline_parallel", "batch_tokens"):
+            self._at_least(name, 1)
+        self._at_least("noise", 0)
+        if not 0 <= self.fraction <= 1:
+            raise ConfigError(f"fraction is {self.fraction}; it must lie in [0, 1].")
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig(_Config):
     """Settings of `pipeline train-student`."""
 
     student: Path = required("Folder of the student, or a config.json for one that starts from random weights.")
-    cache: Path = required("Folder that `pipeline cache-logits` wrote.")
+    cache: Location = required("Folder or URL that `pipeline cache-logits` wrote to.")
     out: Path = required("Folder for checkpoints, logs and the finished student.")
     alpha: float = setting(0.5, "Weight of the distillation term; 0 trains from the labels alone.")
     temperature: float = setting(2.0, "Temperature T of the distillation term; the cache must hold it.")
@@ -192,7 +350,7 @@ class TrainConfig(_Config):
     divergence: str = setting(
         "forward", "Forward KL, reverse KL or Jensen-Shannon; the last two with the ghost tail.", choices=DIVERGENCES
     )
-    eval_cache: Path | None = setting(None, "A held-out cache to evaluate on.")
+    eval_cache: Location | None = setting(None, "A held-out cache to evaluate on.")
     epochs: float = setting(1.0, "Passes over the cache; --max-steps takes precedence.")
     max_steps: int | None = setting(None, "Optimizer steps to train for.")
     batch_size: int = setting(8, "Sequences in a micro-batch, for each device.")
@@ -292,13 +450,14 @@ def value_type(annotation: Any) -> tuple[type, bool]:
     """The scalar type of a field's annotation, and whether the field takes several."""
     if typing.get_origin(annotation) is tuple:
         return typing.get_args(annotation)[0], True
-    if isinstance(annotation, types.UnionType):
-        return next(arg for arg in typing.get_args(annotation) if arg is not type(None)), False
+    if isinstance(annotation, types.UnionType) and annotation != Location:
+        kinds = [arg for arg in typing.get_args(annotation) if arg is not type(None)]
+        return (Location if ObjectPath in kinds else kinds[0]), False
     return annotation, False
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, Path):
+    if isinstance(value, Location):
         return str(value)
     return [_plain(item) for item in value] if isinstance(value, tuple) else value
 
@@ -324,7 +483,7 @@ def _nearest(key: Any, specs: Mapping[str, Any]) -> str:
 
 def _convert(where: str, value: Any, annotation: Any) -> Any:
     kind, several = value_type(annotation)
-    if value is None and isinstance(annotation, types.UnionType):
+    if value is None and type(None) in typing.get_args(annotation):
         return None
     if several:
         items = value if isinstance(value, list | tuple) else [value]
@@ -335,8 +494,12 @@ def _convert(where: str, value: Any, annotation: Any) -> Any:
 def _scalar(where: str, value: Any, kind: type) -> Any:
     if kind is bool or isinstance(value, bool):
         fits = kind is bool and isinstance(value, bool)
-    elif kind is Path:
-        fits = isinstance(value, str | Path)
+    elif kind is Location and isinstance(value, str | Location):
+        return location(str(value))
+    elif kind in (Path, Location):
+        fits, kind = isinstance(value, str | Path), Path
+        if "://" in str(value):
+            raise ConfigError(f"{where} is {value}; this must be a path on this machine, not a URL.")
     elif kind in (int, float):
         value, fits = _number(value, kind)
     else:

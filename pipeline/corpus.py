@@ -195,6 +195,12 @@ class Corpus:
         longest = [np.maximum.reduceat(values, offsets[:-1]) for values, offsets in documents if len(offsets) > 1]
         return np.concatenate([np.zeros(0, np.int64), *tokens]), np.concatenate([np.zeros(0, np.int64), *longest])
 
+    def keys(self) -> np.ndarray:
+        """uint8 [len, 16]: the key of every sequence."""
+        tables = [self._table(index) for index in range(len(self.manifest.partitions))]
+        keys = [b"".join(table.column("key").to_pylist()) for table in tables]
+        return np.frombuffer(b"".join(keys), np.uint8).reshape(-1, 16)
+
     def _table(self, index: int) -> pa.Table:
         if index not in self._tables:
             self._tables = {index: read_partition(self.folder, self.manifest.partitions[index])}

@@ -5,6 +5,7 @@
     ├── CorpusError                 input text, or a tokenised corpus
     ├── EngineError                 a teacher that the chosen engine cannot serve
     ├── Drained                     asked to stop: run the same command again (exit code 75)
+    ├── StorageError                an object store that refuses, or does not answer in time
     └── CacheError                  a folder of cached targets
         ├── PartitionsFailedError   partitions were set aside after failures; the rest is captured
         ├── CacheIncompleteError    partitions are missing: run `pipeline cache-logits` again
@@ -36,6 +37,10 @@ class Drained(PipelineError):
     """A signal asked the command to stop; what was in hand is finished and saved."""
 
     exit_code = 75
+
+
+class StorageError(PipelineError):
+    """An object store refuses a request, or does not answer in time."""
 
 
 class CacheError(PipelineError):

@@ -7,12 +7,15 @@ Knows nothing of corpora or caches.
 
 import json
 import os
+import shutil
 import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import xxhash
+
+from pipeline.storage import Location, ObjectPath
 
 PARTIAL = ".partial"
 """Suffix of files that are being written; nothing reads them."""
@@ -38,8 +41,10 @@ def owner_is_dead(owner: str) -> bool:
     return False
 
 
-def sync_folder(folder: Path) -> None:
-    """Make renames inside `folder` survive a power cut."""
+def sync_folder(folder: Location) -> None:
+    """Make renames inside `folder` survive a power cut; an object store needs no such thing."""
+    if isinstance(folder, ObjectPath):
+        return
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
@@ -56,8 +61,12 @@ def sync_file(path: Path) -> None:
         os.close(descriptor)
 
 
-def publish(partial: Path, final: Path) -> None:
+def publish(partial: Path, final: Location) -> None:
     """Move a finished file or folder to its final name, replacing a file of that name."""
+    if isinstance(final, ObjectPath):
+        final.upload(partial)
+        partial.unlink()
+        return
     if partial.is_dir():
         for path in sorted(partial.rglob("*")):
             sync_folder(path) if path.is_dir() else sync_file(path)
@@ -86,12 +95,24 @@ def partial_path(final: Path) -> Path:
     return final.with_name(f"{final.name}.{owner_name()}{PARTIAL}")
 
 
-def write_json(path: Path, document: dict[str, Any], *, first_wins: bool = False) -> bool:
+def list_names(folder: Location) -> list[str]:
+    """Names of the numbered files in a folder, less those that are being written; empty if there is no folder."""
+    try:
+        names = os.listdir(folder) if isinstance(folder, Path) else [path.name for path in folder.iterdir()]
+    except FileNotFoundError:
+        return []
+    return [name for name in names if name[:1].isdigit() and not name.endswith(PARTIAL)]
+
+
+def write_json(path: Location, document: dict[str, Any], *, first_wins: bool = False) -> bool:
     """Write `document` with a checksum of itself, atomically; False if `first_wins` and the name was taken."""
     body = json.dumps(document, indent=1, ensure_ascii=False).encode()
+    contents = body.removesuffix(b"\n}") + _seal(body)
+    if isinstance(path, ObjectPath):
+        return path.write_bytes(contents, first_wins=first_wins)
     partial = partial_path(path)
     try:
-        partial.write_bytes(body.removesuffix(b"\n}") + _seal(body))
+        partial.write_bytes(contents)
         if first_wins:
             return publish_first(partial, path)
         publish(partial, path)
@@ -100,7 +121,7 @@ def write_json(path: Path, document: dict[str, Any], *, first_wins: bool = False
         partial.unlink(missing_ok=True)
 
 
-def read_json(path: Path, error: Callable[[str], Exception]) -> dict[str, Any]:
+def read_json(path: Location, error: Callable[[str], Exception]) -> dict[str, Any]:
     """The document that `write_json` wrote, less its checksum; raises `error(message)` unless every byte is as it was."""
     contents = path.read_bytes()
     head, mark, _ = contents.rpartition(_MARK)
@@ -125,9 +146,19 @@ def canonical_json(value: Any) -> bytes:
     return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode()
 
 
-def hash_folder(folder: Path) -> dict[str, str]:
+def hash_folder(folder: Location) -> dict[str, str]:
     """xxh3-128 of every file directly in `folder`, by name; empty if there is no such folder."""
-    return {path.name: hash_file(path) for path in sorted(folder.glob("*")) if path.is_file()}
+    paths = folder.iterdir() if folder.is_dir() else ()
+    return {path.name: xxhash.xxh3_128_hexdigest(path.read_bytes()) for path in paths if path.is_file()}
+
+
+def remove_tree(folder: Location) -> None:
+    """Delete a folder and the files in it, if it is there."""
+    if isinstance(folder, ObjectPath):
+        for path in folder.iterdir():
+            path.unlink()
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def hash_file(path: Path, block_bytes: int = 1 << 22) -> str:

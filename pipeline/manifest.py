@@ -11,12 +11,12 @@ two stages. `identity` is what must be equal for two runs to write into one fold
 """
 
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 from pipeline.errors import CacheCorruptError, CacheIncompleteError, CacheMismatchError
 from pipeline.files import read_json, write_json
 from pipeline.shards.layout import ALIGNMENT, ShardLayout
+from pipeline.storage import Location
 from pipeline.tokenizer import TokenizerIdentity
 
 FORMAT = "sparse-target-cache"
@@ -25,6 +25,8 @@ MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer"
 PROVENANCE = ("settings", "software", "chat_template", "tokenizer_files")
 """Entries that tell where a cache comes from and do not decide what is in it."""
+COLLECTION = ("container", "corpus", "packing", "sequence_length", "num_tokens", "num_targets", "partitions")
+"""Entries that say which sequences a cache has and how they are kept; a sequence's targets do not depend on them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +97,11 @@ class CacheManifest:
         document |= {f"{name}.{key}": value for name, entries in nested.items() for key, value in entries.items()}
         return document
 
-    def require_equal(self, requested: "CacheManifest", folder: Path) -> None:
+    def target_identity(self) -> dict[str, Any]:
+        """The entries that decide the targets of a sequence, whatever else is in the cache and how it is kept."""
+        return {name: value for name, value in self.identity().items() if name not in COLLECTION}
+
+    def require_equal(self, requested: "CacheManifest", folder: Location) -> None:
         """Raise CacheMismatchError, naming every difference, unless both describe the same targets."""
         ours, theirs = self.identity(), requested.identity()
         different = [name for name in ours if ours[name] != theirs.get(name)]
@@ -103,13 +109,13 @@ class CacheManifest:
             found = "; ".join(f"{name} is {_short(ours[name])}, now {_short(theirs.get(name))}" for name in different)
             raise CacheMismatchError(f"{folder}: holds a cache made by other settings: {found}; choose another --out.")
 
-    def write(self, folder: Path) -> bool:
+    def write(self, folder: Location) -> bool:
         """Publish the manifest; False if another process was first."""
         document = {"format": FORMAT, "format_version": FORMAT_VERSION, "alignment": ALIGNMENT, **asdict(self)}
         return write_json(folder / MANIFEST, document, first_wins=True)
 
     @classmethod
-    def read(cls, folder: Path) -> "CacheManifest":
+    def read(cls, folder: Location) -> "CacheManifest":
         """The manifest of the cache in `folder`; raises CacheError."""
         path = folder / MANIFEST
         if not path.is_file():

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from pipeline.config import flag_of, load_config, value_type
+from pipeline.storage import Location
 
 
 def config_command(config_class: type) -> Callable[[Callable[[Any], None]], Callable[..., None]]:
@@ -46,7 +47,14 @@ def _parameter(spec: dataclasses.Field[Any], annotation: Any) -> Callable[..., A
     return click.option(*names, spec.name, type=click_type, default=None, multiple=several, help=help_text)
 
 
-_TYPES = {int: click.INT, float: click.FLOAT, str: click.STRING, bool: click.BOOL, Path: click.Path(path_type=Path)}
+_TYPES = {
+    int: click.INT,
+    float: click.FLOAT,
+    str: click.STRING,
+    bool: click.BOOL,
+    Path: click.Path(),
+    Location: click.STRING,
+}
 
 
 def _default(spec: dataclasses.Field[Any], several: bool) -> str:
@@ -55,5 +63,5 @@ def _default(spec: dataclasses.Field[Any], several: bool) -> str:
     if spec.default is None:
         return "default: none"
     if several:
-        return f"default: {', '.join(f'{item}' for item in spec.default)}"
+        return f"default: {', '.join(f'{item}' for item in spec.default) or 'none'}"
     return f"default: {str(spec.default).lower() if isinstance(spec.default, bool) else spec.default}"

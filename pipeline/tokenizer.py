@@ -11,8 +11,10 @@ from typing import Any
 
 import xxhash
 
+from pipeline.copies import kept_copy
 from pipeline.errors import ConfigError
 from pipeline.files import canonical_json
+from pipeline.storage import Location, ObjectPath
 
 FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "merges.txt", "tekken.json")
 PROBE = "The quick brown fox's 3.14159…\n\tdef f(x: int) -> str:\r\n    return f'{x!r}'  # 中文分词，測試。 привет 🙂 naïve\x00\n\n"
@@ -47,8 +49,10 @@ def has_tokenizer(folder: Path) -> bool:
     return folder.is_dir() and any((folder / name).is_file() for name in FILES)
 
 
-def load_tokenizer(folder: Path) -> Any:
-    """The transformers tokenizer in `folder`; never asks a model hub."""
+def load_tokenizer(folder: Location) -> Any:
+    """The transformers tokenizer in `folder`, or under a URL; never asks a model hub."""
+    if isinstance(folder, ObjectPath):
+        folder = kept_copy(folder)
     if not has_tokenizer(folder):
         raise ConfigError(f"{folder}: no tokenizer there; expected a folder with tokenizer.json or tokenizer.model.")
     from transformers import AutoTokenizer

@@ -1,4 +1,4 @@
-"""A capture that is killed at every file operation in turn; run by test_capture.py.
+"""Work that is killed at every file operation in turn; as a command, the capture of test_capture.py.
 
     python -m tests.crash CORPUS FOLDER CONTAINER
 
@@ -11,6 +11,7 @@ import itertools
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +41,12 @@ def kill_before(count: int) -> None:
         setattr(owner, name, counted(getattr(owner, name)))
 
 
-def child_finishes(corpus: Path, folder: Path, container: str, operations: int) -> bool:
-    """Run a child that is killed before its operation number `operations`, if it gets that far."""
+def child_finishes(work: Callable[[], object], operations: int) -> bool:
+    """Run `work` in a child that is killed before its operation number `operations`, if it gets that far."""
     pid = os.fork()
     if pid == 0:
         kill_before(operations)
-        make_cache(folder, corpus, container=container)
+        work()
         os._exit(0)
     _, status = os.waitpid(pid, 0)
     if os.WIFEXITED(status) and os.WEXITSTATUS(status) != 0:
@@ -53,14 +54,14 @@ def child_finishes(corpus: Path, folder: Path, container: str, operations: int) 
     return os.WIFEXITED(status)
 
 
-def main() -> None:
-    """Kill children until one finishes."""
-    corpus, folder, container = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+def kill_everywhere(work: Callable[[], object]) -> None:
+    """Kill children that do `work` until one finishes; prints how many were killed."""
     killed = 0
-    while not child_finishes(corpus, folder, container, operations=killed):
+    while not child_finishes(work, operations=killed):
         killed += 1
     print(killed)
 
 
 if __name__ == "__main__":
-    main()
+    corpus, folder, container = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+    kill_everywhere(lambda: make_cache(folder, corpus, container=container))

@@ -3,9 +3,11 @@
 from pathlib import Path
 from typing import Any
 
+from click.testing import CliRunner
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from pipeline.cli import main
 from pipeline.progress import Reporter
 
 BOS, EOS = "<|begin|>", "<|end|>"
@@ -27,6 +29,12 @@ MARKED_CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 """Marks the assistant's text and the tag that ends it, but not the line end after it."""
+
+
+def run(*arguments: object) -> tuple[int, str, str]:
+    """Exit code, standard output and standard error of a command."""
+    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    return result.exit_code, result.stdout, result.stderr
 
 
 class Lines(Reporter):

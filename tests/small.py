@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from pipeline import open_cache
 from pipeline.corpus import TOKENIZER, Corpus, CorpusManifest, TokenSequence, write_partition
 from pipeline.files import hash_folder
 from pipeline.manifest import CacheManifest
@@ -39,11 +40,11 @@ def llama_config(vocab_size: int, **changes: object) -> LlamaConfig:
     return LlamaConfig(**settings | changes)
 
 
-def make_teacher(folder: Path, padding: int = 21, seed: int = 0) -> Path:
+def make_teacher(folder: Path, padding: int = 21, seed: int = 0, **changes: object) -> Path:
     """A random Llama with a peaked output, its tokenizer beside it; its head has `padding` dead rows."""
     tokenizer = tiny_tokenizer(folder)
     torch.manual_seed(seed)
-    LlamaForCausalLM(llama_config(len(tokenizer) + padding)).save_pretrained(folder)
+    LlamaForCausalLM(llama_config(len(tokenizer) + padding, **changes)).save_pretrained(folder)
     return folder
 
 
@@ -146,7 +147,13 @@ class FakeEngine:
 
 
 def fake_manifest(
-    corpus: Corpus, *, container: str = "arrow", codec: str = "compact", top_k: int = 8, tail_samples: int = 0
+    corpus: Corpus,
+    *,
+    container: str = "arrow",
+    codec: str = "compact",
+    top_k: int = 8,
+    tail_samples: int = 0,
+    partitions: tuple[int, ...] | None = None,
 ) -> CacheManifest:
     """The manifest of a cache of `corpus` by FakeEngine."""
     tokens, _ = corpus.lengths()
@@ -166,24 +173,47 @@ def fake_manifest(
         sequence_length=corpus.manifest.sequence_length,
         num_tokens=corpus.manifest.num_tokens,
         num_targets=corpus.manifest.num_targets,
-        partitions=plan_partitions(tokens, 400),
+        partitions=partitions or plan_partitions(tokens, 400),
         settings={},
         software={},
         tokenizer_files=hash_folder(corpus.folder / TOKENIZER),
     )
 
 
-def make_cache(folder: Path, corpus_folder: Path, **settings: object) -> Path:
-    """A cache by FakeEngine; continues one that was begun."""
-    corpus = Corpus(corpus_folder)
+def prepare_folder(folder: Path, corpus_folder: Path, **settings: object) -> Path:
+    """A cache of which nothing is captured, for FakeEngine."""
     for name in (SHARDS, COMMITS):
         (folder / name).mkdir(parents=True, exist_ok=True)
     shutil.copytree(corpus_folder / TOKENIZER, folder / TOKENIZER, dirs_exist_ok=True)
-    manifest = fake_manifest(corpus, **settings)
-    manifest.write(folder)
+    fake_manifest(Corpus(corpus_folder), **settings).write(folder)
+    return folder
+
+
+def make_cache(folder: Path, corpus_folder: Path, **settings: object) -> Path:
+    """A cache by FakeEngine; continues one that was begun."""
+    corpus = Corpus(corpus_folder)
+    manifest = CacheManifest.read(prepare_folder(folder, corpus_folder, **settings))
     todo = [part for part in range(manifest.num_partitions) if read_commit(folder, part) is None]
     capture(FakeEngine(manifest), corpus, manifest, folder, todo)
     return folder
+
+
+def contents_of(folder: Path) -> dict[bytes, list[np.ndarray]]:
+    """Every array of every sequence, by key."""
+    found = {}
+    for sequence in open_cache(folder):
+        targets = sequence.targets
+        arrays = [sequence.token_ids, sequence.loss_mask, sequence.document_lengths, targets.ids, targets.logits]
+        found[sequence.key] = [*arrays, targets.logsumexps, targets.tail_logprobs, targets.entropies, targets.draws]
+    return found
+
+
+def assert_equal_caches(first: Path, second: Path) -> None:
+    ours, theirs = contents_of(first), contents_of(second)
+    assert list(ours) == list(theirs)
+    for key, arrays in ours.items():
+        for one, other in zip(arrays, theirs[key], strict=True):
+            np.testing.assert_array_equal(one, other)
 
 
 @functools.cache

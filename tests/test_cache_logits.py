@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -16,7 +17,7 @@ from pipeline import open_cache
 from pipeline.config import CacheConfig
 from pipeline.corpus import Corpus, TokenSequence
 from pipeline.errors import CacheMismatchError, ConfigError, CorpusError, EngineError
-from pipeline.runs.commits import COMMITS, SHARDS
+from pipeline.runs.commits import COMMITS, SHARDS, list_commits
 from pipeline.shards.verify import verify_cache
 from stages.cache_logits import cache_logits
 from tests.helpers import tiny_tokenizer
@@ -117,6 +118,33 @@ def test_vllm_killed_and_continued_is_exact_and_agrees_with_transformers(tmp_pat
     assert np.mean(agreeing) > 0.99  # one uniform a position, from its content: only rounding can tell them apart
     with pytest.raises(CacheMismatchError, match=r"teacher\.engine is 'vllm', now 'transformers'"):
         cache_logits(dataclasses.replace(config, engine="transformers"))
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_vllm_worker_drains_and_outlives_its_engine(tmp_path, teacher, corpus):
+    """Signals to every process, as Slurm sends them; then a kill -9 of the engine, as the kernel's, short of memory."""
+    config = settings(teacher, corpus, tmp_path / "cache", engine="vllm", shard_tokens=1)
+    process = run_command(config)
+    wait_for_commits(config.out, 1, process)
+    started = psutil.Process(process.pid).children(recursive=True)
+    for each in [*started, process]:
+        each.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 75, errors
+    assert psutil.wait_procs(started, timeout=20)[1] == []
+    assert 0 < len(list_commits(config.out)) < Corpus(corpus).manifest.num_sequences
+    assert list((config.out / SHARDS).glob("*.partial")) == []
+    process = run_command(config)
+    wait_for_commits(config.out, len(list_commits(config.out)) + 1, process)
+    engines = [child for child in psutil.Process(process.pid).children() if "Engine" in "".join(child.cmdline())]
+    assert engines
+    for engine in engines:
+        engine.kill()
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    assert "EngineDeadError" in errors
+    assert verify_cache(config.out).problems == []
 
 
 @pytest.mark.parametrize(("codec", "tolerance"), [("lossless", 1e-5), ("compact", 1e-3)])

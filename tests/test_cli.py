@@ -6,20 +6,16 @@ import sys
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
 
-from pipeline.cli import main
 from pipeline.runs.commits import SHARDS
-from tests.helpers import tiny_tokenizer
+from tests.helpers import run, tiny_tokenizer
 from tests.small import make_cache
 
 ROOT = Path(__file__).parent.parent
-COMMANDS = ("prepare", "cache-logits", "verify", "train-student", "demo")
-
-
-def run(*arguments: object) -> "tuple[int, str, str]":
-    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
-    return result.exit_code, result.stdout, result.stderr
+COMMANDS = (
+    *("prepare", "cache-logits", "submit", "status", "verify", "audit", "convert", "merge", "export", "train-student"),
+    "demo",
+)
 
 
 def assert_refused(message: str, *arguments: object) -> None:

@@ -5,14 +5,20 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline.config import CacheConfig, PrepareConfig, TrainConfig, load_config, resolved
+from pipeline.config import CacheConfig, PrepareConfig, SubmitConfig, TrainConfig, load_config, resolved
 from pipeline.errors import ConfigError
 
 EXAMPLES = Path(__file__).parent.parent / "data" / "examples"
-CLASSES = {"prepare": PrepareConfig, "cache-logits": CacheConfig, "train-student": TrainConfig}
+CLASSES = {
+    "prepare": PrepareConfig,
+    "cache-logits": CacheConfig,
+    "train-student": TrainConfig,
+    "submit": SubmitConfig,
+}
 NEEDED = {
     PrepareConfig: {"inputs": ["a.txt"], "tokenizer": "t", "out": "o"},
     CacheConfig: {"teacher": "t", "corpus": "c", "out": "o"},
+    SubmitConfig: {"launcher": "local", "cache_logits": "c.yaml"},
     TrainConfig: {"student": "s", "cache": "c", "out": "o"},
 }
 

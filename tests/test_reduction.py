@@ -103,12 +103,18 @@ def test_uniform_row_has_maximal_entropy_and_ascending_ids():
     assert (np.diff(targets.ids) > 0).all()
 
 
-def test_blocks_of_rows_do_not_change_a_bit():
+@pytest.mark.parametrize("threads", [1, 3])
+def test_blocks_of_rows_and_threads_do_not_change_the_result(threads, monkeypatch):
+    """Also in inference mode, which is a property of a thread."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     logits, labels = torch.randn(50, 3000), torch.arange(50)
     reduction = Reduction(10, (1.0, 2.0))
-    whole = reduction.reduce_shard(logits.clone(), labels)
     rows = torch.cat([reduction.reduce_shard(logits[i : i + 1].clone(), labels[i : i + 1]) for i in range(50)])
-    torch.testing.assert_close(whole, rows, rtol=2e-6, atol=1e-5)
+    torch.testing.assert_close(reduction.reduce_shard(logits.clone(), labels), rows, rtol=2e-6, atol=1e-5)
+    with torch.inference_mode():
+        relative = logits * 1
+        torch.testing.assert_close(reduction.reduce_shard(relative, labels), rows, rtol=2e-6, atol=1e-5)
+        assert (relative.amax(1) == 0).all()  # in place
 
 
 @pytest.mark.parametrize("ranks", [1, 3])

@@ -4,20 +4,19 @@ import json
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from pipeline import open_cache
 from pipeline.corpus import TOKENIZER
 from pipeline.errors import CacheIncompleteError
 from pipeline.files import write_json
+from pipeline.lifecycle.repair import repair_cache
 from pipeline.manifest import CacheManifest
 from pipeline.runs.commits import COMMITS, SHARDS, commit_path, read_commit
 from pipeline.runs.folder import open_folder
-from pipeline.shards.repair import repair_cache
 from pipeline.shards.verify import verify_cache
-from tests.small import make_cache, make_corpus, random_sequences
-from tests.test_cli import run
+from tests.helpers import run
+from tests.small import assert_equal_caches, make_cache, make_corpus, random_sequences
 
 
 def shard(folder: Path, partition: int) -> Path:
@@ -64,24 +63,6 @@ DAMAGE = {
     "a lost tokenizer": lambda folder: shutil.rmtree(folder / TOKENIZER),
     "a changed tokenizer": lambda folder: flip(folder / TOKENIZER / "tokenizer.json", 700),
 }
-
-
-def contents_of(folder: Path) -> dict[bytes, list[np.ndarray]]:
-    """Every array of every sequence, by key."""
-    found = {}
-    for sequence in open_cache(folder):
-        targets = sequence.targets
-        arrays = [sequence.token_ids, sequence.loss_mask, sequence.document_lengths, targets.ids, targets.logits]
-        found[sequence.key] = [*arrays, targets.logsumexps, targets.tail_logprobs, targets.entropies, targets.draws]
-    return found
-
-
-def assert_equal_caches(first: Path, second: Path) -> None:
-    ours, theirs = contents_of(first), contents_of(second)
-    assert list(ours) == list(theirs)
-    for key, arrays in ours.items():
-        for one, other in zip(arrays, theirs[key], strict=True):
-            np.testing.assert_array_equal(one, other)
 
 
 IN_ZARR_TOO = ("a flipped byte", "a truncated shard", "a foreign shard", "a record of other bytes")

@@ -1,6 +1,9 @@
 """Stage one with other teachers than Llama: model families, tensor parallelism, bfloat16 and float8 bodies."""
 
 import json
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +23,9 @@ from transformers import (
 )
 
 from pipeline import open_cache
+from pipeline.config import CacheConfig
 from pipeline.corpus import Corpus, TokenSequence
+from stages.cache_logits import cache_logits
 from stages.cache_logits.vllm_plugin import PREFIX, register
 from tests.oracle import softmax
 from tests.small import CONTEXT, llama_config, make_corpus, make_teacher, random_sequences, true_logits
@@ -95,13 +100,42 @@ def make_headstrong_teacher(folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+def family_settings(root: Path, corpus: Path, family: str, engine: str) -> CacheConfig:
+    return settings(root / family, corpus, root / f"{family}-{engine}", engine=engine)
+
+
+@pytest.fixture(scope="module")
+def families(tmp_path_factory: pytest.TempPathFactory, short_corpus: Path) -> Path:
+    """A teacher of every family and its cache by vLLM: one process for all of them, most of its time is its start."""
+    root = tmp_path_factory.mktemp("families")
+    for family in FAMILIES:
+        make_family(root / family, family)
+    configs = [family_settings(root, short_corpus, family, "vllm") for family in FAMILIES]
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        pool.submit(capture_in_this_process, configs).result(timeout=500)
+    return root
+
+
+def capture_in_this_process(configs: list[CacheConfig]) -> None:
+    """Caches by vLLM with its core in this process, one after the other."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    for config in configs:
+        cache_logits(config)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
-def test_family_is_exact(tmp_path, short_corpus, family, engine):
-    teacher = make_family(tmp_path / "teacher", family)
-    config = settings(teacher, short_corpus, tmp_path / "cache", engine=engine)
+@pytest.mark.vllm
+def test_family_is_exact_in_vllm(families, short_corpus, family):
+    config = family_settings(families, short_corpus, family, "vllm")
+    assert_exact(config.out, config.teacher, short_corpus, 1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_family_is_exact_in_transformers(tmp_path, short_corpus, family):
+    make_family(tmp_path / family, family)
+    config = family_settings(tmp_path, short_corpus, family, "transformers")
     capture(config)
-    assert_exact(config.out, teacher, short_corpus, 1e-5)
+    assert_exact(config.out, config.teacher, short_corpus, 1e-5)
 
 
 @pytest.mark.vllm

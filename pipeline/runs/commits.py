@@ -5,14 +5,17 @@ the shard and its checksum. The first record of a partition wins; a shard withou
 never read.
 """
 
+import os
 import secrets
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.copies import copies_folder
 from pipeline.errors import CacheCorruptError
-from pipeline.files import PARTIAL, hash_file, owner_is_dead, owner_name, publish, read_json, write_json
+from pipeline.files import PARTIAL, hash_file, list_names, owner_is_dead, owner_name, publish, read_json, write_json
 from pipeline.shards.layout import ShardLayout
+from pipeline.storage import Location, ObjectPath
 
 COMMITS = "commits"
 SHARDS = "shards"
@@ -34,16 +37,17 @@ class ShardCommit:
     """Sums over the targets, and what the capture took."""
 
 
-def partial_shard_path(folder: Path, partition: int, suffix: str) -> Path:
+def partial_shard_path(folder: Location, partition: int, suffix: str) -> Path:
     """Where an attempt at the shard of a partition is written until it is whole; no two attempts share a name."""
-    return folder / SHARDS / f"{partition:05d}-{secrets.token_hex(4)}-{owner_name()}{suffix}{PARTIAL}"
+    place = copies_folder() if isinstance(folder, ObjectPath) else folder / SHARDS
+    return place / f"{partition:05d}-{secrets.token_hex(4)}-{owner_name()}{suffix}{PARTIAL}"
 
 
 def commit_shard(
-    folder: Path, partition: int, partial: Path, layout: ShardLayout, statistics: dict[str, Any]
+    folder: Location, partition: int, partial: Path, layout: ShardLayout, statistics: dict[str, Any]
 ) -> ShardCommit | None:
     """Publish a closed shard and its record; None if another process has committed the partition before."""
-    final = partial.with_name(partial.name.removesuffix(PARTIAL))
+    final = folder / SHARDS / partial.name.removesuffix(PARTIAL)
     commit = ShardCommit(
         partition=partition,
         file=final.name,
@@ -62,12 +66,12 @@ def commit_shard(
     return None
 
 
-def commit_path(folder: Path, partition: int) -> Path:
+def commit_path(folder: Location, partition: int) -> Location:
     """The record of a partition."""
     return folder / COMMITS / f"{partition:05d}.json"
 
 
-def read_commit(folder: Path, partition: int) -> ShardCommit | None:
+def read_commit(folder: Location, partition: int) -> ShardCommit | None:
     """The record of a partition; None if it is not done. Raises CacheCorruptError if it is damaged."""
     path = commit_path(folder, partition)
     try:
@@ -83,14 +87,40 @@ def read_commit(folder: Path, partition: int) -> ShardCommit | None:
     return commit
 
 
-def remove_leftovers(folder: Path) -> int:
+def list_commits(folder: Location) -> set[int]:
+    """The partitions that are done, from one listing."""
+    return {int(name.removesuffix(".json")) for name in list_names(folder / COMMITS)}
+
+
+def is_committed(folder: Location, partition: int) -> bool:
+    """True if the partition has a record."""
+    return commit_path(folder, partition).exists()
+
+
+def remove_leftovers(folder: Location) -> int:
     """Delete what dead processes of this host left behind; returns how many files went."""
-    committed = {read_json(path, CacheCorruptError)["file"] for path in (folder / COMMITS).glob("*.json")}
-    removed = 0
-    for path in sorted((folder / SHARDS).iterdir()):
-        owner = path.name.removesuffix(PARTIAL).split("-", 2)[-1]
-        owner = owner.removesuffix(".arrow").removesuffix(".zarr.zip")
-        if path.name not in committed and owner_is_dead(owner):
+    if isinstance(folder, ObjectPath):  # what they have uploaded, `pipeline verify --repair` deletes
+        dead = [path for path in copies_folder().glob(f"*{PARTIAL}") if owner_is_dead(_owner(path.name))]
+        for path in dead:
             path.unlink(missing_ok=True)
-            removed += 1
-    return removed
+        return len(dead)
+    shards: dict[int, list[str]] = {}
+    for name in list_names(folder / SHARDS):
+        shards.setdefault(int(name.partition("-")[0]), []).append(name)
+    done = list_commits(folder)
+    removed = [name for name in os.listdir(folder / SHARDS) if name.endswith(PARTIAL)]
+    for partition, names in shards.items():
+        if partition not in done:
+            removed += names
+        elif len(names) > 1:  # a single one is what the record names; reading thousands of records takes long
+            winner = read_commit(folder, partition)
+            removed += [name for name in names if winner is not None and name != winner.file]
+    removed = [name for name in removed if owner_is_dead(_owner(name))]
+    for name in removed:
+        (folder / SHARDS / name).unlink(missing_ok=True)
+    return len(removed)
+
+
+def _owner(name: str) -> str:
+    owner = name.removesuffix(PARTIAL).split("-", 2)[-1]
+    return owner.removesuffix(".arrow").removesuffix(".zarr.zip")

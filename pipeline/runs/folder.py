@@ -2,19 +2,51 @@
 
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
+from pipeline.copies import local_folder
 from pipeline.errors import CacheMismatchError
 from pipeline.files import partial_path, publish, sync_folder
 from pipeline.manifest import MANIFEST, TOKENIZER, CacheManifest
 from pipeline.runs.commits import COMMITS, SHARDS
+from pipeline.runs.failures import FAILURES
+from pipeline.runs.leases import LEASES
+from pipeline.runs.presence import WORKERS
+from pipeline.storage import Location, ObjectPath
 
 
-def open_folder(folder: Path, manifest: CacheManifest, tokenizer: Path) -> None:
+def open_folder(folder: Location, manifest: CacheManifest, tokenizer: Location) -> None:
     """Make the cache's folder, or check that it holds this very cache; raises CacheError.
 
     `tokenizer` is copied into it, again if `pipeline verify --repair` has dropped the copy.
     """
+    with tempfile.TemporaryDirectory() as scratch:
+        source = local_folder(tokenizer, Path(scratch) / TOKENIZER)
+        if isinstance(folder, ObjectPath):
+            _open_prefix(folder, manifest, source)
+        else:
+            _open_folder(folder, manifest, source)
+
+
+def _open_prefix(folder: ObjectPath, manifest: CacheManifest, tokenizer: Path) -> None:
+    """In an object store the manifest comes last, and nothing is written before it but the tokenizer."""
+    if not (folder / MANIFEST).is_file():
+        if foreign := {path.name for path in folder.iterdir()} - {TOKENIZER}:
+            raise CacheMismatchError(f"{folder}: holds no cache but {min(foreign)}; choose another --out or empty it.")
+        _upload(tokenizer, folder / TOKENIZER)
+        manifest.write(folder)
+    CacheManifest.read(folder).require_equal(manifest, folder)
+    if not (folder / TOKENIZER).is_dir():
+        _upload(tokenizer, folder / TOKENIZER)
+
+
+def _upload(source: Path, target: ObjectPath) -> None:
+    for path in source.iterdir():
+        (target / path.name).write_bytes(path.read_bytes())
+
+
+def _open_folder(folder: Path, manifest: CacheManifest, tokenizer: Path) -> None:
     if folder.exists() and not (folder / MANIFEST).is_file() and (not folder.is_dir() or any(folder.iterdir())):
         raise CacheMismatchError(f"{folder}: exists and holds no cache; choose another --out or empty it.")
     if not (folder / MANIFEST).is_file():
@@ -28,7 +60,7 @@ def _create(folder: Path, manifest: CacheManifest, tokenizer: Path) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = partial_path(folder)
     shutil.rmtree(partial, ignore_errors=True)
-    for name in (SHARDS, COMMITS):
+    for name in (SHARDS, COMMITS, LEASES, FAILURES, WORKERS):
         (partial / name).mkdir(parents=True)
     shutil.copytree(tokenizer, partial / TOKENIZER)
     manifest.write(partial)

@@ -92,20 +92,34 @@ class ArrowShard:
             return parts[0]
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
+    def heads(self) -> dict[str, np.ndarray]:
+        """What every sequence has one of."""
+        names = ("key", "token_ids", "document_lengths", "logsumexps")
+        heads: dict[str, list[np.ndarray]] = {RAGGED.get(name, name): [] for name in names}
+        for batch in range(len(self._batches)):
+            views = self._view(batch)
+            for name in names:
+                values, offsets = views[name]
+                heads[RAGGED.get(name, name)].append(values if name == "key" else np.diff(offsets))
+        return {name: np.concatenate(parts) for name, parts in heads.items()}
+
     def close(self) -> None:
         """Forget the mapping; arrays that were handed out keep it alive."""
         self._views.clear()
         self._batches.clear()
 
     def _slice(self, batch: int, start: int, stop: int) -> dict[str, np.ndarray]:
-        if batch not in self._views:
-            self._views[batch] = _views(self._batches[batch])
         columns = {}
-        for name, (values, offsets) in self._views[batch].items():
+        for name, (values, offsets) in self._view(batch).items():
             columns[name] = values[offsets[start] : offsets[stop]]
             if name in RAGGED:
                 columns[RAGGED[name]] = np.diff(offsets[start : stop + 1])
         return columns
+
+    def _view(self, batch: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        if batch not in self._views:
+            self._views[batch] = _views(self._batches[batch])
+        return self._views[batch]
 
 
 def _record_batch(rows: list[dict[str, np.ndarray]], schema: pa.Schema) -> pa.RecordBatch:

@@ -33,6 +33,9 @@ class Shard(Protocol):
     def columns(self, start: int, stop: int) -> dict[str, np.ndarray]:
         """The stored columns of sequences `start` to `stop`."""
 
+    def heads(self) -> dict[str, np.ndarray]:
+        """What every sequence has one of: key [S, 16], num_tokens, num_documents, num_targets [S]; reads no targets."""
+
     def close(self) -> None:
         """Release the file."""
 

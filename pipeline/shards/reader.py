@@ -7,12 +7,15 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.copies import local_copy
 from pipeline.errors import CacheCorruptError, CacheIncompleteError
 from pipeline.files import hash_file
 from pipeline.manifest import MANIFEST, CacheManifest
+from pipeline.parallel import in_threads
 from pipeline.runs.commits import SHARDS, ShardCommit, read_commit
 from pipeline.shards.containers import CONTAINERS, Shard
 from pipeline.shards.layout import CachedSequence, ShardLayout, decode
+from pipeline.storage import Location, ObjectPath, location
 
 OPEN_SHARDS = 64
 """Shards that a reader keeps open at the same time."""
@@ -26,7 +29,7 @@ class Cache:
     from several threads at once.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Location) -> None:
         self.folder = folder
         self.manifest = CacheManifest.read(folder)
         self.commits = _all_commits(folder, self.manifest)
@@ -68,19 +71,39 @@ class Cache:
 
     def _open(self, partition: int) -> Shard:
         commit = self.commits[partition]
-        path = self.folder / SHARDS / commit.file
-        if partition not in self._checked:
-            check_shard_file(path, commit)
-            self._checked.add(partition)
+        path = shard_file(self.folder, commit, check=partition not in self._checked)
+        self._checked.add(partition)
         shard = CONTAINERS[self.manifest.container].open(path, layout_of_commit(self.manifest, commit))
         if len(shard) != commit.num_sequences:
             raise CacheCorruptError(f"{path}: holds {len(shard)} sequences; its commit says {commit.num_sequences}.")
         return shard
 
 
-def open_cache(path: str | Path) -> Cache:
-    """The finished cache in the folder `path`; raises CacheIncompleteError if partitions are missing."""
-    return Cache(Path(path))
+def open_cache(path: str | Location) -> Cache:
+    """The finished cache in a folder or at a URL; raises CacheIncompleteError if partitions are missing."""
+    return Cache(location(path) if isinstance(path, str) else path)
+
+
+def shard_file(folder: Location, commit: ShardCommit, *, check: bool = True) -> Path:
+    """A committed shard as a file of this machine; with `check`, its bytes are those that were committed.
+
+    Raises CacheCorruptError. Of an object store it is a checked copy, downloaded unless it is there.
+    """
+    path = folder / SHARDS / commit.file
+    if not isinstance(path, ObjectPath):
+        if check:
+            check_shard_file(path, commit)
+        return path
+
+    def is_whole(copy: Path) -> bool:
+        return copy.stat().st_size == commit.bytes and (not check or hash_file(copy) == commit.xxh3_128)
+
+    try:
+        return local_copy(path, commit.xxh3_128, is_whole)
+    except FileNotFoundError:
+        raise CacheCorruptError(f"{path}: missing, although it was committed; `pipeline verify` names all.") from None
+    except ValueError as exc:
+        raise CacheCorruptError(f"{exc}; the shard is damaged.") from exc
 
 
 def check_shard_file(path: Path, commit: ShardCommit) -> None:
@@ -106,8 +129,10 @@ def layout_of_commit(manifest: CacheManifest, commit: ShardCommit) -> ShardLayou
     )
 
 
-def _all_commits(folder: Path, manifest: CacheManifest) -> list[ShardCommit]:
-    commits = [read_commit(folder, partition) for partition in range(manifest.num_partitions)]
+def _all_commits(folder: Location, manifest: CacheManifest) -> list[ShardCommit]:
+    partitions, workers = range(manifest.num_partitions), 32 if isinstance(folder, ObjectPath) else 1
+    found = dict(in_threads(lambda partition: (partition, read_commit(folder, partition)), partitions, workers))
+    commits = [found[partition] for partition in partitions]
     missing = [partition for partition, commit in enumerate(commits) if commit is None]
     if missing:
         raise CacheIncompleteError(

@@ -3,7 +3,6 @@
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 
@@ -13,7 +12,8 @@ from pipeline.manifest import TOKENIZER, CacheManifest
 from pipeline.parallel import available_cores, in_threads
 from pipeline.runs.commits import SHARDS, ShardCommit, commit_path, read_commit
 from pipeline.shards.containers import CONTAINERS
-from pipeline.shards.reader import check_shard_file, layout_of_commit
+from pipeline.shards.reader import layout_of_commit, shard_file
+from pipeline.storage import Location
 
 BLOCK_TARGETS = 65_536
 """Targets that are read at a time."""
@@ -48,7 +48,7 @@ class _Outcome:
 
 
 def verify_cache(
-    folder: Path, progress: Callable[[int], None] = lambda tokens: None, workers: int | None = None
+    folder: Location, progress: Callable[[int], None] = lambda tokens: None, workers: int | None = None
 ) -> VerifyReport:
     """Check every partition of the cache; each problem names its file. Raises CacheError without a manifest.
 
@@ -87,7 +87,7 @@ def _add(report: VerifyReport, outcome: _Outcome) -> None:
         report.bytes += outcome.commit.bytes
 
 
-def _verify_partition(folder: Path, manifest: CacheManifest, partition: int) -> _Outcome:
+def _verify_partition(folder: Location, manifest: CacheManifest, partition: int) -> _Outcome:
     record = commit_path(folder, partition)
     try:
         commit = read_commit(folder, partition)
@@ -97,15 +97,15 @@ def _verify_partition(folder: Path, manifest: CacheManifest, partition: int) -> 
         expected = manifest.partitions[partition + 1] - manifest.partitions[partition]
         if commit.num_sequences != expected:
             raise CacheCorruptError(f"{record}: {commit.num_sequences} sequences of {expected}.")
-        return _Outcome(partition, commit, _verify_shard(folder / SHARDS / commit.file, manifest, commit))
+        return _Outcome(partition, commit, _verify_shard(folder, manifest, commit))
     except CacheError as problem:
         return _Outcome(partition, problem=str(problem))
 
 
-def _verify_shard(path: Path, manifest: CacheManifest, commit: ShardCommit) -> np.ndarray:
+def _verify_shard(folder: Location, manifest: CacheManifest, commit: ShardCommit) -> np.ndarray:
     """The keys of a sound shard; raises CacheCorruptError."""
-    check_shard_file(path, commit)
-    shard = CONTAINERS[manifest.container].open(path, layout_of_commit(manifest, commit))
+    path = folder / SHARDS / commit.file
+    shard = CONTAINERS[manifest.container].open(shard_file(folder, commit), layout_of_commit(manifest, commit))
     step = max(1, BLOCK_TARGETS * commit.num_sequences // max(commit.num_targets, 1))
     keys = []
     try:
@@ -119,7 +119,7 @@ def _verify_shard(path: Path, manifest: CacheManifest, commit: ShardCommit) -> n
     return np.concatenate(keys)
 
 
-def _duplicates(folder: Path, outcomes: list[_Outcome]) -> Iterator[tuple[int, str]]:
+def _duplicates(folder: Location, outcomes: list[_Outcome]) -> Iterator[tuple[int, str]]:
     """Partitions that hold a sequence of an earlier one, each once."""
     keys = np.concatenate([outcome.keys for outcome in outcomes]).view(np.uint64)
     partitions = np.repeat([outcome.partition for outcome in outcomes], [len(outcome.keys) for outcome in outcomes])

@@ -85,6 +85,11 @@ class ZarrShard:
             columns[counted] = np.diff(offsets[start : stop + 1])
         return columns
 
+    def heads(self) -> dict[str, np.ndarray]:
+        """What every sequence has one of."""
+        names = ("key", "num_tokens", "num_documents", "num_targets")
+        return {name: self._read(name, 0, None) for name in names}
+
     def close(self) -> None:
         """Close the zip file."""
         self._store.close()

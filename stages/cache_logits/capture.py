@@ -7,14 +7,10 @@ the other and reaches the caller.
 
 import queue
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from pipeline.corpus import Corpus, TokenSequence
 from pipeline.errors import CorpusError
@@ -22,24 +18,19 @@ from pipeline.manifest import CacheManifest
 from pipeline.runs.commits import ShardCommit, commit_shard, partial_shard_path
 from pipeline.shards.containers import CONTAINERS, ShardWriter
 from pipeline.shards.layout import ShardLayout, encode
-from pipeline.targets import SparseTargets, concatenate
+from pipeline.shards.statistics import TargetStatistics
+from pipeline.targets import SparseTargets
 from stages.cache_logits.engine import Engine, Request
+from stages.cache_logits.scoring import Row
 
 QUEUE_SEQUENCES = 256
 """Finished sequences that may wait for the writer."""
 
+_OnCommit = Callable[[int, ShardCommit | None], None]
 
-@dataclass(eq=False)
-class _Row:
-    """A sequence in flight: its documents come back one by one."""
 
-    sequence: TokenSequence
-    documents: list[SparseTargets | None] = field(default_factory=list)
-
-    def targets(self) -> SparseTargets | None:
-        """The targets of the whole sequence once every document is there."""
-        parts = [part for part in self.documents if part is not None]
-        return concatenate(parts) if len(parts) == len(self.documents) else None
+def _raise(partition: int, error: CorpusError) -> None:
+    raise error
 
 
 def capture(
@@ -49,41 +40,62 @@ def capture(
     folder: Path,
     partitions: Iterable[int],
     on_sequence: Callable[[TokenSequence, SparseTargets], None] = lambda sequence, targets: None,
-    on_commit: Callable[[ShardCommit], None] = lambda commit: None,
+    on_commit: _OnCommit = lambda partition, commit: None,
+    on_unreadable: Callable[[int, CorpusError], None] = _raise,
 ) -> None:
     """Score the partitions and commit each as soon as its last sequence is there.
 
-    `on_commit` is called in the writer's thread, with what this process has committed.
+    A partition is drawn from `partitions` when the engine has room for it, not before. `on_commit` is
+    called in the writer's thread once a partition is committed, with None if another process was
+    faster; `on_unreadable` gets a partition whose rows cannot be read, and the rest goes on.
     """
-    rows: deque[_Row] = deque()
+    rows: deque[Row] = deque()
     with _Writer(folder, manifest, on_commit) as writer:
-        for (row, document), targets in engine.score(_requests(corpus, manifest, partitions, rows, writer)):
-            row.documents[document] = targets
+
+        def hand_over() -> None:
+            """Give the writer the sequences at the front that are whole."""
             while rows and (whole := rows[0].targets()) is not None:
                 done = rows.popleft()
                 writer.put(done.sequence, whole)
                 on_sequence(done.sequence, whole)
+
+        requests = _requests(corpus, manifest, partitions, rows, writer, hand_over, on_unreadable)
+        for (row, document), targets in engine.score(requests):
+            row.documents[document] = targets
+            hand_over()
         if rows:
             raise RuntimeError(f"the engine ended with {len(rows)} sequences unanswered")
 
 
 def _requests(
-    corpus: Corpus, manifest: CacheManifest, partitions: Iterable[int], rows: deque[_Row], writer: "_Writer"
+    corpus: Corpus,
+    manifest: CacheManifest,
+    partitions: Iterable[int],
+    rows: deque[Row],
+    writer: "_Writer",
+    hand_over: Callable[[], None],
+    on_unreadable: Callable[[int, CorpusError], None],
 ) -> Iterator[Request]:
     """One request a document that has targets; registers rows and announces shards on the way."""
     for partition in partitions:
-        start, stop = manifest.partitions[partition], manifest.partitions[partition + 1]
-        sequences = list(corpus.rows(start, stop))
+        try:
+            sequences = _read_rows(corpus, manifest.partitions[partition], manifest.partitions[partition + 1])
+        except CorpusError as error:
+            on_unreadable(partition, error)
+            continue
         writer.begin(partition, _layout(manifest, sequences))
         for sequence in sequences:
-            row = _Row(sequence)
-            documents = list(_documents(sequence))
-            if not documents:
-                raise CorpusError(f"{corpus.folder}: sequence {sequence.key.hex()} has no target; prepare it again.")
-            row.documents = [None] * len(documents)
-            rows.append(row)
-            for index, document in enumerate(documents):
-                yield Request((row, index), *document)
+            rows.append(Row(sequence))
+            yield from rows[-1].requests()
+            hand_over()  # a known sequence is whole at once
+
+
+def _read_rows(corpus: Corpus, start: int, stop: int) -> list[TokenSequence]:
+    sequences = list(corpus.rows(start, stop))
+    for sequence in sequences:
+        if not len(sequence.target_positions):
+            raise CorpusError(f"{corpus.folder}: sequence {sequence.key.hex()} has no target; prepare it again.")
+    return sequences
 
 
 def _layout(manifest: CacheManifest, sequences: Sequence[TokenSequence]) -> ShardLayout:
@@ -95,29 +107,14 @@ def _layout(manifest: CacheManifest, sequences: Sequence[TokenSequence]) -> Shar
     )
 
 
-def _documents(sequence: TokenSequence) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Token ids, target positions and their uniforms of every document of a sequence that has targets."""
-    # Seeded by the content: a rerun, another batch or order makes the same draws (on as many ranks).
-    generator = np.random.Generator(np.random.Philox(key=int.from_bytes(sequence.key, "little")))
-    uniforms = generator.random(len(sequence.target_positions), dtype=np.float32)
-    ends = np.cumsum(sequence.document_lengths)
-    for start, end in zip(ends - sequence.document_lengths, ends):
-        first, last = np.searchsorted(sequence.target_positions, (start, end))
-        positions = sequence.target_positions[first:last] - np.int32(start)
-        assert not len(positions) or positions[-1] < end - start - 1, "a label is the first token of a document"
-        if len(positions):
-            yield sequence.token_ids[start:end], positions, uniforms[first:last]
-
-
 class _Writer:
     """Encodes and commits shards in a thread of its own, in the order in which they were begun."""
 
-    def __init__(self, folder: Path, manifest: CacheManifest, on_commit: Callable[[ShardCommit], None]) -> None:
+    def __init__(self, folder: Path, manifest: CacheManifest, on_commit: _OnCommit) -> None:
         self._folder, self._manifest, self._on_commit = folder, manifest, on_commit
         self._queue: queue.Queue[Any] = queue.Queue(maxsize=QUEUE_SEQUENCES)
         self._layouts: deque[tuple[int, ShardLayout]] = deque()
         self._failure: BaseException | None = None
-        self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="shard-writer", daemon=True)
 
     def __enter__(self) -> "_Writer":
@@ -125,9 +122,7 @@ class _Writer:
         return self
 
     def __exit__(self, exc_type: type | None, exc: BaseException | None, traceback: Any) -> None:
-        if exc_type is not None:
-            self._stopped.set()
-        self._offer(None)
+        self._offer(None)  # after what is queued: shards that are whole are committed, whatever has happened
         self._thread.join()
         if exc_type is None and self._failure is not None:
             raise self._failure
@@ -159,7 +154,7 @@ class _Writer:
     def _write_shard(self) -> bool:
         """Write one shard from the queue; False at the end."""
         item = self._queue.get()
-        if item is None or self._stopped.is_set():
+        if item is None:
             return False
         partition, layout = self._layouts.popleft()
         container = CONTAINERS[self._manifest.container]
@@ -172,42 +167,20 @@ class _Writer:
                 writer.discard()
             if statistics is None:
                 return False
-            commit = commit_shard(self._folder, partition, path, layout, statistics.to_dict())
-            if commit is not None:
-                self._on_commit(commit)
+            self._on_commit(partition, commit_shard(self._folder, partition, path, layout, statistics.to_dict()))
         finally:
             path.unlink(missing_ok=True)
         return True
 
-    def _fill(self, writer: ShardWriter, layout: ShardLayout, item: Any) -> "_Statistics | None":
+    def _fill(self, writer: ShardWriter, layout: ShardLayout, item: Any) -> TargetStatistics | None:
         """Write `item` and the rest of its shard's sequences; None if there are no more."""
-        statistics = _Statistics(self._manifest.temperatures)
+        statistics = TargetStatistics(self._manifest.temperatures)
         for remaining in reversed(range(layout.num_sequences)):
             sequence, targets = item
             statistics.add(targets)
             writer.append(encode(layout, sequence, targets))
             item = self._queue.get() if remaining else None
-            if remaining and (item is None or self._stopped.is_set()):
+            if remaining and item is None:
                 return None
         writer.close()
         return statistics
-
-
-class _Statistics:
-    """Sums over the targets of a shard, for its commit record."""
-
-    def __init__(self, temperatures: tuple[float, ...]) -> None:
-        self._started = time.time()
-        self._temperatures = temperatures
-        self._sums = np.zeros((3, len(temperatures)))
-
-    def add(self, targets: SparseTargets) -> None:
-        """Count the targets of one sequence."""
-        for index, temperature in enumerate(self._temperatures):
-            values = (targets.entropy(temperature), targets.tail_mass(temperature), targets.label_logprobs(temperature))
-            self._sums[:, index] += [value.sum(dtype=np.float64) for value in values]
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON values: sums a temperature, seconds from the first sequence to the last."""
-        names = ("sum_entropy", "sum_tail_mass", "sum_label_logprob")
-        return dict(zip(names, self._sums.tolist())) | {"seconds": round(time.time() - self._started, 3)}

@@ -39,6 +39,21 @@ class Engine(Protocol):
         """Stop whatever the engine started."""
 
 
+class NoEngine:
+    """For a run in which nothing is left to score: takes what engines take, and loads nothing."""
+
+    def __init__(self, *settings: object) -> None:
+        pass
+
+    def score(self, requests: Iterable[Request]) -> Iterator[tuple[Hashable, SparseTargets]]:
+        """Nothing; draws the requests, of which there are none."""
+        assert not list(requests), "a sequence has to be scored after all"
+        yield from ()
+
+    def close(self) -> None:
+        """Nothing was started."""
+
+
 def reduction_of(config: CacheConfig) -> Reduction:
     """What a run's settings keep of a row."""
     draw_temperature = config.resolved_draw_temperature if config.tail_samples else None

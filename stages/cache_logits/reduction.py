@@ -16,7 +16,9 @@ the others to the sums, and has all of L_T, the tail mass and the entropy of `pi
     entropy_T = L_T - (moment_T + sum over kept d exp(d / T)) / (T S_T)
 """
 
+import functools
 import math
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -65,9 +67,17 @@ class Reduction:
         logits_NV = logits_NV.float()
         if logits_NV.device.type != "cpu" or len(logits_NV) <= CPU_BLOCK_ROWS:
             return self._reduce_block(logits_NV, labels_N, first_id)
-        scratch_NV = torch.empty_like(logits_NV[:CPU_BLOCK_ROWS])  # fresh memory for every block costs page faults
-        blocks = zip(logits_NV.split(CPU_BLOCK_ROWS), labels_N.split(CPU_BLOCK_ROWS))
-        return torch.cat([self._reduce_block(*block, first_id, scratch_NV[: len(block[0])]) for block in blocks])
+        workers = torch.get_num_threads()
+        parts = zip(logits_NV.tensor_split(workers), labels_N.tensor_split(workers))
+        inference = torch.is_inference_mode_enabled()  # a property of the thread
+        reduced = _cpu_threads(workers).map(lambda part: self._reduce_blocks(*part, first_id, inference), parts)
+        return torch.cat(list(reduced))
+
+    def _reduce_blocks(self, logits_NV: Tensor, labels_N: Tensor, first_id: int, inference: bool) -> Tensor:
+        with torch.inference_mode(inference), torch.no_grad():
+            scratch_NV = torch.empty_like(logits_NV[:CPU_BLOCK_ROWS])  # fresh memory for every block costs page faults
+            blocks = zip(logits_NV.split(CPU_BLOCK_ROWS), labels_N.split(CPU_BLOCK_ROWS))
+            return torch.cat([self._reduce_block(*block, first_id, scratch_NV[: len(block[0])]) for block in blocks])
 
     def _reduce_block(self, z_NV: Tensor, labels_N: Tensor, first_id: int, scratch_NV: Tensor | None = None) -> Tensor:
         num_rows, num_columns = z_NV.shape
@@ -96,7 +106,7 @@ class Reduction:
                 weights = torch.mul(z_NV, _LOG2_E / temperature, out=weights).exp2_()
                 weights.scatter_(1, columns, 0.0)
             rest[:, index] = weights.sum(1)
-            moment[:, index] = torch.linalg.vecdot(weights, z_NV)
+            moment[:, index] = _row_dots(weights, z_NV)
         return packed
 
     def _by_falling_temperature(self) -> list[tuple[int, float | None]]:
@@ -146,6 +156,14 @@ class Reduction:
         return packed.split([self.num_candidates, self.num_candidates, count, count, 1], dim=-1)
 
 
+@functools.cache
+def _cpu_threads(workers: int) -> ThreadPoolExecutor:
+    """Threads with a core each. The operations of a block are so short that torch's own threads, which share
+    every one of them, spend more time on waiting for each other, and on a busy machine nearly all of it.
+    """
+    return ThreadPoolExecutor(workers, "reduction", initializer=torch.set_num_threads, initargs=(1,))
+
+
 def _bits(values: Tensor) -> Tensor:
     return values.float().contiguous().view(torch.int32)
 
@@ -156,13 +174,20 @@ def _topk(z_NV: Tensor, k: int) -> tuple[Tensor, Tensor]:
     if z_NV.device.type != "cpu" or num_lanes <= k:
         return z_NV.topk(k, dim=1, sorted=True)
     # The k lanes with the largest maxima hold the k largest entries; on a CPU this is faster.
-    lanes = z_NV[:, : num_lanes * LANE].unflatten(1, (num_lanes, LANE))
+    in_lanes = num_lanes * LANE
+    lanes = z_NV[:, :in_lanes].unflatten(1, (num_lanes, LANE))
     best = lanes.amax(-1).topk(k, dim=1, sorted=False).indices
     candidates = lanes.gather(1, best[:, :, None].expand(-1, -1, LANE)).flatten(1)
-    columns = (best[:, :, None] * LANE + torch.arange(LANE)).flatten(1)
-    if num_lanes * LANE < z_NV.shape[1]:
-        remainder = torch.arange(num_lanes * LANE, z_NV.shape[1]).expand(len(z_NV), -1)
-        candidates = torch.cat([candidates, z_NV[:, num_lanes * LANE :]], dim=1)
-        columns = torch.cat([columns, remainder], dim=1)
+    if in_lanes < z_NV.shape[1]:
+        candidates = torch.cat([candidates, z_NV[:, in_lanes:]], dim=1)
     top, chosen = candidates.topk(k, dim=1, sorted=True)
-    return top, columns.gather(1, chosen)
+    columns = best.gather(1, (chosen // LANE).clamp(max=k - 1)) * LANE + chosen % LANE
+    return top, torch.where(chosen < k * LANE, columns, chosen - k * LANE + in_lanes)
+
+
+def _row_dots(a_NV: Tensor, b_NV: Tensor) -> Tensor:
+    """[N]: the dot product of each row of one with the same row of the other."""
+    if a_NV.device.type != "cpu":
+        return torch.linalg.vecdot(a_NV, b_NV)
+    # vecdot is a batched product of threads that wait for each other: hundreds of times slower on a busy machine.
+    return torch.stack([torch.dot(a, b) for a, b in zip(a_NV.unbind(0), b_NV.unbind(0))])

@@ -7,11 +7,12 @@ from typing import Any
 import torch
 
 from pipeline.files import publish, sync_folder
+from pipeline.storage import Location
 from pipeline.tokenizer import load_tokenizer
 from stages.train_student.lora import merged
 
 
-def write_student(trainer: Any, folder: Path, tokenizer: Path, fresh_model: Any) -> None:
+def write_student(trainer: Any, folder: Path, tokenizer: Location, fresh_model: Any) -> None:
     """The student with its adapters merged, and its tokenizer; called on every rank, written by the first.
 
     Sharded parameters are gathered on its CPU and put into what `fresh_model()` gives. The config, without which

@@ -1,0 +1,46 @@
+"""The command `pipeline convert`: the same cache in the other container."""
+
+import dataclasses
+import functools
+
+from pipeline.config import ConvertConfig
+from pipeline.errors import ConfigError
+from pipeline.lifecycle.copying import copy_shard
+from pipeline.manifest import TOKENIZER, CacheManifest
+from pipeline.parallel import available_cores, in_processes
+from pipeline.progress import Reporter
+from pipeline.runs.commits import ShardCommit, read_commit, remove_leftovers
+from pipeline.runs.folder import open_folder
+from pipeline.shards.reader import open_cache
+from pipeline.storage import Location
+
+
+def convert_cache(config: ConvertConfig, reporter: Reporter | None = None) -> CacheManifest:
+    """Copy every shard of a finished cache into the other container; returns the new manifest.
+
+    Each copy is read back and compared before it is committed. Killed and run again, it continues; several
+    may run at once. The new cache is what `pipeline cache-logits --format` would have made.
+    """
+    reporter = reporter or Reporter()
+    source = open_cache(config.cache)
+    if source.manifest.container == config.format:
+        raise ConfigError(f"{config.cache}: is a cache of {config.format} shards already; there is nothing to convert.")
+    manifest = dataclasses.replace(source.manifest, container=config.format)
+    open_folder(config.out, manifest, config.cache / TOKENIZER)
+    remove_leftovers(config.out)
+    todo = [part for part in range(manifest.num_partitions) if read_commit(config.out, part) is None]
+    reporter.log(f"{config.out}: {len(todo)} of {manifest.num_partitions} shards to convert to {config.format}.")
+    convert = functools.partial(_convert, config.cache, config.out)
+    commits = [source.commits[part] for part in todo]
+    with reporter.progress("convert", sum(commit.num_tokens for commit in commits)) as progress:
+        for num_tokens in in_processes(convert, commits, config.workers or available_cores()):
+            progress.advance(num_tokens)
+    reporter.log(
+        f"{config.out}: complete, {manifest.num_sequences:,} sequences; every shard was read back and is equal."
+    )
+    return manifest
+
+
+def _convert(source: Location, out: Location, commit: ShardCommit) -> int:
+    copy_shard(source, commit, out, commit.partition)
+    return commit.num_tokens

@@ -1,0 +1,108 @@
+"""The command `pipeline export`: cached targets as the plain lists that other trainers read.
+
+One Parquet file a shard. A file that has its final name is whole, so that a killed export continues.
+"""
+
+import functools
+from collections.abc import Iterator
+
+import pyarrow.parquet as pq
+import xxhash
+
+from pipeline.config import ExportConfig
+from pipeline.errors import CacheMismatchError, ConfigError, PipelineError
+from pipeline.files import canonical_json, partial_path, publish, read_json, write_json
+from pipeline.lifecycle.copying import sequences_of_shard
+from pipeline.lifecycle.exported import LAYOUTS, Row
+from pipeline.manifest import CacheManifest
+from pipeline.parallel import available_cores, in_processes
+from pipeline.progress import Reporter
+from pipeline.runs.commits import ShardCommit
+from pipeline.shards.containers import CONTAINERS
+from pipeline.shards.layout import ALIGNMENT, decode
+from pipeline.shards.reader import layout_of_commit, open_cache, shard_file
+from pipeline.targets import column_of
+
+RECORD = ".export.json"
+"""What the folder is an export of; hidden, so that readers of whole folders pass it over."""
+ROW_GROUP_TOKENS = 65_536
+
+
+def export_cache(config: ExportConfig, reporter: Reporter | None = None) -> None:
+    """Write the finished cache as Parquet files of `config.layout` at `config.temperature` into `config.out`."""
+    reporter = reporter or Reporter()
+    cache = open_cache(config.cache)
+    column_of(cache.manifest.temperatures, config.temperature)
+    if cache.manifest.top_k == 0:
+        raise ConfigError(f"{config.cache}: holds draws alone (top_k is 0); an export needs a top k.")
+    _open_folder(config, cache.manifest)
+    todo = [commit for commit in cache.commits if not (config.out / file_name(commit.partition)).is_file()]
+    reporter.log(f"{config.out}: {len(todo)} of {len(cache.commits)} files to write, columns of {config.layout!r}.")
+    write = functools.partial(_write_file, config)
+    with reporter.progress("export", sum(commit.num_tokens for commit in todo)) as progress:
+        for num_tokens in in_processes(write, todo, config.workers or available_cores()):
+            progress.advance(num_tokens)
+    reporter.log(f"{config.out}: complete, {cache.manifest.num_targets:,} targets at T={config.temperature:g}.")
+
+
+def file_name(partition: int) -> str:
+    """Name of the file that holds the sequences of a partition."""
+    return f"part-{partition:05d}.parquet"
+
+
+def _open_folder(config: ExportConfig, manifest: CacheManifest) -> None:
+    identity = xxhash.xxh3_128_hexdigest(canonical_json(manifest.identity()))
+    record = {"cache": identity, "layout": config.layout, "temperature": config.temperature}
+    path = config.out / RECORD
+    if not path.is_file() and config.out.exists() and (not config.out.is_dir() or any(config.out.iterdir())):
+        raise ConfigError(f"{config.out}: exists and holds no export; choose another --out or empty it.")
+    config.out.mkdir(parents=True, exist_ok=True)
+    write_json(path, record, first_wins=True)
+    found = read_json(path, PipelineError)
+    different = [name for name, value in record.items() if found.get(name) != value]
+    if different:
+        changes = "; ".join(f"{name} was {found.get(name)!r}, now {record[name]!r}" for name in different)
+        raise CacheMismatchError(f"{config.out}: holds another export: {changes}; choose another --out.")
+
+
+def _write_file(config: ExportConfig, commit: ShardCommit) -> int:
+    """Write one file; returns its tokens."""
+    manifest = CacheManifest.read(config.cache)
+    layout = LAYOUTS[config.layout]
+    metadata = {"temperature": repr(config.temperature), "alignment": ALIGNMENT, "columns": config.layout}
+    schema = layout.schema.with_metadata(metadata)
+    final = config.out / file_name(commit.partition)
+    partial = partial_path(final)
+    try:
+        with pq.ParquetWriter(partial, schema, compression="zstd") as writer:
+            for rows in _row_groups(_rows(config, manifest, commit)):
+                writer.write_table(layout.table(rows, schema))
+        publish(partial, final)
+    finally:
+        partial.unlink(missing_ok=True)
+    return commit.num_tokens
+
+
+def _row_groups(rows: Iterator[Row]) -> Iterator[list[Row]]:
+    group: list[Row] = []
+    num_tokens = 0
+    for row in rows:
+        group.append(row)
+        num_tokens += len(row["input_ids"])
+        if num_tokens >= ROW_GROUP_TOKENS:
+            yield group
+            group, num_tokens = [], 0
+    if group:
+        yield group
+
+
+def _rows(config: ExportConfig, manifest: CacheManifest, commit: ShardCommit) -> Iterator[Row]:
+    path = shard_file(config.cache, commit)
+    layout = layout_of_commit(manifest, commit)
+    shard = CONTAINERS[manifest.container].open(path, layout)
+    try:
+        for columns in sequences_of_shard(shard, layout):
+            sequence = decode(columns, manifest.temperatures, str(path))
+            yield from LAYOUTS[config.layout].rows(sequence, config.temperature)
+    finally:
+        shard.close()

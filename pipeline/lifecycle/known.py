@@ -1,0 +1,153 @@
+"""Sequences whose targets an earlier cache holds: a corpus that has grown is scored only where it is new.
+
+A sequence is known by its key, which names its tokens, mask and document boundaries; its targets are
+the same in any corpus, order and shard. What is stored was rounded before, and rounding it again
+changes nothing.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.corpus import Corpus, TokenSequence
+from pipeline.errors import CacheCorruptError, CacheMismatchError
+from pipeline.manifest import CacheManifest
+from pipeline.parallel import available_cores, in_threads
+from pipeline.runs.commits import SHARDS, ShardCommit, read_commit
+from pipeline.shards.containers import CONTAINERS, Shard
+from pipeline.shards.layout import decode
+from pipeline.shards.reader import layout_of_commit, shard_file
+from pipeline.storage import Location
+from pipeline.targets import SparseTargets
+
+OPEN_SHARDS = 16
+"""Shards of earlier caches that are kept open at the same time."""
+
+REASONS = {
+    "teacher": "another teacher, or another arithmetic, says something else",
+    "tokenizer": "the ids stand for other tokens",
+    "vocab_size": "other columns of the head took part in the sums",
+    "padded_vocab_size": "it is another head",
+    "top_k": "the tail's mass and draws belong to that k, and entries beyond it were not kept",
+    "temperatures": "p_T needs the sum over the whole vocabulary at T, which was taken at those T alone",
+    "tail_samples": "draws cannot be made from what is stored",
+    "draw_temperature": "the draws were made from another distribution",
+    "codec": "its values were rounded otherwise",
+}
+"""Why nothing of a cache can be reused, by what differs in its identity."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class KnownSequence(TokenSequence):
+    """A row of a corpus whose targets are known."""
+
+    load: Callable[[], SparseTargets]
+    """Reads them; raises CacheCorruptError."""
+
+
+class GrownCorpus(Corpus):
+    """A corpus some of whose rows are in earlier caches: `rows` yields those as KnownSequence."""
+
+    def __init__(self, folder: Path, known: "KnownTargets") -> None:
+        super().__init__(folder)
+        self._known = known
+
+    def rows(self, start: int = 0, stop: int | None = None) -> Iterator[TokenSequence]:
+        """Sequences `start` to `stop`, in order."""
+        for sequence in super().rows(start, stop):
+            place = self._known.find(np.frombuffer(sequence.key, np.uint8)[None])[0]
+            if place < 0:
+                yield sequence
+            else:
+                columns = {name: getattr(sequence, name) for name in ("token_ids", "loss_mask", "document_lengths")}
+                yield KnownSequence(**columns, load=lambda place=place, key=sequence.key: self._known.load(place, key))
+
+    def num_known_tokens(self) -> int:
+        """Tokens of the rows that are known."""
+        is_known = self._known.find(self.keys()) >= 0
+        return int(self.lengths()[0][is_known].sum())
+
+
+class KnownTargets:
+    """The committed shards of earlier caches, finished or not, by the keys of their sequences.
+
+    Keeps 24 bytes of memory a sequence. Not for several threads at once.
+    """
+
+    def __init__(self, folders: Sequence[Location], wanted: CacheManifest) -> None:
+        """Raises CacheMismatchError, with the reason, if a cache holds other targets than are `wanted`."""
+        self._shards: list[tuple[Location, CacheManifest, ShardCommit]] = []
+        for folder in folders:
+            manifest = CacheManifest.read(folder)
+            _require_reusable(folder, manifest, wanted)
+            commits = (read_commit(folder, partition) for partition in range(manifest.num_partitions))
+            self._shards += [(folder, manifest, commit) for commit in commits if commit is not None]
+        self._open: OrderedDict[int, Shard] = OrderedDict()
+        self._checked: set[int] = set()
+        keys = dict(in_threads(self._keys, range(len(self._shards)), available_cores()))
+        parts = [keys[index] for index in range(len(self._shards))]
+        self._starts = np.cumsum([0, *map(len, parts)])
+        merged = _sortable(np.concatenate([np.zeros((0, 16), np.uint8), *parts]))
+        self._order = np.argsort(merged, kind="stable")
+        self._sorted = merged[self._order]
+
+    def find(self, keys: np.ndarray) -> np.ndarray:
+        """int64 [S]: where the sequences of uint8 [S, 16] keys are; -1 for those that are not known."""
+        if not len(self._sorted):
+            return np.full(len(keys), -1)
+        wanted = _sortable(keys)
+        index = np.searchsorted(self._sorted, wanted).clip(max=len(self._sorted) - 1)
+        return np.where(self._sorted[index] == wanted, self._order[index], -1)
+
+    def load(self, place: int, key: bytes) -> SparseTargets:
+        """The targets at a place that `find` returned for `key`."""
+        index = int(np.searchsorted(self._starts, place, side="right")) - 1
+        folder, manifest, commit = self._shards[index]
+        path = folder / SHARDS / commit.file
+        row = int(place - self._starts[index])
+        sequence = decode(self._shard(index).columns(row, row + 1), manifest.temperatures, str(path))
+        if sequence.key != key:
+            raise CacheCorruptError(f"{path}: sequence {row} has not the key that it had when the run began.")
+        return sequence.targets
+
+    def _shard(self, index: int) -> Shard:
+        if index not in self._open:
+            if len(self._open) >= OPEN_SHARDS:
+                self._open.popitem(last=False)[1].close()
+            self._open[index] = self._opened(index)
+        self._open.move_to_end(index)
+        return self._open[index]
+
+    def _opened(self, index: int, *, check: bool = True) -> Shard:
+        folder, manifest, commit = self._shards[index]
+        path = shard_file(folder, commit, check=check and index not in self._checked)
+        if check:
+            self._checked.add(index)
+        return CONTAINERS[manifest.container].open(path, layout_of_commit(manifest, commit))
+
+    def _keys(self, index: int) -> tuple[int, np.ndarray]:
+        shard = self._opened(index, check=False)  # a damaged key only hides its sequence
+        keys = np.array(shard.heads()["key"])
+        shard.close()
+        return index, keys
+
+
+def _sortable(keys: np.ndarray) -> np.ndarray:
+    """uint8 [S, 16] as one comparable value a row."""
+    return np.ascontiguousarray(keys).view("S16").ravel()
+
+
+def _require_reusable(folder: Location, manifest: CacheManifest, wanted: CacheManifest) -> None:
+    ours, theirs = wanted.target_identity(), manifest.target_identity()
+    different = [name for name in ours if ours[name] != theirs.get(name)]
+    if different:
+        reasons = [
+            f"{name} is {theirs.get(name)}, now {ours[name]} ({REASONS.get(name.partition('.')[0], 'other targets')})"
+            for name in different
+        ]
+        raise CacheMismatchError(
+            f"{folder}: nothing of it can be reused: {'; '.join(reasons)}; leave out --reuse, or ask for the same."
+        )

@@ -1,0 +1,129 @@
+"""The command `pipeline merge`: several caches of one teacher become one, every sequence once.
+
+The sequences keep the order of the caches and their places in the shards; of those that come up again,
+the first stays. A shard that loses none is copied byte for byte if the container stays the same.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import xxhash
+
+from pipeline.config import MergeConfig, resolved
+from pipeline.errors import CacheMismatchError
+from pipeline.files import canonical_json
+from pipeline.lifecycle.copying import copy_shard
+from pipeline.manifest import TOKENIZER, CacheManifest
+from pipeline.parallel import available_cores, in_processes, in_threads
+from pipeline.progress import Reporter
+from pipeline.runs.commits import ShardCommit, read_commit, remove_leftovers
+from pipeline.runs.folder import open_folder
+from pipeline.shards.containers import CONTAINERS
+from pipeline.shards.reader import Cache, layout_of_commit, open_cache, shard_file
+from pipeline.storage import Location
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """What becomes one partition of the new cache."""
+
+    source: Location
+    commit: ShardCommit
+    rows: np.ndarray | None
+    """Numbers of the sequences that are taken; None takes all."""
+    num_sequences: int
+    num_tokens: int
+    num_targets: int
+
+
+def merge_caches(config: MergeConfig, reporter: Reporter | None = None) -> CacheManifest:
+    """Merge the finished caches of `config` and return the new manifest.
+
+    Raises CacheMismatchError, with what differs, unless all of them hold the same teacher's targets. Killed and
+    run again, it continues.
+    """
+    reporter = reporter or Reporter()
+    caches = [open_cache(folder) for folder in config.caches]
+    for cache in caches[1:]:
+        _require_same_targets(caches[0], cache)
+    pieces = _plan(caches)
+    manifest = _manifest(config, caches, pieces)
+    open_folder(config.out, manifest, config.caches[0] / TOKENIZER)
+    remove_leftovers(config.out)
+    todo = [part for part in range(len(pieces)) if read_commit(config.out, part) is None]
+    twice = sum(len(cache) for cache in caches) - manifest.num_sequences
+    reporter.log(
+        f"{config.out}: {manifest.num_sequences:,} sequences; {twice:,} are in more than one cache and stored once; "
+        f"{len(todo)} of {len(pieces)} shards to copy."
+    )
+    tasks = [(pieces[part], config.out, part) for part in todo]
+    with reporter.progress("merge", sum(pieces[part].num_tokens for part in todo)) as progress:
+        for num_tokens in in_processes(_copy, tasks, config.workers or available_cores()):
+            progress.advance(num_tokens)
+    reporter.log(f"{config.out}: complete, {manifest.num_sequences:,} sequences, {manifest.num_targets:,} targets.")
+    return manifest
+
+
+def _copy(task: tuple[_Piece, Location, int]) -> int:
+    piece, out, partition = task
+    copy_shard(piece.source, piece.commit, out, partition, piece.rows)
+    return piece.num_tokens
+
+
+def _require_same_targets(first: Cache, other: Cache) -> None:
+    ours, theirs = first.manifest.target_identity(), other.manifest.target_identity()
+    different = [name for name in ours if ours[name] != theirs.get(name)]
+    if different:
+        found = "; ".join(f"{name} is {theirs.get(name)}, there {ours[name]}" for name in different)
+        raise CacheMismatchError(f"{other.folder}: cannot be merged with {first.folder}: {found}.")
+
+
+def _plan(caches: Sequence[Cache]) -> list[_Piece]:
+    """The partitions of the new cache; the same caches give the same."""
+    shards = [(cache, commit) for cache in caches for commit in cache.commits]
+    heads = _all_heads(shards)
+    keys = np.concatenate([head["key"] for head in heads])
+    _, firsts = np.unique(np.ascontiguousarray(keys).view("S16").ravel(), return_index=True)
+    is_first = np.zeros(len(keys), bool)
+    is_first[firsts] = True
+    pieces, start = [], 0
+    for (cache, commit), head in zip(shards, heads):
+        kept = is_first[start : start + commit.num_sequences]
+        start += commit.num_sequences
+        if kept.any():
+            sums = [int(head[name][kept].sum()) for name in ("num_tokens", "num_targets")]
+            rows = None if kept.all() else np.flatnonzero(kept)
+            pieces.append(_Piece(cache.folder, commit, rows, int(kept.sum()), *sums))
+    return pieces
+
+
+def _all_heads(shards: Sequence[tuple[Cache, ShardCommit]]) -> list[dict[str, np.ndarray]]:
+    def read(index: int) -> tuple[int, dict[str, np.ndarray]]:
+        cache, commit = shards[index]
+        layout = layout_of_commit(cache.manifest, commit)
+        shard = CONTAINERS[cache.manifest.container].open(shard_file(cache.folder, commit, check=False), layout)
+        heads = {name: np.array(values) for name, values in shard.heads().items()}
+        shard.close()
+        return index, heads
+
+    heads = dict(in_threads(read, range(len(shards)), available_cores()))
+    return [heads[index] for index in range(len(shards))]
+
+
+def _manifest(config: MergeConfig, caches: Sequence[Cache], pieces: Sequence[_Piece]) -> CacheManifest:
+    manifests = [cache.manifest for cache in caches]
+    first = manifests[0]
+    packings = sorted({manifest.packing for manifest in manifests})
+    return dataclasses.replace(
+        first,
+        container=config.format or first.container,
+        corpus=xxhash.xxh3_128_hexdigest(canonical_json([manifest.corpus for manifest in manifests])),
+        packing="+".join(packings),
+        sequence_length=max(manifest.sequence_length for manifest in manifests),
+        num_tokens=sum(piece.num_tokens for piece in pieces),
+        num_targets=sum(piece.num_targets for piece in pieces),
+        partitions=tuple(np.cumsum([0, *(piece.num_sequences for piece in pieces)]).tolist()),
+        settings=resolved(config) | {"merged": [manifest.settings for manifest in manifests]},
+    )

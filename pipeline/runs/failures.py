@@ -1,0 +1,56 @@
+"""Failures of partitions, kept so that one bad partition does not stop a run.
+
+failures/<partition>.<ordinal>.json is the ordinal-th failure of a partition. Once `max_failures` are
+reached the partition is set aside: no worker takes it until the records are gone (`--retry-failed`).
+"""
+
+import contextlib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from pipeline.errors import CacheCorruptError
+from pipeline.files import list_names, read_json, write_json
+
+FAILURES = "failures"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failure:
+    """One failure of a partition."""
+
+    partition: int
+    reason: str
+    owner: str
+    """The worker to which it happened."""
+    alone: bool
+    """Nothing else was in hand: the partition itself is to blame, or the machine."""
+
+
+def record_failure(folder: Path, failure: Failure, ordinal: int) -> None:
+    """Note a failure; of several workers that note the same ordinal one wins."""
+    write_json(_path(folder, failure.partition, ordinal), asdict(failure), first_wins=True)
+
+
+def list_failures(folder: Path) -> dict[int, int]:
+    """How often each partition that ever failed has failed, from one listing."""
+    failures: dict[int, int] = {}
+    for name in list_names(folder / FAILURES):
+        partition, ordinal, _ = name.split(".")
+        failures[int(partition)] = max(int(ordinal), failures.get(int(partition), 0))
+    return failures
+
+
+def read_failure(folder: Path, partition: int, ordinal: int) -> Failure:
+    """A failure that `list_failures` has counted."""
+    return Failure(**read_json(_path(folder, partition, ordinal), CacheCorruptError))
+
+
+def forget_failures(folder: Path) -> None:
+    """Let every partition be tried again."""
+    for name in list_names(folder / FAILURES):
+        with contextlib.suppress(FileNotFoundError):
+            (folder / FAILURES / name).unlink()
+
+
+def _path(folder: Path, partition: int, ordinal: int) -> Path:
+    return folder / FAILURES / f"{partition:05d}.{ordinal}.json"

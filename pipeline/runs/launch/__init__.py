@@ -1,0 +1,85 @@
+"""Launchers: each starts the same worker command, on this machine or on a cluster.
+
+What is launched is a `Job`: commands, numbers and folders, the same for every launcher. A launcher
+is a function `launch(job, reporter)`. Nothing of what makes a run correct is in here: a launcher may
+lose or repeat workers as it likes.
+"""
+
+import importlib
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.config import CacheConfig, SubmitConfig, TrainConfig, load_config
+from pipeline.progress import Reporter
+
+MODULES = {name: f"pipeline.runs.launch.{name}" for name in ("local", "slurm", "ray", "kubernetes")}
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be launched."""
+
+    submit: SubmitConfig
+    settings: CacheConfig
+    """Of the capture, already checked."""
+
+    @classmethod
+    def of(cls, submit: SubmitConfig) -> "Job":
+        """The job that the files of a submission describe; raises ConfigError before anything is started."""
+        settings = load_config(CacheConfig, submit.cache_logits)
+        if submit.train_student is not None:
+            load_config(TrainConfig, submit.train_student)
+        return cls(submit, settings)
+
+    @property
+    def cache(self) -> Path:
+        return self.settings.out.absolute()
+
+    @property
+    def folder(self) -> Path:
+        """Scripts and logs: next to the cache, which holds nothing but the run."""
+        # A cache of Kubernetes lies on a volume that this machine may not see.
+        parent = Path.cwd() if self.submit.launcher == "kubernetes" else self.cache.parent
+        return parent / f"{self.name}.jobs"
+
+    @property
+    def logs(self) -> Path:
+        return self.folder / "logs"
+
+    @property
+    def name(self) -> str:
+        return self.cache.name
+
+    @property
+    def gpus_per_worker(self) -> int:
+        given = self.submit.gpus_per_worker
+        return self.settings.tensor_parallel * self.settings.pipeline_parallel if given is None else given
+
+    def capture_command(self, python: str = sys.executable, config: Path | None = None) -> list[str]:
+        """One worker; its rank comes from the environment."""
+        path = str(config or self.submit.cache_logits.absolute())
+        return [python, "-m", "pipeline.cli", "cache-logits", "--config", path, "--worker-from-env"]
+
+    def student_command(self, python: str = sys.executable, config: Path | None = None) -> list[str]:
+        """The training on one node, with a process a GPU."""
+        if self.submit.student_gpus <= 1:
+            return [python, *self.student_module(config)]
+        processes = ["--standalone", "--nproc-per-node", str(self.submit.student_gpus)]
+        return [python, "-m", "torch.distributed.run", *processes, *self.student_module(config)]
+
+    def student_module(self, config: Path | None = None) -> list[str]:
+        """What follows `python` or `torchrun`."""
+        assert self.submit.train_student is not None
+        path = str(config or self.submit.train_student.absolute())
+        return ["-m", "pipeline.cli", "train-student", "--config", path]
+
+    def prepare_folder(self) -> None:
+        """Make the folder of scripts and logs."""
+        self.logs.mkdir(parents=True, exist_ok=True)
+
+
+def launcher(name: str) -> Callable[[Job, Reporter], None]:
+    """The launch function of a kind of cluster."""
+    return importlib.import_module(MODULES[name]).launch

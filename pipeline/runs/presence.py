@@ -1,0 +1,159 @@
+"""A worker's record: that it lives, what it has in hand, how fast it is. Read by `pipeline status`.
+
+workers/<rank>-<owner>.json is replaced at every beat of a thread that also renews the leases. The
+record is advice, like the leases: it is not flushed to the disk, and a beat that fails is left out.
+"""
+
+import contextlib
+import json
+import os
+import socket
+import threading
+import time
+from collections import deque
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.files import PARTIAL, list_names, owner_is_dead, owner_name
+from pipeline.runs.leases import Leases
+from pipeline.runs.rank import Rank
+
+WORKERS = "workers"
+BEATS_A_LEASE = 8
+"""Heartbeats in the time after which a lease expires."""
+RATE_BEATS = 4
+"""Beats over which the present speed is taken."""
+STALL_S = 1800.0
+"""A worker that finishes no sequence for so long stops renewing its leases: it hangs."""
+ENDED = ("done", "drained", "failed")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerRecord:
+    """What a worker said of itself at its last beat."""
+
+    worker: int
+    workers: int
+    owner: str
+    host: str
+    pid: int
+    state: str
+    """loading, capturing, draining or waiting; at its end done, drained or failed."""
+    reason: str
+    held: list[int]
+    num_partitions: int
+    """Committed by this worker."""
+    num_tokens: int
+    """Scored by this worker, whether committed yet or not."""
+    bytes: int
+    seconds: float
+    """Since the worker began."""
+    tokens_per_s: float
+    """Of late."""
+    beat_s: float
+    """Seconds between two beats."""
+
+
+class Presence:
+    """A context in which this worker beats: renews its leases and replaces its record."""
+
+    def __init__(self, folder: Path, rank: Rank, lease_s: float, owner: str | None = None) -> None:
+        self.owner = owner or owner_name()
+        self.lease_s = lease_s
+        self.leases = Leases(folder, self.owner, lease_s)
+        self._rank = rank
+        self._path = folder / WORKERS / f"{rank.worker:04d}-{self.owner}.json"
+        self._state, self._reason = "loading", ""
+        self._num_partitions, self._num_tokens, self._bytes = 0, 0, 0
+        self._started = self._advanced = time.monotonic()
+        self._recent = deque([(self._started, 0)], maxlen=RATE_BEATS + 1)
+        self._ended = threading.Event()
+        self._lock = threading.Lock()
+        self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
+
+    def __enter__(self) -> "Presence":
+        for name in list_names(self._path.parent):  # earlier lives of this worker
+            prefix, _, owner = name.removesuffix(".json").partition("-")
+            if prefix == f"{self._rank.worker:04d}" and owner_is_dead(owner):
+                (self._path.parent / name).unlink(missing_ok=True)
+        self._write()  # here an error is the caller's: a folder in which nothing can be written
+        self._thread.start()
+        return self
+
+    def __exit__(self, exc_type: type | None, exc: BaseException | None, traceback: Any) -> None:
+        self._ended.set()
+        self._thread.join()
+        if self._state not in ENDED:
+            self._state = "failed" if exc_type is not None else "done"
+            self._reason = one_line(exc) if exc is not None else ""
+        with contextlib.suppress(OSError):
+            self.leases.release_all()
+        with contextlib.suppress(OSError):
+            self._write()
+
+    def say(self, state: str) -> None:
+        """Change the state; the record follows at the next beat, or at once if it is the last state."""
+        self._state = state
+        self._advanced = time.monotonic()
+
+    def advance(self, num_tokens: int) -> None:
+        """So many tokens more are scored."""
+        self._num_tokens += num_tokens
+        self._advanced = time.monotonic()
+
+    def committed(self, num_bytes: int) -> None:
+        """One partition more is committed."""
+        self._num_partitions += 1
+        self._bytes += num_bytes
+        self._advanced = time.monotonic()
+
+    def server_time(self) -> float:
+        """The file server's clock: what it writes when this worker's record is touched."""
+        with self._lock:
+            os.utime(self._path)
+            return self._path.stat().st_mtime
+
+    def _run(self) -> None:
+        while not self._ended.wait(self.lease_s / BEATS_A_LEASE):
+            with contextlib.suppress(OSError):
+                if time.monotonic() - self._advanced < STALL_S or self._state == "loading":
+                    self.leases.renew()
+            with contextlib.suppress(OSError):
+                self._write()
+
+    def _write(self) -> None:
+        partial = self._path.with_name(self._path.name + PARTIAL)
+        with self._lock:
+            try:
+                partial.write_text(json.dumps(asdict(self._record())), encoding="utf-8")
+                os.replace(partial, self._path)
+            except OSError:
+                partial.unlink(missing_ok=True)
+                raise
+
+    def _record(self) -> WorkerRecord:
+        now, tokens = time.monotonic(), self._num_tokens
+        before, then = self._recent[0]
+        self._recent.append((now, tokens))
+        return WorkerRecord(
+            worker=self._rank.worker,
+            workers=self._rank.workers,
+            owner=self.owner,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            state=self._state,
+            reason=self._reason,
+            held=self.leases.held,
+            num_partitions=self._num_partitions,
+            num_tokens=tokens,
+            bytes=self._bytes,
+            seconds=round(now - self._started, 3),
+            tokens_per_s=round((tokens - then) / max(now - before, 1e-3), 1),
+            beat_s=self.lease_s / BEATS_A_LEASE,
+        )
+
+
+def one_line(exc: BaseException) -> str:
+    """An exception as a line for a record."""
+    return " ".join(f"{type(exc).__name__}: {exc}".split())[:500]

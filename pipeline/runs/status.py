@@ -1,0 +1,234 @@
+"""How a run stands, from its folder alone: it asks no cluster, and works after all workers have died.
+
+Partitions are counted from listings; commit records are read once each, several at a time.
+"""
+
+import contextlib
+import json
+import statistics
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from pipeline.files import list_names, owner_is_dead, owner_name
+from pipeline.manifest import MANIFEST, CacheManifest
+from pipeline.progress import duration
+from pipeline.runs.commits import commit_path, list_commits, read_commit
+from pipeline.runs.failures import list_failures, read_failure
+from pipeline.runs.leases import LEASES, lease_name, list_leases, read_lease
+from pipeline.runs.presence import BEATS_A_LEASE, ENDED, WORKERS, WorkerRecord
+
+EXIT_CODES = {"complete": 0, "incomplete": 3, "failed": 4}
+"""Of `pipeline status`. Failed: all that is left was set aside, and waits for a person."""
+SLOW = 0.5
+"""A worker below this share of the median speed is called slow."""
+READERS = 16
+SHOWN = 12
+"""Workers or partitions that the text names of each kind; the JSON names all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerStatus:
+    """A worker's last record and what became of it."""
+
+    record: WorkerRecord
+    age_s: float
+    """Since its last heartbeat, by the file server's clock."""
+    state: str
+    """As recorded, or 'vanished' if it did not say how it ended and is not heard of any more."""
+    slow: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunStatus:
+    """A run at one moment."""
+
+    cache: str
+    state: str
+    """complete, incomplete or failed."""
+    num_partitions: int
+    num_done: int
+    running: dict[int, float]
+    """Partitions under a live lease, and the age of its heartbeat in seconds."""
+    orphaned: dict[int, float]
+    """Partitions whose worker vanished and that nobody has taken over yet."""
+    retrying: dict[int, str]
+    """Partitions that have failed and will be tried again, with the reason."""
+    failed: dict[int, str]
+    """Partitions that were set aside, with the reason."""
+    num_tokens: int
+    num_tokens_done: int
+    bytes: int
+    tokens_per_s_now: float
+    tokens_per_s_so_far: float
+    eta_s: float | None
+    workers: list[WorkerStatus]
+
+    @property
+    def exit_code(self) -> int:
+        return EXIT_CODES[self.state]
+
+    def to_json(self) -> str:
+        """All of it, for other programs."""
+        return json.dumps(asdict(self) | {"exit_code": self.exit_code}, indent=1)
+
+
+class StatusReader:
+    """Reads the status of one run again and again; what cannot change is read once."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.manifest = CacheManifest.read(folder)
+        self._max_failures = self.manifest.settings.get("max_failures", 3)
+        self._commits: dict[int, tuple[int, int, float]] = {}
+
+    def read(self) -> RunStatus:
+        """The status now. Raises CacheCorruptError if a record is damaged."""
+        manifest, now = self.manifest, self._server_time()
+        leases = list_leases(self.folder)
+        done = list_commits(self.folder)
+        commits = self._read_commits(done)
+        failures = {part: count for part, count in list_failures(self.folder).items() if part not in done}
+        aside = {part: count for part, count in failures.items() if count >= self._max_failures}
+        running, orphaned = self._leases({part: leases[part] for part in leases if part not in done}, now)
+        workers = self._workers(now)
+        tokens = sum(commit[0] for commit in commits)
+        speed = sum(worker.record.tokens_per_s for worker in workers if worker.state in ("capturing", "draining"))
+        left = manifest.num_partitions - len(done) - len(aside)
+        return RunStatus(
+            cache=str(self.folder),
+            state="incomplete" if left else "failed" if aside else "complete",
+            num_partitions=manifest.num_partitions,
+            num_done=len(done),
+            running=running,
+            orphaned=orphaned,
+            retrying=self._reasons({part: failures[part] for part in failures if part not in aside}),
+            failed=self._reasons(aside),
+            num_tokens=manifest.num_tokens,
+            num_tokens_done=tokens,
+            bytes=sum(commit[1] for commit in commits),
+            tokens_per_s_now=round(speed, 1),
+            tokens_per_s_so_far=round(self._speed_so_far(commits, now if running else None), 1),
+            eta_s=round((manifest.num_tokens - tokens) / speed, 1) if speed and left else None,
+            workers=workers,
+        )
+
+    def _server_time(self) -> float:
+        """The file server's clock; where nothing can be written, this machine's."""
+        probe = self.folder / WORKERS / f".clock-{owner_name()}"
+        try:
+            with contextlib.suppress(FileExistsError):
+                probe.touch()
+            now = probe.stat().st_mtime
+            probe.unlink()
+        except OSError:
+            return time.time()
+        return now
+
+    def _read_commits(self, done: set[int]) -> list[tuple[int, int, float]]:
+        """Tokens, bytes and time of the commits of the partitions; each is read once."""
+
+        def read(partition: int) -> tuple[int, tuple[int, int, float]] | None:
+            with contextlib.suppress(FileNotFoundError):  # `verify --repair` may take a record away
+                written = commit_path(self.folder, partition).stat().st_mtime
+                commit = read_commit(self.folder, partition)
+                return None if commit is None else (partition, (commit.num_tokens, commit.bytes, written))
+            return None
+
+        with ThreadPoolExecutor(READERS) as pool:
+            self._commits.update(filter(None, pool.map(read, sorted(done - self._commits.keys()))))
+        return [self._commits[partition] for partition in done if partition in self._commits]
+
+    def _speed_so_far(self, commits: list[tuple[int, int, float]], now: float | None) -> float:
+        """Tokens over the time since the plan was made, until the last commit or, if work goes on, until now."""
+        end = now if now is not None else max((written for *_, written in commits), default=0.0)
+        seconds = end - (self.folder / MANIFEST).stat().st_mtime
+        return sum(commit[0] for commit in commits) / seconds if commits and seconds > 0 else 0.0
+
+    def _leases(self, leases: dict[int, int], now: float) -> tuple[dict[int, float], dict[int, float]]:
+        lease_s = self.manifest.settings.get("lease_s", 180.0)
+        running, orphaned = {}, {}
+        for partition, generation in sorted(leases.items()):
+            lease = read_lease(self.folder / LEASES / lease_name(partition, generation))
+            if lease is not None:
+                owner, touched = lease
+                age = round(max(now - touched, 0.0), 1)
+                (orphaned if age > lease_s or owner_is_dead(owner) else running)[partition] = age
+        return running, orphaned
+
+    def _reasons(self, failures: dict[int, int]) -> dict[int, str]:
+        return {part: read_failure(self.folder, part, failures[part]).reason for part in sorted(failures)}
+
+    def _workers(self, now: float) -> list[WorkerStatus]:
+        found = []
+        for name in sorted(list_names(self.folder / WORKERS)):
+            path = self.folder / WORKERS / name
+            with contextlib.suppress(FileNotFoundError):
+                record = WorkerRecord(**json.loads(path.read_text(encoding="utf-8")))
+                found.append((record, max(now - path.stat().st_mtime, 0.0)))
+        states = [_state(record, age) for record, age in found]
+        speeds = [record.tokens_per_s for (record, _), state in zip(found, states) if state == "capturing"]
+        limit = SLOW * statistics.median(speeds) if speeds else 0.0
+        return [
+            WorkerStatus(
+                record=record,
+                age_s=round(age, 1),
+                state=state,
+                slow=state == "capturing" and record.tokens_per_s < limit,
+            )
+            for (record, age), state in zip(found, states)
+        ]
+
+
+def _state(record: WorkerRecord, age_s: float) -> str:
+    ended = record.state in ENDED
+    gone = age_s > record.beat_s * BEATS_A_LEASE or owner_is_dead(record.owner)
+    return "vanished" if gone and not ended else record.state
+
+
+def describe(status: RunStatus) -> list[str]:
+    """The status as lines for a person."""
+    counts = Counter(worker.state for worker in status.workers)
+    lines = [
+        f"{status.cache}: {status.state}: {status.num_done:,} of {status.num_partitions:,} partitions, "
+        f"{status.num_tokens_done:,} of {status.num_tokens:,} tokens "
+        f"({status.num_tokens_done / max(status.num_tokens, 1):.1%}), {status.bytes / 1e9:,.2f} GB",
+        f"{status.tokens_per_s_now:,.0f} tokens/s now, {status.tokens_per_s_so_far:,.0f} since the run began"
+        + (f"; {duration(status.eta_s)} left" if status.eta_s is not None else ""),
+    ]
+    if counts:
+        lines.append("workers: " + ", ".join(f"{count} {state}" for state, count in sorted(counts.items())))
+    if status.running:
+        oldest = max(status.running.values())
+        lines.append(f"running: {len(status.running)} partitions, last heartbeat {oldest:.0f}s ago at most")
+    lines += _named(
+        "orphaned", {part: f"its worker was last heard of {duration(age)} ago" for part, age in status.orphaned.items()}
+    )
+    lines += _named("retrying", status.retrying)
+    lines += _named("failed", status.failed)
+    lines += _workers_named(status)
+    return lines
+
+
+def _named(what: str, partitions: dict[int, str]) -> list[str]:
+    lines = [f"{what}: partition {part}: {text}" for part, text in list(partitions.items())[:SHOWN]]
+    return lines + ([f"{what}: {len(partitions) - SHOWN} more"] if len(partitions) > SHOWN else [])
+
+
+def _workers_named(status: RunStatus) -> list[str]:
+    """The workers that a person should look at."""
+    lines = []
+    for worker in status.workers:
+        record = worker.record
+        where = f"worker {record.worker} on {record.host} (pid {record.pid})"
+        if worker.slow:
+            lines.append(f"slow: {where}: {record.tokens_per_s:,.0f} tokens/s")
+        elif worker.state == "vanished":
+            lines.append(
+                f"vanished: {where}: last heard of {duration(worker.age_s)} ago, {record.num_partitions} partitions"
+            )
+        elif worker.state == "failed":
+            lines.append(f"ended: {where}: {record.reason}")
+    return lines[:SHOWN] + ([f"and {len(lines) - SHOWN} more such workers"] if len(lines) > SHOWN else [])

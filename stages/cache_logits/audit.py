@@ -1,0 +1,160 @@
+"""The command `pipeline audit`: a sample of a cache scored again by its teacher, and compared."""
+
+import dataclasses
+from contextlib import closing
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from pipeline.config import AuditConfig, CacheConfig, load_config
+from pipeline.corpus import TokenSequence
+from pipeline.errors import CacheMismatchError
+from pipeline.manifest import CacheManifest
+from pipeline.progress import Reporter
+from pipeline.shards.layout import CachedSequence, decode, encode
+from pipeline.shards.reader import Cache, open_cache
+from pipeline.targets import SparseTargets
+from stages.cache_logits.comparison import Difference, differences
+from stages.cache_logits.run import ENGINES
+from stages.cache_logits.scoring import score_sequences
+from stages.cache_logits.teacher import read_teacher
+from stages.cache_logits.vllm_engine import require_vllm
+
+NOISE = {"float32": 1e-4, "float16": 0.02, "bfloat16": 0.1}
+"""By the type of the teacher's body: how far two runs of it may put one probability apart. A batch of another
+size or another engine sums in another order."""
+NOISE_QUANTISED = 0.1
+MEAN_NOISE = 0.2
+"""The mean over a sequence's positions may be this share of what a single one may be."""
+CODEC_MARGIN = 2.0
+"""The codec's own error is measured on the sample; an unlucky entry elsewhere may have this much more."""
+
+
+@dataclass
+class AuditReport:
+    """What an audit found; the cache holds what the teacher says if `problems` is empty."""
+
+    num_sequences: int = 0
+    num_targets: int = 0
+    codec_error: float = 0.0
+    """Largest difference of a probability that the codec alone makes, on the sampled targets."""
+    noise: float = 0.0
+    largest: float = 0.0
+    """Largest difference found."""
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def allowed(self) -> float:
+        """Largest difference of a probability that is no disagreement."""
+        return CODEC_MARGIN * self.codec_error + self.noise
+
+    @property
+    def allowed_mean(self) -> float:
+        """Largest mean over a sequence of the positions' largest differences."""
+        return CODEC_MARGIN * self.codec_error + MEAN_NOISE * self.noise
+
+
+def audit_cache(config: AuditConfig, reporter: Reporter | None = None) -> AuditReport:
+    """Score a random sample of the finished cache again and compare; raises PipelineError before that.
+
+    The teacher must be the one of the manifest, file for file. Nothing of the corpus is needed.
+    """
+    reporter = reporter or Reporter()
+    cache = open_cache(config.cache)
+    indexes = sample(len(cache), config.fraction, config.sequences, config.seed)
+    capture = _capture_settings(config, cache.manifest)
+    teacher = read_teacher(capture, cache.manifest)  # the manifest has all that is asked of a corpus's
+    _require_same(teacher.identity(), cache.manifest, config)
+    if capture.engine == "vllm":
+        require_vllm(teacher.architecture, teacher.folder)
+    noise = NOISE_QUANTISED if teacher.quantization != "none" else NOISE[teacher.dtype]
+    report = AuditReport(noise=noise if config.noise is None else config.noise)
+    reporter.log(f"{config.cache}: scoring {len(indexes)} of {len(cache):,} sequences again with {capture.engine}")
+    engine = ENGINES[capture.engine](teacher, capture, cache.manifest.sequence_length)
+    found: list[tuple[str, Difference]] = []
+    with closing(engine), reporter.progress("audit", len(indexes), "sequences") as progress:
+        scored = score_sequences(engine, (token_sequence(cache[int(index)]) for index in indexes))
+        for index, (sequence, targets) in zip(indexes, scored, strict=True):
+            found += _compare(cache, int(index), sequence, targets, report)
+            progress.advance(1)
+    report.problems += [
+        f"{where}: {worst}, {report.allowed:.5f} apart is allowed; on average the sequence is {worst.mean:.5f} apart"
+        for where, worst in found
+        if not (worst.value <= report.allowed and worst.mean <= report.allowed_mean)
+    ]
+    return report
+
+
+def sample(count: int, fraction: float, at_least: int, seed: int) -> np.ndarray:
+    """Rising indexes of the sequences that are audited; the same seed gives the same."""
+    size = min(count, max(at_least, round(count * fraction)))
+    return np.sort(np.random.default_rng(seed).choice(count, size, replace=False, shuffle=False))
+
+
+def token_sequence(cached: CachedSequence) -> TokenSequence:
+    """The row of the corpus that a cached sequence was made from."""
+    return TokenSequence(
+        token_ids=cached.token_ids, loss_mask=cached.loss_mask, document_lengths=cached.document_lengths
+    )
+
+
+def _compare(
+    cache: Cache, index: int, sequence: TokenSequence, wanted: SparseTargets, report: AuditReport
+) -> list[tuple[str, Difference]]:
+    """What tells a cached sequence from `wanted`, with its name."""
+    manifest, cached = cache.manifest, cache[index]
+    where = f"{cache.folder}: sequence {index} ({cached.key.hex()})"
+    if sequence.key != cached.key:
+        report.problems.append(f"{where}: its key is not that of its tokens, mask and documents.")
+    layout = manifest.layout(
+        num_sequences=1,
+        num_tokens=len(sequence.token_ids),
+        num_documents=len(sequence.document_lengths),
+        num_targets=len(wanted),
+    )
+    rounded = decode(encode(layout, sequence, wanted), manifest.temperatures, where).targets
+    found = []
+    for temperature in manifest.temperatures:
+        codec = [difference.value for difference in differences(rounded, wanted, temperature)]
+        report.codec_error = max(report.codec_error, *codec)
+        ours = differences(cached.targets, wanted, temperature)
+        report.largest = max(report.largest, *(difference.value for difference in ours))
+        found += [(where, difference) for difference in ours]
+    report.num_sequences += 1
+    report.num_targets += len(wanted)
+    return found
+
+
+def _capture_settings(config: AuditConfig, manifest: CacheManifest) -> CacheConfig:
+    """The settings of the capture, with what the audit's own say on top."""
+    known = {spec.name for spec in dataclasses.fields(CacheConfig)}
+    values = {name: value for name, value in manifest.settings.items() if name in known and name not in _DECIDED}
+    own = {name: getattr(config, name) for name in _OWN}
+    values |= {name: value for name, value in own.items() if value is not None}
+    decided = {
+        "teacher": config.teacher,
+        "corpus": config.cache,
+        "out": config.cache,
+        "top_k": manifest.top_k,
+        "temperatures": manifest.temperatures,
+        "tail_samples": manifest.tail_samples,
+        "draw_temperature": manifest.draw_temperature,
+        "dtype": manifest.teacher["dtype"],
+        "engine": config.engine or manifest.teacher["engine"],
+    }
+    return load_config(CacheConfig, None, values | decided)
+
+
+_OWN = ("tensor_parallel", "pipeline_parallel", "batch_tokens", "gpu_memory_utilization", "enforce_eager")
+_DECIDED = ("teacher", "corpus", "out", "temperatures")
+
+
+def _require_same(teacher: dict[str, str], manifest: CacheManifest, config: AuditConfig) -> None:
+    recorded = {name: value for name, value in manifest.teacher.items() if name != "engine"}
+    names = sorted(recorded | teacher)
+    different = [name for name in names if recorded.get(name) != teacher.get(name)]
+    if different:
+        found = "; ".join(f"{name} is {recorded.get(name)}, now {teacher.get(name)}" for name in different)
+        raise CacheMismatchError(
+            f"{config.teacher}: is not the teacher that made {config.cache}: {found}; an audit needs that teacher."
+        )

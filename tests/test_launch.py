@@ -1,0 +1,135 @@
+"""Launchers: the pool on this machine for real, what is written for clusters as far as it can be checked here."""
+
+import json
+import os
+import signal
+import subprocess
+
+import kubernetes_validate
+import psutil
+import pytest
+import yaml
+from click.testing import CliRunner
+
+from pipeline.cli import main
+from pipeline.config import SubmitConfig
+from pipeline.errors import ConfigError
+from pipeline.runs.launch import Job
+from pipeline.runs.launch.kubernetes import write_manifests
+from pipeline.runs.launch.slurm import write_scripts
+from tests.launching import ROOT, run, small_job, wait_until
+
+
+def test_local_pool_survives_a_killed_worker(tmp_path):
+    job = small_job(tmp_path, sequences=100, layers=6)
+    pool = subprocess.Popen(job.command("local", "--workers", 2), cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    wait_until(lambda: job.cache.is_dir() and job.num_done() >= 3)
+    os.kill(job.worker_pids()[0], signal.SIGKILL)
+    _, errors = pool.communicate(timeout=400)
+    assert pool.returncode == 0, errors
+    assert "exit code -9, starting again" in errors
+    job.assert_whole()
+
+
+@pytest.mark.slow
+def test_local_pool_trains_the_student_when_the_cache_is_whole(tmp_path):
+    job = small_job(tmp_path, sequences=20)
+    run(job.command("local", student=True))
+    job.assert_whole()
+    assert json.loads((job.student / "metrics.json").read_text())["steps"] == 2
+
+
+def test_killed_pool_leaves_no_process(tmp_path):
+    job = small_job(tmp_path, sequences=400, layers=6)
+    pool = subprocess.Popen(job.command("local", "--workers", 1), cwd=ROOT, stderr=subprocess.DEVNULL)
+    wait_until(lambda: job.cache.is_dir() and job.num_done() >= 1)
+    started = psutil.Process(pool.pid).children(recursive=True)
+    pool.kill()
+    pool.wait()
+    assert started
+    assert psutil.wait_procs(started, timeout=120)[1] == []
+    assert json.loads(next((job.cache / "workers").glob("*.json")).read_text())["state"] in ("drained", "done")
+    assert os.listdir(job.cache / "leases") == []
+
+
+def submitted(tmp_path, on: str, **settings: object) -> Job:
+    """A job as `pipeline submit` reads it."""
+    small = small_job(tmp_path, sequences=4)
+    files = {"cache_logits": small.folder / "cache-logits.yaml", "train_student": small.folder / "train-student.yaml"}
+    return Job.of(SubmitConfig(launcher=on, write_only=True, **files | settings))
+
+
+def test_kubernetes_accepts_the_manifests(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    job = submitted(tmp_path, "kubernetes", image="registry/pipeline:1", volume="models", workers=32, student_gpus=8)
+    write_manifests(job)
+    documents = {path.name: yaml.safe_load(path.read_text()) for path in job.folder.glob("*.yaml")}
+    assert sorted(documents) == ["capture.yaml", "settings.yaml", "student.yaml"]
+    for document in documents.values():
+        for version in ("1.31", kubernetes_validate.latest_version()):
+            kubernetes_validate.validate(document, version, strict=True)
+    spec = documents["capture.yaml"]["spec"]
+    assert (spec["completionMode"], spec["completions"], spec["parallelism"]) == ("Indexed", 32, 32)
+    container = spec["template"]["spec"]["containers"][0]
+    assert container["resources"]["limits"] == {"nvidia.com/gpu": "1"}
+    assert {"name": "PIPELINE_WORKERS", "value": "32"} in container["env"]
+    assert container["command"][-3:] == ["--config", "/settings/cache-logits.yaml", "--worker-from-env"]
+    assert json.loads(documents["settings.yaml"]["data"]["cache-logits.yaml"])["top_k"] == 8
+    assert documents["student.yaml"]["spec"]["suspend"] is True
+    run(["bash", "-n", str(job.folder / "submit.sh")])
+    spec["completions"] = "thirty-two"
+    with pytest.raises(kubernetes_validate.ValidationError):  # the validator does look
+        kubernetes_validate.validate(documents["capture.yaml"], "1.31", strict=True)
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_slurm_scripts_are_shell_and_say_what_was_asked(tmp_path, nodes):
+    job = submitted(
+        tmp_path,
+        "slurm",
+        workers=32,
+        gpus_per_worker=8,
+        student_nodes=nodes,
+        student_gpus=8,
+        drain_s=300,
+        directives=("--partition=gpu", "--time=12:00:00"),
+        setup=("module load cuda",),
+    )
+    write_scripts(job)
+    scripts = {path.name: path.read_text() for path in job.folder.iterdir() if path.is_file()}
+    assert sorted(scripts) == ["capture.sbatch", "gate.sbatch", "student.sbatch", "submit.sh"]
+    for name, text in scripts.items():
+        run(["bash", "-n", str(job.folder / name)])
+        assert "@" not in text.replace("USR1@300", "").replace('"$@"', ""), name
+    for line in ("--array=0-31", "--gres=gpu:8", "--signal=B:USR1@300", "--requeue", "--partition=gpu"):
+        assert f"#SBATCH {line}\n" in scripts["capture.sbatch"]
+    assert "module load cuda\n" in scripts["capture.sbatch"]
+    assert "--gres" not in scripts["gate.sbatch"]
+    assert ("--rdzv-endpoint" in scripts["student.sbatch"]) == (nodes == 2)
+    assert "--nproc-per-node 8" in scripts["student.sbatch"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"launcher": "kubernetes"}, "give --image and --volume"),
+        ({"launcher": "ray", "student_nodes": 2}, "only Slurm trains on several nodes"),
+        ({"launcher": "local", "write_only": True}, "nothing is written for 'local'"),
+        ({"launcher": "pbs"}, "choose one of: local, slurm, ray, kubernetes"),
+    ],
+)
+def test_submissions_that_make_no_sense_are_refused(tmp_path, settings, message):
+    with pytest.raises(ConfigError, match=message):
+        SubmitConfig(cache_logits=tmp_path / "c.yaml", **settings)
+
+
+def test_mistake_in_the_settings_is_found_before_anything_starts(tmp_path):
+    job = small_job(tmp_path, sequences=4)
+    settings = json.loads((tmp_path / "cache-logits.yaml").read_text()) | {"teacher": "nowhere"}
+    (tmp_path / "cache-logits.yaml").write_text(json.dumps(settings))
+    result = CliRunner().invoke(
+        main, ["submit", "--on", "local", "--cache-logits", str(tmp_path / "cache-logits.yaml")]
+    )
+    assert result.exit_code == 2
+    assert "nowhere: no model there" in result.stderr
+    assert not job.cache.exists()

@@ -1,0 +1,238 @@
+"""A corpus that has grown is scored only where it is new; what was known is copied to the bit."""
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipeline import open_cache
+from pipeline.config import CacheConfig, PrepareConfig
+from pipeline.corpus import Corpus
+from pipeline.errors import CacheCorruptError, CacheMismatchError
+from pipeline.lifecycle.known import GrownCorpus, KnownSequence, KnownTargets
+from pipeline.manifest import CacheManifest
+from pipeline.runs.commits import SHARDS, commit_path
+from pipeline.shards.codec import CODECS
+from pipeline.shards.layout import decode, encode
+from pipeline.shards.verify import verify_cache
+from stages.cache_logits import cache_logits
+from stages.cache_logits.capture import capture
+from stages.cache_logits.run import ENGINES
+from stages.cache_logits.scoring import documents_of
+from stages.prepare import prepare
+from tests.helpers import Lines, run, tiny_tokenizer
+from tests.small import (
+    FakeEngine,
+    contents_of,
+    fake_manifest,
+    fake_targets,
+    make_cache,
+    make_corpus,
+    make_teacher,
+    random_sequences,
+)
+
+SEQUENCES = random_sequences(40, 300, seed=9)
+
+
+@pytest.fixture(scope="module")
+def corpora(tmp_path_factory):
+    """25 sequences, and the same with 15 more between them, in another order."""
+    folder = tmp_path_factory.mktemp("corpora")
+    order = np.random.default_rng(0).permutation(40)
+    make_corpus(folder / "old", SEQUENCES[:25])
+    make_corpus(folder / "new", [SEQUENCES[index] for index in order], num_partitions=3)
+    return folder
+
+
+class CountingEngine(FakeEngine):
+    """Counts what it is asked for."""
+
+    def __init__(self, manifest: CacheManifest) -> None:
+        super().__init__(manifest)
+        self.tokens = 0
+
+    def score(self, requests):
+        def counted():
+            for request in requests:
+                self.tokens += len(request.token_ids)
+                yield request
+
+        return super().score(counted())
+
+
+def grown(folder: Path, corpus_folder: Path, earlier: list[Path], **settings: object) -> CountingEngine:
+    """A cache by CountingEngine that reuses others."""
+    rows = Corpus(corpus_folder)
+    manifest = fake_manifest(rows, **settings)
+    for name in ("shards", "commits"):
+        (folder / name).mkdir(parents=True)
+    shutil.copytree(corpus_folder / "tokenizer", folder / "tokenizer")
+    manifest.write(folder)
+    engine = CountingEngine(manifest)
+    corpus = GrownCorpus(corpus_folder, KnownTargets(earlier, manifest))
+    capture(engine, corpus, manifest, folder, range(manifest.num_partitions))
+    return engine
+
+
+def assert_same(folder: Path, wanted: Path) -> None:
+    assert verify_cache(folder).problems == []
+    found, expected = contents_of(folder), contents_of(wanted)
+    assert list(found) == list(expected)
+    for key, arrays in expected.items():
+        for one, other in zip(arrays, found[key], strict=True):
+            np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize(("old", "new"), [("arrow", "arrow"), ("zarr", "arrow"), ("arrow", "zarr")])
+@pytest.mark.parametrize("codec", sorted(CODECS))
+def test_only_new_sequences_are_scored_and_the_cache_is_as_if_all_were(tmp_path, corpora, old, new, codec):
+    settings = {"codec": codec, "tail_samples": 3}
+    earlier = make_cache(tmp_path / "old", corpora / "old", container=old, **settings)
+    engine = grown(tmp_path / "grown", corpora / "new", [earlier], container=new, **settings)
+    documents = [document for sequence in SEQUENCES[25:] for document in documents_of(sequence)]
+    assert engine.tokens == sum(len(token_ids) for token_ids, _, _ in documents)
+    assert_same(tmp_path / "grown", make_cache(tmp_path / "scratch", corpora / "new", container=new, **settings))
+
+
+def test_everything_known_scores_nothing(tmp_path, corpora):
+    make_cache(tmp_path / "old", corpora / "new")
+    engine = grown(tmp_path / "grown", corpora / "old", [tmp_path / "old"])
+    assert engine.tokens == 0
+    assert_same(tmp_path / "grown", make_cache(tmp_path / "scratch", corpora / "old"))
+
+
+def test_several_and_unfinished_caches_can_be_reused(tmp_path, corpora):
+    first = make_cache(tmp_path / "first", corpora / "old")
+    commit_path(first, 1).unlink()
+    second = make_cache(tmp_path / "second", make_corpus(tmp_path / "more", SEQUENCES[30:]))
+    engine = grown(tmp_path / "grown", corpora / "new", [first, second])
+    assert 0 < engine.tokens < sum(len(sequence.token_ids) for sequence in SEQUENCES[:30])
+    assert_same(tmp_path / "grown", make_cache(tmp_path / "scratch", corpora / "new"))
+
+
+@pytest.mark.parametrize("codec", sorted(CODECS))
+def test_rounding_twice_is_rounding_once(corpora, codec):
+    corpus = Corpus(corpora / "old")
+    manifest = fake_manifest(corpus, codec=codec, tail_samples=4)
+    for sequence in corpus.rows():
+        tokens = sequence.token_ids[sequence.target_positions]
+        targets = fake_targets(tokens, 8, (1.0, 2.0), manifest.vocab_size, 4)
+        layout = manifest.layout(
+            num_sequences=1,
+            num_tokens=len(sequence.token_ids),
+            num_documents=len(sequence.document_lengths),
+            num_targets=len(tokens),
+        )
+        once = encode(layout, sequence, targets)
+        twice = encode(layout, sequence, decode(once, (1.0, 2.0), "here").targets)
+        for name, values in once.items():
+            assert twice[name].tobytes() == values.tobytes(), name
+
+
+def test_rows_of_other_masks_or_documents_are_not_known(tmp_path, corpora):
+    sequence = next(row for row in SEQUENCES if len(row.document_lengths) > 1)
+    one_document = dataclasses.replace(sequence, document_lengths=np.array([len(sequence.token_ids)], np.int32))
+    masked = dataclasses.replace(sequence, loss_mask=sequence.loss_mask & (np.arange(len(sequence.token_ids)) > 5))
+    corpus = make_corpus(tmp_path / "corpus", [sequence, one_document, masked], num_partitions=1)
+    old = make_cache(tmp_path / "old", make_corpus(tmp_path / "one", [sequence], num_partitions=1))
+    known = KnownTargets([old], fake_manifest(Corpus(corpus)))
+    kinds = [isinstance(row, KnownSequence) for row in GrownCorpus(corpus, known).rows()]
+    assert kinds == [True, False, False]
+
+
+def test_damaged_shard_of_an_earlier_cache_is_an_error_that_names_it(tmp_path, corpora):
+    old = make_cache(tmp_path / "old", corpora / "old")
+    path = sorted((old / SHARDS).iterdir())[1]
+    contents = bytearray(path.read_bytes())
+    contents[len(contents) // 2] ^= 1
+    path.write_bytes(contents)
+    with pytest.raises(CacheCorruptError, match=path.name):
+        grown(tmp_path / "grown", corpora / "new", [old])
+
+
+def settings(teacher: Path, corpus: Path, out: Path, **changes: object) -> CacheConfig:
+    values = {"top_k": 8, "engine": "transformers", "shard_tokens": 500, "batch_tokens": 128}
+    return CacheConfig(teacher=teacher, corpus=corpus, out=out, **values | changes)
+
+
+@pytest.fixture(scope="module")
+def old_cache(tmp_path_factory, teacher, corpora):
+    folder = tmp_path_factory.mktemp("real") / "old"
+    cache_logits(settings(teacher, corpora / "old", folder))
+    return folder
+
+
+def test_command_says_what_it_copies_and_copies_the_bits_of_a_real_teacher(tmp_path, teacher, corpora, old_cache):
+    lines = Lines()
+    config = settings(teacher, corpora / "new", tmp_path / "new", reuse=(old_cache,), format="zarr")
+    cache_logits(config, lines)
+    old_tokens = Corpus(corpora / "old").manifest.num_tokens
+    new_tokens = Corpus(corpora / "new").manifest.num_tokens - old_tokens
+    assert any(
+        f"{old_tokens:,} tokens are in earlier caches and copied, {new_tokens:,} are scored" in line
+        for line in lines.lines
+    )
+    assert verify_cache(tmp_path / "new").problems == []
+    old, new = contents_of(old_cache), contents_of(tmp_path / "new")
+    for key, arrays in old.items():
+        for one, other in zip(arrays, new[key], strict=True):
+            np.testing.assert_array_equal(one, other)
+    assert len(new) == 40
+
+
+def test_run_without_anything_new_loads_no_teacher(tmp_path, teacher, corpora, old_cache, monkeypatch):
+    def refuse(*arguments):
+        raise AssertionError("the teacher was loaded")
+
+    monkeypatch.setitem(ENGINES, "transformers", refuse)
+    cache_logits(settings(teacher, corpora / "old", tmp_path / "new", reuse=(old_cache,), shard_tokens=900))
+    assert contents_of(tmp_path / "new").keys() == contents_of(old_cache).keys()
+    assert open_cache(tmp_path / "new").manifest.num_partitions < open_cache(old_cache).manifest.num_partitions
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"top_k": 16}, r"top_k is 8, now 16 \(the tail's mass and draws belong to that k"),
+        ({"temperatures": (1.0, 4.0)}, r"temperatures is .*now .*4\.0.*\(p_T needs the sum over the whole vocabulary"),
+        ({"codec": "lossless"}, r"codec is compact, now lossless \(its values were rounded otherwise\)"),
+        ({"tail_samples": 2}, r"tail_samples is 0, now 2 \(draws cannot be made from what is stored\); draw_temp"),
+    ],
+)
+def test_other_targets_are_refused_with_the_reason_before_anything_starts(
+    tmp_path, teacher, corpora, old_cache, changes, message
+):
+    with pytest.raises(CacheMismatchError, match=rf"old: nothing of it can be reused: .*{message}"):
+        cache_logits(settings(teacher, corpora / "new", tmp_path / "new", reuse=(old_cache,), **changes))
+    assert not (tmp_path / "new").exists()
+
+
+def test_another_teacher_is_refused_by_the_command_in_one_line(tmp_path, corpora, old_cache):
+    other = make_teacher(tmp_path / "other", seed=3)
+    arguments = ["cache-logits", "--teacher", other, "--corpus", corpora / "new", "--out", tmp_path / "new"]
+    arguments += ["--engine", "transformers", "--top-k", 8, "--reuse", old_cache]
+    code, _, err = run(*arguments)
+    assert code == 2
+    assert err.count("\n") == 1
+    assert "teacher.weights is" in err
+    assert "says something else" in err
+
+
+@pytest.mark.parametrize("packing", ["isolated", "crossing"])
+def test_text_that_is_added_leaves_most_of_a_prepared_corpus_as_it_was(tmp_path, packing):
+    """A file behind the others: only sequences that its documents share with earlier ones are new."""
+    tiny_tokenizer(tmp_path / "tokenizer")
+    (tmp_path / "text").mkdir()
+    words = np.random.default_rng(0).choice(["tide", "lamp", "keeper", "glass", "north", "\n"], (60, 80))
+    texts = [" ".join(row) for row in words]
+    (tmp_path / "text" / "a.txt").write_text("\n".join(texts[:40]))
+    common = {"inputs": (tmp_path / "text",), "tokenizer": tmp_path / "tokenizer", "sequence_length": 64}
+    prepare(PrepareConfig(**common, out=tmp_path / "old", packing=packing))
+    (tmp_path / "text" / "b.txt").write_text("\n".join(texts[40:]))
+    prepare(PrepareConfig(**common, out=tmp_path / "new", packing=packing))
+    old, new = ({row.key for row in Corpus(tmp_path / name).rows()} for name in ("old", "new"))
+    assert len(new) > len(old) > 20
+    assert len(old - new) <= 2

@@ -16,6 +16,9 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 EXIT_DRAINED = 75
 """EX_TEMPFAIL of sysexits.h: run the same command again."""
 _NAP_S = 0.1
+_ECHO_S = 2.0
+"""Signals that follow the first so closely are the same request: a launcher of several threads that is killed may
+send its parent-death signal once for every thread."""
 
 
 class Drain:
@@ -24,6 +27,7 @@ class Drain:
     def __init__(self, on_leave: Callable[[], None] = lambda: None) -> None:
         self.requested = False
         self._on_leave = on_leave
+        self._requested_at = 0.0
         self._nothing_in_hand = False
         self._previous: dict[int, Any] = {}
 
@@ -61,8 +65,10 @@ class Drain:
 
     def _handle(self, number: int, frame: Any) -> None:
         # A plain flag: taking a lock here could wait for the very code that was interrupted.
+        if self.requested and time.monotonic() - self._requested_at < _ECHO_S:
+            return
         if self.requested or self._nothing_in_hand:
             with contextlib.suppress(Exception):
                 self._on_leave()
             os._exit(EXIT_DRAINED)
-        self.requested = True
+        self.requested, self._requested_at = True, time.monotonic()

@@ -7,6 +7,7 @@ two stages. `identity` is what must be equal for two runs to write into one fold
       manifest.json           this document
       shards/                 one file a partition, named by its partition and writer
       commits/00000.json      names the shard of partition 0 and its checksum
+      index.arrow             all commit records of a complete cache; made from them when it is opened
       tokenizer/              the tokenizer that made the ids
 """
 

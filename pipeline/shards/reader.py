@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.errors import CacheCorruptError, CacheIncompleteError
+from pipeline.errors import CacheCorruptError
 from pipeline.files import hash_file
-from pipeline.manifest import MANIFEST, CacheManifest
-from pipeline.runs.commits import SHARDS, ShardCommit, read_commit
+from pipeline.manifest import CacheManifest
+from pipeline.runs.commits import SHARDS, ShardCommit
 from pipeline.shards.containers import CONTAINERS, Shard
+from pipeline.shards.index import open_index
 from pipeline.shards.layout import CachedSequence, ShardLayout, decode
 
 OPEN_SHARDS = 64
@@ -29,7 +30,7 @@ class Cache:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.manifest = CacheManifest.read(folder)
-        self.commits = _all_commits(folder, self.manifest)
+        self.commits = open_index(folder, self.manifest)
         self._starts = np.array(self.manifest.partitions)
         self._checked: set[int] = set()
         self._shards: OrderedDict[int, Shard] = OrderedDict()
@@ -104,14 +105,3 @@ def layout_of_commit(manifest: CacheManifest, commit: ShardCommit) -> ShardLayou
         num_documents=commit.num_documents,
         num_targets=commit.num_targets,
     )
-
-
-def _all_commits(folder: Path, manifest: CacheManifest) -> list[ShardCommit]:
-    commits = [read_commit(folder, partition) for partition in range(manifest.num_partitions)]
-    missing = [partition for partition, commit in enumerate(commits) if commit is None]
-    if missing:
-        raise CacheIncompleteError(
-            f"{folder / MANIFEST}: {len(missing)} of {len(commits)} partitions are not captured yet "
-            f"(first: {missing[0]}); run the same `pipeline cache-logits` command again to continue."
-        )
-    return [commit for commit in commits if commit is not None]

@@ -21,7 +21,7 @@ from pipeline.shards.layout import ALIGNMENT, ShardLayout
 from pipeline.tokenizer import TokenizerIdentity
 
 FORMAT = "sparse-target-cache"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer"
 
@@ -43,7 +43,8 @@ class CacheManifest:
     """Draws from the tail of each position."""
     draw_temperature: float | None
     """Temperature of the draws; None without draws."""
-    codec: str
+    max_kl_error: float
+    """Bound on the mean KL error of every shard's rounding, nats, at every temperature; 0 is lossless."""
     container: str
     corpus: str
     """Fingerprint of the tokenised corpus."""
@@ -77,7 +78,7 @@ class CacheManifest:
             top_k=self.top_k,
             num_draws=self.tail_samples,
             temperatures=self.temperatures,
-            codec=self.codec,
+            max_kl_error=self.max_kl_error,
         )
 
     def identity(self) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Reading a cache: a map from an index to a sequence and its targets, whatever the container."""
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from pipeline.errors import CacheCorruptError
 from pipeline.files import hash_file
 from pipeline.manifest import CacheManifest
 from pipeline.runs.commits import SHARDS, ShardCommit
-from pipeline.shards.containers import CONTAINERS, Shard
+from pipeline.shards.containers import CONTAINERS, Shard, structure_of
 from pipeline.shards.index import open_index
 from pipeline.shards.layout import CachedSequence, ShardLayout, decode
 
@@ -22,9 +22,9 @@ OPEN_SHARDS = 64
 class Cache:
     """A finished cache, in the order of its corpus: `len(cache)` sequences, `cache[i]` a CachedSequence.
 
-    A shard's checksum is checked when a process first reads from it; damage raises
-    CacheCorruptError that names the file. Can be pickled; safe to use from forked workers, not
-    from several threads at once.
+    What is read is checked, and only that: a shard's structure when it is opened, a sequence against its
+    checksum whenever it is read; damage raises CacheCorruptError that names the file. Can be pickled;
+    safe to use from forked workers, not from several threads at once.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -32,8 +32,7 @@ class Cache:
         self.manifest = CacheManifest.read(folder)
         self.commits = open_index(folder, self.manifest)
         self._starts = np.array(self.manifest.partitions)
-        self._checked: set[int] = set()
-        self._shards: OrderedDict[int, Shard] = OrderedDict()
+        self._shards: OrderedDict[int, tuple[Shard, ShardLayout, str]] = OrderedDict()
 
     def __len__(self) -> int:
         return self.manifest.num_sequences
@@ -43,40 +42,52 @@ class Cache:
             raise IndexError(f"sequence {index} of a cache of {len(self)}")
         index = int(index) % len(self)
         partition = int(np.searchsorted(self._starts, index, side="right")) - 1
-        shard, row = self.shard(partition), index - int(self._starts[partition])
-        where = str(self.folder / SHARDS / self.commits[partition].file)
-        return decode(shard.columns(row, row + 1), self.manifest.temperatures, where)
+        row = index - int(self._starts[partition])
+        shard, layout, where = self._open(partition)
+        return decode(shard.columns(row, row + 1), layout, f"{where}: sequence {row}")
+
+    def batch(self, indexes: Iterable[int]) -> list[CachedSequence]:
+        """The sequences at `indexes`, in that order; read in the order of the files."""
+        indexes = list(indexes)
+        found = {index: self[index] for index in sorted(set(indexes), key=lambda index: index % max(len(self), 1))}
+        return [found[index] for index in indexes]
 
     def __iter__(self) -> Iterator[CachedSequence]:
         return (self[index] for index in range(len(self)))
 
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_shards": OrderedDict(), "_checked": set()}
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Cache, (self.folder,)
 
     def shard(self, partition: int) -> Shard:
-        """The open shard of a partition, its checksum checked."""
-        if partition not in self._shards:
-            if len(self._shards) >= OPEN_SHARDS:
-                self._shards.popitem(last=False)[1].close()
-            self._shards[partition] = self._open(partition)
-        self._shards.move_to_end(partition)
-        return self._shards[partition]
+        """The open shard of a partition, its structure checked."""
+        return self._open(partition)[0]
 
     def close(self) -> None:
         """Release all files."""
         while self._shards:
-            self._shards.popitem()[1].close()
+            self._shards.popitem()[1][0].close()
 
-    def _open(self, partition: int) -> Shard:
-        commit = self.commits[partition]
-        path = self.folder / SHARDS / commit.file
-        if partition not in self._checked:
-            check_shard_file(path, commit)
-            self._checked.add(partition)
-        shard = CONTAINERS[self.manifest.container].open(path, layout_of_commit(self.manifest, commit))
-        if len(shard) != commit.num_sequences:
-            raise CacheCorruptError(f"{path}: holds {len(shard)} sequences; its commit says {commit.num_sequences}.")
-        return shard
+    def _open(self, partition: int) -> tuple[Shard, ShardLayout, str]:
+        if partition not in self._shards:
+            if len(self._shards) >= OPEN_SHARDS:
+                self._shards.popitem(last=False)[1][0].close()
+            commit = self.commits[partition]
+            path = self.folder / SHARDS / commit.file
+            layout = layout_of_commit(self.manifest, commit)
+            self._shards[partition] = open_shard(path, self.manifest.container, layout, commit), layout, str(path)
+        self._shards.move_to_end(partition)
+        return self._shards[partition]
+
+
+def open_shard(path: Path, container: str, layout: ShardLayout, commit: ShardCommit) -> Shard:
+    """A committed shard; raises CacheCorruptError unless its size and structure are as they were committed."""
+    check_shard_size(path, commit)
+    shard = CONTAINERS[container].open(path, layout)
+    if len(shard) != commit.num_sequences:
+        raise CacheCorruptError(f"{path}: holds {len(shard)} sequences; its commit says {commit.num_sequences}.")
+    if structure_of(path, shard) != commit.structure:
+        raise CacheCorruptError(f"{path}: its structure is not the committed one; bytes of the file have changed.")
+    return shard
 
 
 def open_cache(path: str | Path) -> Cache:
@@ -86,6 +97,13 @@ def open_cache(path: str | Path) -> Cache:
 
 def check_shard_file(path: Path, commit: ShardCommit) -> None:
     """Raise CacheCorruptError unless the file is, byte for byte, the one that was committed."""
+    check_shard_size(path, commit)
+    if hash_file(path) != commit.xxh3_128:
+        raise CacheCorruptError(f"{path}: its checksum is not the committed one; bytes of the file have changed.")
+
+
+def check_shard_size(path: Path, commit: ShardCommit) -> None:
+    """Raise CacheCorruptError unless the file is there and as long as it was committed."""
     if not path.is_file():
         raise CacheCorruptError(f"{path}: missing, although it was committed; `pipeline verify` names all damage.")
     size = path.stat().st_size
@@ -93,8 +111,6 @@ def check_shard_file(path: Path, commit: ShardCommit) -> None:
         raise CacheCorruptError(
             f"{path}: {size} bytes; {commit.bytes} were committed: the file is truncated or foreign."
         )
-    if hash_file(path) != commit.xxh3_128:
-        raise CacheCorruptError(f"{path}: its checksum is not the committed one; bytes of the file have changed.")
 
 
 def layout_of_commit(manifest: CacheManifest, commit: ShardCommit) -> ShardLayout:

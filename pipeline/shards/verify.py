@@ -1,6 +1,7 @@
 """Checking a whole cache: every file against its checksum, every sequence against the schema."""
 
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,7 +11,9 @@ from pipeline.errors import CacheCorruptError, CacheError
 from pipeline.manifest import CacheManifest
 from pipeline.runs.commits import SHARDS, ShardCommit, commit_path, read_commit
 from pipeline.shards.containers import CONTAINERS
+from pipeline.shards.layout import ShardLayout, targets_of
 from pipeline.shards.reader import check_shard_file, layout_of_commit
+from pipeline.targets import SparseTargets
 
 
 @dataclass
@@ -57,12 +60,10 @@ def _verify_partition(folder: Path, manifest: CacheManifest, partition: int, key
         raise CacheCorruptError(f"{commit_path(folder, partition)}: {commit.num_sequences} sequences of {expected}.")
     path = folder / SHARDS / commit.file
     check_shard_file(path, commit)
-    shard = CONTAINERS[manifest.container].open(path, layout_of_commit(manifest, commit))
-    try:
+    layout = layout_of_commit(manifest, commit)
+    with closing(CONTAINERS[manifest.container].open(path, layout)) as shard:
         columns = shard.columns(0, commit.num_sequences)
-    finally:
-        shard.close()
-    for problem in _contradictions(columns, manifest):
+    for problem in _contradictions(columns, manifest, layout):
         raise CacheCorruptError(f"{path}: {problem}; delete its commit record and capture again.")
     for key in map(bytes, columns["key"]):
         if keys.setdefault(key, partition) != partition:
@@ -70,10 +71,9 @@ def _verify_partition(folder: Path, manifest: CacheManifest, partition: int, key
     return commit
 
 
-def _contradictions(columns: dict[str, np.ndarray], manifest: CacheManifest) -> list[str]:
-    count = len(columns["logsumexps"])
-    ids, draws = (columns.get(name, np.zeros((count, 0), np.int32)) for name in ("ids", "draws"))
-    logits = columns.get("logits", np.zeros((count, 0), np.float32))
+def _contradictions(columns: dict[str, np.ndarray], manifest: CacheManifest, layout: ShardLayout) -> list[str]:
+    targets = targets_of(columns, layout)
+    ids, draws, logits = targets.ids, targets.draws, targets.logits
     ordered = np.sort(ids, axis=1)
     rules = {
         "token ids outside the vocabulary": _within(columns["token_ids"], manifest.vocab_size),
@@ -82,10 +82,10 @@ def _contradictions(columns: dict[str, np.ndarray], manifest: CacheManifest) -> 
         "logits that are not in falling order from 0": bool(
             (logits[:, :1] == 0).all() and (np.diff(logits) <= 0).all()
         ),
-        "a logsumexp that is not finite": bool(np.isfinite(columns["logsumexps"]).all()),
-        "a tail mass above 1": bool((columns["tail_logprobs"] <= 1e-3).all()),
-        "an entropy that is not finite": bool(np.isfinite(columns["entropies"]).all()),
-        "probabilities that do not sum to 1": _sums_to_one(logits, columns, manifest.temperatures),
+        "a logsumexp that is not finite": bool(np.isfinite(targets.logsumexps).all()),
+        "a tail mass above 1": bool((targets.tail_logprobs <= 1e-3).all()),
+        "an entropy that is not finite": bool(np.isfinite(targets.entropies).all()),
+        "probabilities that do not sum to 1": _sums_to_one(targets),
         "draws outside the vocabulary": _within(draws[(draws != -1).all(1)], manifest.vocab_size),
         "draws from the stored ids": not any((ids == column[:, None]).any() for column in draws.T),
     }
@@ -96,11 +96,6 @@ def _within(ids: np.ndarray, vocab_size: int) -> bool:
     return ids.size == 0 or (int(ids.min()) >= 0 and int(ids.max()) < vocab_size)
 
 
-def _sums_to_one(logits: np.ndarray, columns: dict[str, np.ndarray], temperatures: tuple[float, ...]) -> bool:
-    logits = logits.astype(np.float32)
-    for index, temperature in enumerate(temperatures):
-        head = np.exp(logits / temperature - columns["logsumexps"][:, index, None]).sum(axis=1)
-        total = head + np.exp(columns["tail_logprobs"][:, index].astype(np.float32))
-        if not np.allclose(total, 1.0, atol=5e-3):
-            return False
-    return True
+def _sums_to_one(targets: SparseTargets) -> bool:
+    totals = [targets.probs(T).sum(axis=1) + targets.tail_mass(T) for T in targets.temperatures]
+    return all(np.allclose(total, 1.0, atol=1e-3) for total in totals)

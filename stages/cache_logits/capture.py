@@ -21,8 +21,8 @@ from pipeline.errors import CorpusError
 from pipeline.manifest import CacheManifest
 from pipeline.runs.commits import ShardCommit, commit_shard, partial_shard_path
 from pipeline.shards.containers import CONTAINERS, ShardWriter
-from pipeline.shards.layout import ShardLayout, encode
-from pipeline.targets import SparseTargets, concatenate
+from pipeline.shards.layout import ShardLayout, encode, targets_of
+from pipeline.targets import SparseTargets, concatenate, reconstruction_errors
 from stages.cache_logits.engine import Engine, Request
 
 QUEUE_SEQUENCES = 256
@@ -181,11 +181,12 @@ class _Writer:
 
     def _fill(self, writer: ShardWriter, layout: ShardLayout, item: Any) -> "_Statistics | None":
         """Write `item` and the rest of its shard's sequences; None if there are no more."""
-        statistics = _Statistics(self._manifest.temperatures)
+        statistics = _Statistics(self._manifest.temperatures, self._manifest.max_kl_error)
         for remaining in reversed(range(layout.num_sequences)):
             sequence, targets = item
-            statistics.add(targets)
-            writer.append(encode(layout, sequence, targets))
+            columns = encode(layout, sequence, targets)
+            statistics.add(targets, targets_of(columns, layout))
+            writer.append(columns)
             item = self._queue.get() if remaining else None
             if remaining and (item is None or self._stopped.is_set()):
                 return None
@@ -196,18 +197,33 @@ class _Writer:
 class _Statistics:
     """Sums over the targets of a shard, for its commit record."""
 
-    def __init__(self, temperatures: tuple[float, ...]) -> None:
+    def __init__(self, temperatures: tuple[float, ...], max_kl_error: float) -> None:
         self._started = time.time()
-        self._temperatures = temperatures
-        self._sums = np.zeros((3, len(temperatures)))
+        self._temperatures, self._max_kl_error = temperatures, max_kl_error
+        self._sums = np.zeros((4, len(temperatures)))
+        self._largest = np.zeros(len(temperatures))
+        self._num_targets = 0
 
-    def add(self, targets: SparseTargets) -> None:
-        """Count the targets of one sequence."""
+    def add(self, targets: SparseTargets, stored: SparseTargets) -> None:
+        """Count the targets of one sequence, and what their stored form has lost."""
+        kl, errors = reconstruction_errors(targets, stored)
         for index, temperature in enumerate(self._temperatures):
             values = (targets.entropy(temperature), targets.tail_mass(temperature), targets.label_logprobs(temperature))
-            self._sums[:, index] += [value.sum(dtype=np.float64) for value in values]
+            self._sums[:, index] += [value.sum(dtype=np.float64) for value in (*values, kl[:, index])]
+        self._largest = np.maximum(self._largest, errors.max(axis=0, initial=0))
+        self._num_targets += len(targets)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON values: sums a temperature, seconds from the first sequence to the last."""
+        """JSON values: sums and means a temperature, seconds from the first sequence to the last.
+
+        Raises RuntimeError if the stored targets break the cache's promise.
+        """
         names = ("sum_entropy", "sum_tail_mass", "sum_label_logprob")
-        return dict(zip(names, self._sums.tolist())) | {"seconds": round(time.time() - self._started, 3)}
+        kl = self._sums[3] / max(1, self._num_targets)
+        if (kl > self._max_kl_error * 1.001 + 1e-9).any():
+            raise RuntimeError(
+                f"rounding cost {kl.tolist()} nats; the bound is {self._max_kl_error}: a bug of the codec"
+            )
+        sums = dict(zip(names, self._sums[:3].tolist())) | {"mean_kl_error": kl.tolist()}
+        sums["max_probability_error"] = self._largest.tolist()
+        return sums | {"seconds": round(time.time() - self._started, 3)}

@@ -42,8 +42,8 @@ def test_the_recipe_is_the_default():
 def test_flags_override_the_file_and_the_file_the_defaults(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("teacher: t\ncorpus: c\nout: o\ntop_k: 32\nshard_tokens: 1e6\n")
-    config = load_config(CacheConfig, path, {"top_k": 8, "codec": None})
-    assert (config.top_k, config.shard_tokens, config.codec) == (8, 1_000_000, "compact")
+    config = load_config(CacheConfig, path, {"top_k": 8, "max_kl_error": None})
+    assert (config.top_k, config.shard_tokens, config.max_kl_error) == (8, 1_000_000, 1e-4)
 
 
 def test_yaml_number_without_a_point_is_a_number(tmp_path):

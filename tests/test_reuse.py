@@ -14,8 +14,6 @@ from pipeline.errors import CacheCorruptError, CacheMismatchError
 from pipeline.lifecycle.known import GrownCorpus, KnownSequence, KnownTargets
 from pipeline.manifest import CacheManifest
 from pipeline.runs.commits import SHARDS, commit_path
-from pipeline.shards.codec import CODECS
-from pipeline.shards.layout import decode, encode
 from pipeline.shards.verify import verify_cache
 from stages.cache_logits import cache_logits
 from stages.cache_logits.capture import capture
@@ -27,7 +25,6 @@ from tests.small import (
     FakeEngine,
     contents_of,
     fake_manifest,
-    fake_targets,
     make_cache,
     make_corpus,
     make_teacher,
@@ -87,9 +84,9 @@ def assert_same(folder: Path, wanted: Path) -> None:
 
 
 @pytest.mark.parametrize(("old", "new"), [("arrow", "arrow"), ("zarr", "arrow"), ("arrow", "zarr")])
-@pytest.mark.parametrize("codec", sorted(CODECS))
-def test_only_new_sequences_are_scored_and_the_cache_is_as_if_all_were(tmp_path, corpora, old, new, codec):
-    settings = {"codec": codec, "tail_samples": 3}
+@pytest.mark.parametrize("max_kl_error", [0.0, 1e-4])
+def test_only_new_sequences_are_scored_and_the_cache_is_as_if_all_were(tmp_path, corpora, old, new, max_kl_error):
+    settings = {"max_kl_error": max_kl_error, "tail_samples": 3}
     earlier = make_cache(tmp_path / "old", corpora / "old", container=old, **settings)
     engine = grown(tmp_path / "grown", corpora / "new", [earlier], container=new, **settings)
     documents = [document for sequence in SEQUENCES[25:] for document in documents_of(sequence)]
@@ -113,23 +110,17 @@ def test_several_and_unfinished_caches_can_be_reused(tmp_path, corpora):
     assert_same(tmp_path / "grown", make_cache(tmp_path / "scratch", corpora / "new"))
 
 
-@pytest.mark.parametrize("codec", sorted(CODECS))
-def test_rounding_twice_is_rounding_once(corpora, codec):
-    corpus = Corpus(corpora / "old")
-    manifest = fake_manifest(corpus, codec=codec, tail_samples=4)
-    for sequence in corpus.rows():
-        tokens = sequence.token_ids[sequence.target_positions]
-        targets = fake_targets(tokens, 8, (1.0, 2.0), manifest.vocab_size, 4)
-        layout = manifest.layout(
-            num_sequences=1,
-            num_tokens=len(sequence.token_ids),
-            num_documents=len(sequence.document_lengths),
-            num_targets=len(tokens),
-        )
-        once = encode(layout, sequence, targets)
-        twice = encode(layout, sequence, decode(once, (1.0, 2.0), "here").targets)
-        for name, values in once.items():
-            assert twice[name].tobytes() == values.tobytes(), name
+def test_copies_of_rounded_targets_never_claim_a_smaller_error_than_they_have(tmp_path, corpora):
+    """Every mean is at least that of the targets as they would be measured, and never above the bound."""
+    earlier = make_cache(tmp_path / "old", corpora / "old")
+    grown(tmp_path / "grown", corpora / "new", [earlier])
+    scored = make_cache(tmp_path / "scratch", corpora / "new")
+    for commits in zip(*(open_cache(folder).commits for folder in (tmp_path / "grown", scored)), strict=True):
+        stated, measured = (np.array(commit.statistics["mean_kl_error"]) for commit in commits)
+        assert (stated >= measured * (1 - 1e-6)).all()
+        assert (stated <= 1e-4 * 1.001).all()
+        stated, measured = (np.array(commit.statistics["max_probability_error"]) for commit in commits)
+        assert (stated >= measured).all()
 
 
 def test_rows_of_other_masks_or_documents_are_not_known(tmp_path, corpora):
@@ -198,7 +189,7 @@ def test_run_without_anything_new_loads_no_teacher(tmp_path, teacher, corpora, o
     [
         ({"top_k": 16}, r"top_k is 8, now 16 \(the tail's mass and draws belong to that k"),
         ({"temperatures": (1.0, 4.0)}, r"temperatures is .*now .*4\.0.*\(p_T needs the sum over the whole vocabulary"),
-        ({"codec": "lossless"}, r"codec is compact, now lossless \(its values were rounded otherwise\)"),
+        ({"max_kl_error": 0.0}, r"max_kl_error is 0\.0001, now 0\.0 \(its values were rounded otherwise\)"),
         ({"tail_samples": 2}, r"tail_samples is 0, now 2 \(draws cannot be made from what is stored\); draw_temp"),
     ],
 )

@@ -3,7 +3,7 @@
     python -m benchmarks.chaos --workers 8 --partitions 500 --kills 200 --seeds 20
 
 Forks real workers (`stages.cache_logits.worker.work`) into one folder. Their engine answers by a formula,
-after a random pause that keeps the run going for as long as there is somebody to kill. While they work it picks victims at random: kill -9, SIGSTOP for longer than a lease, SIGTERM. Each worker believes to
+after a random pause that is long whenever the work is ahead of the kills. While they work it picks victims at random: kill -9, SIGSTOP for longer than a lease, SIGTERM. Each worker believes to
 be on one of several hosts, so that most vanished workers are found by the age of their leases alone, and
 lives in a time zone of its own: its clock is up to a day wrong. Half of the workers belong to a second
 submission with the same ranks. A worker that ends before the cache is complete is started again.
@@ -13,8 +13,10 @@ left running. Prints a line a seed; exit code 1 at the first seed that fails.
 """
 
 import argparse
+import ctypes
 import functools
 import json
+import mmap
 import os
 import random
 import shutil
@@ -35,14 +37,17 @@ from pipeline.shards.verify import verify_cache
 from tests.workers import LEASE_S, UnevenEngine, new_cache, start_worker, tiny_corpus
 
 HOSTS = 3
+FAST_S, SLOW_S = 0.005, 0.5
+"""Mean time of an answer."""
 DEADLINE_S = 600.0
 
 
 class Chaos:
     """One run under fire."""
 
-    def __init__(self, folder: Path, corpus: Path, workers: int, seed: int, delay_s: float) -> None:
-        self.folder, self.corpus, self.delay_s = folder, corpus, delay_s
+    def __init__(self, folder: Path, corpus: Path, workers: int, seed: int) -> None:
+        self.folder, self.corpus = folder, corpus
+        self.delay_s = ctypes.c_double.from_buffer(mmap.mmap(-1, ctypes.sizeof(ctypes.c_double)))
         self.random = random.Random(seed)
         submission = max(workers // 2, 1)
         self.ranks = [Rank(index % submission, submission) for index in range(workers)]
@@ -88,14 +93,17 @@ class Chaos:
         if event == "stops":
             self.stopped[victim] = time.monotonic() + 2 * LEASE_S
 
-    def run(self, kills: int, pause_s: float) -> None:
+    def run(self, partitions: int, kills: int, pause_s: float) -> None:
         """Start all, strike until `kills` were killed, then let them finish."""
         deadline = time.monotonic() + DEADLINE_S
+        self.delay_s.value = FAST_S
         for slot in range(len(self.ranks)):
             self.start(slot)
         next_strike = time.monotonic()
         while self.alive:
             self.tend()
+            ahead = len(list_commits(self.folder)) * kills > self.counts["kills"] * partitions
+            self.delay_s.value = SLOW_S if ahead else FAST_S
             if time.monotonic() > deadline:
                 raise SystemExit("the run does not end")
             if self.alive and self.counts["kills"] < kills and time.monotonic() > next_strike:
@@ -126,7 +134,6 @@ def main() -> None:
     parser.add_argument("--partitions", type=int, default=500)
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--pause", type=float, default=0.03, help="mean seconds between two strikes")
-    parser.add_argument("--delay", type=float, default=0.25, help="mean seconds for an answer of the engine")
     parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, default="/dev/shm" if os.path.isdir("/dev/shm") else None)
@@ -137,8 +144,8 @@ def main() -> None:
         for seed in range(options.first_seed, options.first_seed + options.seeds):
             folder = new_cache(scratch / f"cache{seed}", corpus)
             started = time.monotonic()
-            chaos = Chaos(folder, corpus, options.workers, seed, options.delay)
-            chaos.run(options.kills, options.pause)
+            chaos = Chaos(folder, corpus, options.workers, seed)
+            chaos.run(options.partitions, options.kills, options.pause)
             found = problems(folder, corpus, options.partitions)
             spare = len(os.listdir(folder / SHARDS)) - options.partitions
             result = {

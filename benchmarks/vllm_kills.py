@@ -44,7 +44,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--sequences", type=int, default=6000)
+    parser.add_argument("--sequences", type=int, default=1000)
     parser.add_argument("--victim", choices=("worker", "engine"), default="worker")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="kills-") as scratch:

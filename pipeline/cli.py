@@ -133,14 +133,18 @@ def verify_command(config: VerifyConfig) -> None:
     With --repair, damaged shards are dropped with their records, and the exit code is 0: what is then
     missing, the same `pipeline cache-logits` command computes.
     """
-    from pipeline.lifecycle.repair import repair_cache
+    from pipeline.lifecycle.repair import repair_cache, repair_manifest
     from pipeline.manifest import CacheManifest
     from pipeline.shards.verify import verify_cache
 
     try:
+        if config.repair:
+            repair_manifest(config.cache)
         num_tokens = CacheManifest.read(config.cache).num_tokens
     except CacheCorruptError as damage:
         click.echo(damage)
+        if config.repair:
+            click.echo(f"{config.cache}: the manifest and its copy are damaged; put one back from a backup.")
         sys.exit(1)
     with TerminalReporter().progress("verify", num_tokens) as progress:
         report = verify_cache(config.cache, progress.advance, config.workers)

@@ -5,6 +5,7 @@ two stages. `identity` is what must be equal for two runs to write into one fold
 
     CACHE/
       manifest.json           this document
+      manifest.copy.json      the same again, for `pipeline verify --repair`
       shards/                 one file a partition, named by its partition and writer
       commits/00000.json      names the shard of partition 0 and its checksum
       index.arrow             all commit records of a complete cache; made from them when it is opened
@@ -23,6 +24,7 @@ from pipeline.tokenizer import TokenizerIdentity
 FORMAT = "sparse-target-cache"
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
+COPY = "manifest.copy.json"
 TOKENIZER = "tokenizer"
 PROVENANCE = ("settings", "software", "chat_template", "tokenizer_files")
 """Entries that tell where a cache comes from and do not decide what is in it."""
@@ -112,9 +114,10 @@ class CacheManifest:
             raise CacheMismatchError(f"{folder}: holds a cache made by other settings: {found}; choose another --out.")
 
     def write(self, folder: Location) -> bool:
-        """Publish the manifest; False if another process was first."""
+        """Publish the manifest and then its copy; False if another process was first."""
         document = {"format": FORMAT, "format_version": FORMAT_VERSION, "alignment": ALIGNMENT, **asdict(self)}
-        return write_json(folder / MANIFEST, document, first_wins=True)
+        won = write_json(folder / MANIFEST, document, first_wins=True)
+        return won and write_json(folder / COPY, document)
 
     @classmethod
     def read(cls, folder: Location) -> "CacheManifest":

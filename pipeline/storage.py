@@ -1,22 +1,19 @@
 """Object stores: a cache at s3://bucket/folder (or gs://, az://) instead of in a folder.
 
 `ObjectPath` has the few methods of pathlib.Path that reading and writing a cache takes, so that the
-code above knows no difference but this: a shard is read through a copy on this machine (`local_file`),
+code above knows no difference but this: a shard is read through a copy on this machine (pipeline/copies.py),
 and a file comes into being whole, by one PUT, instead of by a rename.
 
 Credentials and endpoint come from the environment (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, ...), as the
 store's own tools read them. Dropped connections, server errors and throttling are retried for RETRY_S.
 """
 
-import fcntl
 import functools
 import itertools
 import os
 import posixpath
-import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -33,15 +30,6 @@ ATTEMPTS = 4
 RANGE_BYTES = 16 << 20
 """Bytes of a file that are asked for at a time."""
 SCHEMES = ("s3", "s3a", "gs", "az", "abfs", "abfss")
-COPIES, COPIES_GB = "LOGIT_CACHE_DIR", "LOGIT_CACHE_GB"
-"""Environment variables: the folder for local copies of shards, and how much it may hold, in GB."""
-DEFAULT_GB = 100.0
-JUST_USED_S = 10.0
-"""A copy that was used so recently is not removed: its reader may be about to open it."""
-DOWNLOAD = ".download-"
-"""Begins the name of a folder in which a copy arrives."""
-ABANDONED_S = 86_400.0
-"""After so long, a download was killed."""
 
 Result = TypeVar("Result")
 
@@ -91,7 +79,11 @@ class ObjectPath:
 
     def is_file(self) -> bool:
         """Whether there is an object of this very name."""
-        return self._size() is not None
+        try:
+            self.stat()
+        except FileNotFoundError:
+            return False
+        return True
 
     def is_dir(self) -> bool:
         """Whether there are objects below."""
@@ -102,11 +94,9 @@ class ObjectPath:
         return self.is_file() or self.is_dir()
 
     def stat(self) -> Any:
-        """An object with `st_size`; raises FileNotFoundError."""
-        size = self._size()
-        if size is None:
-            raise FileNotFoundError(str(self))
-        return SimpleNamespace(st_size=size)
+        """An object with `st_size` and `st_mtime`; raises FileNotFoundError."""
+        head = self._call("read", lambda store, key: _obstore().head(store, key))
+        return SimpleNamespace(st_size=int(head["size"]), st_mtime=head["last_modified"].timestamp())
 
     def iterdir(self) -> "Iterator[ObjectPath]":
         """What lies directly below, by name."""
@@ -170,12 +160,6 @@ class ObjectPath:
         """Delete the object, if it is there."""
         self._call("delete", lambda store, key: _obstore().delete(store, key))
 
-    def _size(self) -> int | None:
-        try:
-            return int(self._call("read", lambda store, key: _obstore().head(store, key)["size"]))
-        except FileNotFoundError:
-            return None
-
     def _call(self, verb: str, request: Callable[[Any, str], Result]) -> Result:
         """The answer to a request; what the store's client raises becomes a StorageError of one line."""
         from obstore.exceptions import BaseError, GenericError
@@ -200,69 +184,6 @@ Location = Path | ObjectPath
 def location(value: str | Path) -> Location:
     """A folder of this machine, or the URL of an object store."""
     return ObjectPath(str(value)) if "://" in str(value) else Path(value)
-
-
-def copies_folder() -> Path:
-    """The folder for local copies of shards, made if need be."""
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "logit-cache-pipeline"
-    folder = Path(os.environ.get(COPIES) or default)
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
-def local_copy(path: ObjectPath, checksum: str, is_whole: Callable[[Path], bool]) -> Path:
-    """A file of this machine with the contents of an object, whose hash is `checksum`.
-
-    The copy is kept for the next time, under the hash; those used longest ago make room. Raises
-    FileNotFoundError, and ValueError if two downloads in turn are not `is_whole`.
-    """
-    folder = copies_folder()
-    copy = folder / checksum
-    with (folder / f".lock-{checksum[:2]}").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # the ranks of one machine download a shard once
-        for _ in range(2):
-            if copy.is_file() and is_whole(copy):
-                os.utime(copy)
-                return copy
-            with tempfile.TemporaryDirectory(dir=folder, prefix=DOWNLOAD) as scratch:
-                path.download(Path(scratch) / checksum)
-                os.replace(Path(scratch) / checksum, copy)
-            _make_room(copy)
-        if is_whole(copy):
-            return copy
-        copy.unlink(missing_ok=True)
-    raise ValueError(f"{path}: its bytes are not those of the checksum {checksum}")
-
-
-def local_folder(folder: Location, scratch: Path) -> Path:
-    """`folder` itself, or a copy of its files in `scratch`."""
-    if isinstance(folder, Path):
-        return folder
-    scratch.mkdir(parents=True, exist_ok=True)
-    for path in folder.iterdir():
-        (scratch / path.name).write_bytes(path.read_bytes())
-    return scratch
-
-
-def _make_room(newest: Path) -> None:
-    limit = float(os.environ.get(COPIES_GB) or DEFAULT_GB) * 1e9
-    now = time.time()
-    used = []
-    for path in newest.parent.iterdir():
-        try:
-            status = path.stat()
-        except FileNotFoundError:  # another process makes room too
-            continue
-        if path.name.startswith(DOWNLOAD) and now - status.st_mtime > ABANDONED_S:
-            shutil.rmtree(path, ignore_errors=True)
-        elif path.is_file() and not path.name.startswith("."):
-            used.append((status.st_mtime, status.st_size, path))
-    total = sum(size for _, size, _ in used)
-    for mtime, size, path in sorted(used):
-        if total <= limit or now - mtime < JUST_USED_S:
-            break
-        path.unlink(missing_ok=True)
-        total -= size
 
 
 def _obstore() -> Any:

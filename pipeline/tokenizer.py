@@ -5,16 +5,16 @@ of the vocabulary and of the ids of a fixed probe text (which also sees merges a
 pre-tokenisation), not of the files, so that a re-saved tokenizer stays the same.
 """
 
-import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
+from pipeline.copies import kept_copy
 from pipeline.errors import ConfigError
 from pipeline.files import canonical_json
-from pipeline.storage import Location, local_folder
+from pipeline.storage import Location, ObjectPath
 
 FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "merges.txt", "tekken.json")
 PROBE = "The quick brown fox's 3.14159…\n\tdef f(x: int) -> str:\r\n    return f'{x!r}'  # 中文分词，測試。 привет 🙂 naïve\x00\n\n"
@@ -50,20 +50,17 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def load_tokenizer(folder: Location) -> Any:
-    """The transformers tokenizer in `folder`; never asks a model hub."""
-    with tempfile.TemporaryDirectory() as scratch:
-        local = local_folder(folder, Path(scratch) / "tokenizer")
-        if not has_tokenizer(local):
-            raise ConfigError(
-                f"{folder}: no tokenizer there; expected a folder with tokenizer.json or tokenizer.model."
-            )
-        from transformers import AutoTokenizer
+    """The transformers tokenizer in `folder`, or under a URL; never asks a model hub."""
+    if isinstance(folder, ObjectPath):
+        folder = kept_copy(folder)
+    if not has_tokenizer(folder):
+        raise ConfigError(f"{folder}: no tokenizer there; expected a folder with tokenizer.json or tokenizer.model.")
+    from transformers import AutoTokenizer
 
-        try:
-            return AutoTokenizer.from_pretrained(str(local), local_files_only=True)
-        except Exception as exc:  # whatever a foreign file makes the library raise
-            reason = " ".join(str(exc).split())
-            raise ConfigError(f"{folder}: transformers cannot load this tokenizer: {reason}") from exc
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except Exception as exc:  # whatever a foreign file makes the library raise
+        raise ConfigError(f"{folder}: transformers cannot load this tokenizer: {' '.join(str(exc).split())}") from exc
 
 
 def identify(tokenizer: Any) -> TokenizerIdentity:

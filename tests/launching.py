@@ -56,7 +56,7 @@ class SmallJob:
         assert len(list((self.cache / SHARDS).iterdir())) >= self.partitions
 
 
-def small_job(folder: Path, sequences: int = 120, layers: int = 2, **changes: object) -> SmallJob:
+def small_job(folder: Path, sequences: int = 120, layers: int = 2, max_steps: int = 2, **changes: object) -> SmallJob:
     """A job of one sequence a partition; `layers` sets how long each takes, `changes` are of the capture."""
     teacher = make_teacher(folder / "teacher", num_hidden_layers=layers)
     corpus = make_corpus(folder / "corpus", random_sequences(sequences, 300))
@@ -70,7 +70,12 @@ def small_job(folder: Path, sequences: int = 120, layers: int = 2, **changes: ob
         "lease_s": 10.0,
         "batch_tokens": 96,
     }
-    train = {"student": str(teacher), "cache": str(folder / "cache"), "out": str(folder / "student"), "max_steps": 2}
+    train = {
+        "student": str(teacher),
+        "cache": str(folder / "cache"),
+        "out": str(folder / "student"),
+        "max_steps": max_steps,
+    }
     (folder / "cache-logits.yaml").write_text(json.dumps(capture | changes))
     (folder / "train-student.yaml").write_text(json.dumps(train | {"batch_size": 2, "save_steps": 2}))
     return SmallJob(folder, corpus, sequences)

@@ -123,14 +123,14 @@ class SlurmCluster:
         """kill -9 of a node's daemon and of all that it has started: a node that loses power."""
         with contextlib.suppress(psutil.Error):
             psutil.Process(int((self.folder / f"slurmd-{name}.pid").read_text())).kill()
-        victims = set()
+        tasks, steps = set(), set()
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
                 environment = process.environ()
                 if environment.get("SLURMD_NODENAME") == name and environment["SLURM_CONF"] == self.config:
-                    victims.add(process)
-                    victims.update(parent for parent in process.parents() if parent.name() == "slurmstepd")
-        for process in victims:
+                    tasks.add(process)
+                    steps.update(parent for parent in process.parents() if parent.name().startswith("slurmstepd"))
+        for process in [*steps, *tasks]:  # first those that would tell the controller of the others' end
             with contextlib.suppress(psutil.Error):
                 process.kill()
 
@@ -162,7 +162,8 @@ class SlurmCluster:
 
     def start_requeued(self) -> None:
         """Let requeued tasks start without the two minutes for which Slurm holds them back."""
-        for job_id, *_ in self.jobs("PD"):
+        waiting = self.run("squeue", "--noheader", "--array", "--states=PD", "-o", "%i %r").splitlines()
+        for job_id in [line.split()[0] for line in waiting if line.split()[1] == "BeginTime"]:
             with contextlib.suppress(AssertionError):
                 self.run("scontrol", "update", f"job={job_id}", "StartTime=now")
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -13,13 +14,14 @@ import psutil
 import pytest
 
 from pipeline import open_cache
-from pipeline.config import CacheConfig
+from pipeline.config import CacheConfig, PrepareConfig
 from pipeline.corpus import Corpus, TokenSequence
 from pipeline.errors import CacheMismatchError, ConfigError, CorpusError, EngineError
-from pipeline.runs.commits import COMMITS, SHARDS
+from pipeline.runs.commits import COMMITS, SHARDS, list_commits
 from pipeline.shards.verify import verify_cache
 from stages.cache_logits import cache_logits
-from tests.helpers import tiny_tokenizer
+from stages.prepare import prepare
+from tests.helpers import MARKED_CHAT_TEMPLATE, tiny_tokenizer
 from tests.oracle import assert_true_top_k, entropy, softmax
 from tests.small import CONTEXT, make_corpus, make_counting_teacher, make_teacher, random_sequences, true_logits
 
@@ -119,6 +121,33 @@ def test_vllm_killed_and_continued_is_exact_and_agrees_with_transformers(tmp_pat
         cache_logits(dataclasses.replace(config, engine="transformers"))
 
 
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_vllm_worker_drains_and_outlives_its_engine(tmp_path, teacher, corpus):
+    """Signals to every process, as Slurm sends them; then a kill -9 of the engine, as the kernel's, short of memory."""
+    config = settings(teacher, corpus, tmp_path / "cache", engine="vllm", shard_tokens=1)
+    process = run_command(config)
+    wait_for_commits(config.out, 1, process)
+    started = psutil.Process(process.pid).children(recursive=True)
+    for each in [*started, process]:
+        each.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 75, errors
+    assert psutil.wait_procs(started, timeout=20)[1] == []
+    assert 0 < len(list_commits(config.out)) < Corpus(corpus).manifest.num_sequences
+    assert list((config.out / SHARDS).glob("*.partial")) == []
+    process = run_command(config)
+    wait_for_commits(config.out, len(list_commits(config.out)) + 1, process)
+    engines = [child for child in psutil.Process(process.pid).children() if "Engine" in "".join(child.cmdline())]
+    assert engines
+    for engine in engines:
+        engine.kill()
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    assert "EngineDeadError" in errors
+    assert verify_cache(config.out).problems == []
+
+
 @pytest.mark.parametrize(("max_kl_error", "tolerance"), [(0.0, 1e-5), (1e-4, 1e-3)])
 @pytest.mark.parametrize("container", ["arrow", "zarr"])
 def test_transformers_is_exact(tmp_path, teacher, corpus, max_kl_error, tolerance, container):
@@ -202,6 +231,20 @@ def test_sequence_longer_than_the_context_is_refused(tmp_path, teacher):
     corpus = make_corpus(tmp_path / "corpus", random_sequences(2, 300, longest=CONTEXT + 4))
     with pytest.raises(ConfigError, match=rf"up to {CONTEXT + 4} tokens; the context of .* is {CONTEXT}"):
         cache_logits(settings(teacher, corpus, tmp_path / "cache"))
+
+
+def test_manifest_names_the_template_that_wrote_the_conversations(tmp_path, teacher):
+    """It tells where a cache comes from; what is in the cache, the tokens decide."""
+    chats = tmp_path / "chats.jsonl"
+    chats.write_text('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b c"}]}\n')
+    manifests = []
+    for name, template in (("first", MARKED_CHAT_TEMPLATE), ("second", MARKED_CHAT_TEMPLATE + "{# changed #}")):
+        tiny_tokenizer(tmp_path / name / "tokenizer", chat_template=template)
+        corpus = tmp_path / name / "corpus"
+        prepare(PrepareConfig(inputs=(chats,), tokenizer=corpus.parent / "tokenizer", out=corpus, sequence_length=64))
+        manifests.append(cache_logits(settings(teacher, corpus, tmp_path / name / "cache")))
+    assert len({manifest.chat_template for manifest in manifests} - {None}) == 2
+    manifests[0].require_equal(manifests[1], tmp_path)
 
 
 def test_empty_corpus_is_refused(tmp_path, teacher, corpus):

@@ -150,6 +150,32 @@ def test_the_command_says_what_to_run_next_and_exits_0(tmp_path, whole):
     assert sorted(path.name for path in (folder / COMMITS).iterdir())[:2] == ["00000.json", "00002.json"]
 
 
+@pytest.mark.parametrize("lost", ["manifest.json", "manifest.copy.json"])
+@pytest.mark.parametrize("kind", ["flipped", "empty", "gone"])
+def test_manifest_and_its_copy_make_each_other_again(tmp_path, whole, lost, kind):
+    folder = tmp_path / "cache"
+    shutil.copytree(whole, folder)
+    path = folder / lost
+    {"flipped": lambda: flip(path, 90), "empty": lambda: path.write_bytes(b""), "gone": path.unlink}[kind]()
+    if not (lost == "manifest.copy.json" and kind == "gone"):
+        assert run("verify", folder)[0] != 0
+    code, out, _ = run("verify", folder, "--repair")
+    assert code == 0, out
+    assert (folder / lost).read_bytes() == (whole / lost).read_bytes()
+    assert_equal_caches(folder, whole)
+    assert verify_cache(folder).problems == []
+
+
+def test_two_damaged_manifests_are_beyond_repair(tmp_path, whole):
+    folder = tmp_path / "cache"
+    shutil.copytree(whole, folder)
+    for name in ("manifest.json", "manifest.copy.json"):
+        flip(folder / name, 77)
+    code, out, _ = run("verify", folder, "--repair")
+    assert code == 1
+    assert "put one back from a backup" in out
+
+
 def test_verify_finds_sequences_that_are_there_twice(tmp_path):
     """A record that was made to fit another partition's shard."""
     sequences = [random_sequences(1, 300, seed=seed)[0] for seed in range(8)]

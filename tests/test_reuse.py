@@ -14,6 +14,7 @@ from pipeline.errors import CacheCorruptError, CacheMismatchError
 from pipeline.lifecycle.known import GrownCorpus, KnownSequence, KnownTargets
 from pipeline.manifest import CacheManifest
 from pipeline.runs.commits import SHARDS, commit_path
+from pipeline.shards.layout import encode
 from pipeline.shards.verify import verify_cache
 from stages.cache_logits import cache_logits
 from stages.cache_logits.capture import capture
@@ -121,6 +122,20 @@ def test_copies_of_rounded_targets_never_claim_a_smaller_error_than_they_have(tm
         assert (stated <= 1e-4 * 1.001).all()
         stated, measured = (np.array(commit.statistics["max_probability_error"]) for commit in commits)
         assert (stated >= measured).all()
+
+
+def test_known_sequences_are_not_rounded_again(tmp_path, corpora, monkeypatch):
+    """Their stored columns are copied: rounding what was rounded before would change it."""
+    earlier = make_cache(tmp_path / "old", corpora / "old")
+    encoded = []
+
+    def recorded(layout, sequence, targets):
+        encoded.append(sequence.key)
+        return encode(layout, sequence, targets)
+
+    monkeypatch.setattr("stages.cache_logits.capture.encode", recorded)
+    grown(tmp_path / "grown", corpora / "new", [earlier])
+    assert sorted(encoded) == sorted(sequence.key for sequence in SEQUENCES[25:])
 
 
 def test_rows_of_other_masks_or_documents_are_not_known(tmp_path, corpora):

@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 
+import psutil
 import pytest
 
 from pipeline.corpus import PARTITIONS
@@ -115,8 +116,8 @@ def test_node_that_dies_and_task_that_is_requeued(slurm, tmp_path):
     slurm.kill_node("n2")
     slurm.run("scontrol", "requeue", slurm.run("squeue", "--noheader", "-w", "n1", "-o", "%A"))
     slurm.wait_until(lambda: "down" in {state.rstrip("*") for state in slurm.node_states()})
-    slurm.start_node("n2")
     slurm.wait_until(lambda: ended(slurm, "gate"))
+    slurm.start_node("n2")
     assert states(slurm, "capture") == ["COMPLETED", "COMPLETED"], log(job, "*")
     assert states(slurm, "gate") == ["COMPLETED"]
     job.assert_whole()
@@ -131,9 +132,23 @@ def _resolves(name: str) -> bool:
 
 
 @pytest.mark.skipif(not _resolves("n1"), reason="needs `127.0.0.1 n1 n2` in /etc/hosts")
-def test_student_on_two_nodes(slurm, tmp_path):
-    job = small_job(tmp_path, sequences=20)
+def test_student_on_two_nodes_continues_after_a_rank_was_killed(slurm, tmp_path):
+    job = small_job(tmp_path, sequences=20, max_steps=60)
     submit(slurm, job, "--student-nodes", 2, student=True)
+    slurm.wait_until(lambda: list((job.student / "checkpoints").glob("checkpoint-*")))
+    os.kill(ranks(slurm)[-1].pid, signal.SIGKILL)
     slurm.wait_until(lambda: ended(slurm, "student"))
     assert states(slurm, "student") == ["COMPLETED"], log(job, "student.log")
+    assert "from checkpoint-" in log(job, "student.log")
     assert json.loads((job.student / "run.json").read_text())["world_size"] == 2
+    assert json.loads((job.student / "metrics.json").read_text())["steps"] == 60
+
+
+def ranks(slurm: SlurmCluster) -> list[psutil.Process]:
+    """Processes that train, of this cluster."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if "LOCAL_RANK" in process.environ() and process.environ().get("SLURM_CONF") == slurm.config:
+                found.append(process)
+    return found

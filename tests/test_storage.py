@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -14,22 +15,32 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline import open_cache, storage
+from pipeline import copies, open_cache, storage
 from pipeline.config import CacheConfig, ConvertConfig, ExportConfig, MergeConfig, TrainConfig, load_config
 from pipeline.corpus import Corpus
-from pipeline.errors import CacheCorruptError, CacheIncompleteError, CacheMismatchError, ConfigError, StorageError
-from pipeline.files import hash_file, read_json, write_json
+from pipeline.errors import (
+    CacheCorruptError,
+    CacheIncompleteError,
+    CacheMismatchError,
+    ConfigError,
+    Drained,
+    StorageError,
+)
+from pipeline.files import hash_file, owner_name, read_json, write_json
 from pipeline.lifecycle.convert import convert_cache
 from pipeline.lifecycle.export import export_cache
 from pipeline.lifecycle.merge import merge_caches
 from pipeline.lifecycle.repair import repair_cache
 from pipeline.manifest import CacheManifest
-from pipeline.runs.commits import COMMITS, SHARDS, commit_path, read_commit
+from pipeline.progress import Reporter
+from pipeline.runs.commits import COMMITS, SHARDS, commit_path, list_commits, read_commit, remove_leftovers
 from pipeline.runs.folder import open_folder
+from pipeline.runs.rank import Rank
 from pipeline.shards.verify import verify_cache
 from pipeline.storage import ObjectPath
 from stages.cache_logits import cache_logits
 from stages.cache_logits.capture import capture
+from stages.cache_logits.store_worker import work_in_store
 from stages.train_student import train_student
 from tests.helpers import run
 from tests.small import FakeEngine, contents_of, fake_manifest, llama_config, make_cache
@@ -83,7 +94,7 @@ def server(running, tmp_path, monkeypatch):
         "AWS_REGION": "us-east-1",
         "AWS_ENDPOINT_URL": running.address,
         "AWS_ALLOW_HTTP": "true",
-        storage.COPIES: str(tmp_path / "copies"),
+        copies.COPIES: str(tmp_path / "copies"),
     }.items():
         monkeypatch.setenv(name, value)
     running.fail()
@@ -238,7 +249,18 @@ def test_capture_into_the_store_commits_each_partition_once_whatever_fails(serve
     assert verify_cache(url).problems == []
     assert_equal(url, local)
     assert len(list((url / SHARDS).iterdir())) == len(list((url / COMMITS).iterdir()))
-    assert [path for path in storage.copies_folder().iterdir() if path.name.endswith(".partial")] == []
+    assert [path for path in copies.copies_folder().iterdir() if path.name.endswith(".partial")] == []
+
+
+def test_what_a_killed_writer_left_on_this_machine_goes(url, local):
+    put_cache(local, url)
+    place = owner_name().rpartition(".")[0]
+    dead, alive = (copies.copies_folder() / f"00001-0123abcd-{place}.{pid}.arrow.partial" for pid in (2**22 + 1, 1))
+    for path in (dead, alive):
+        path.touch()
+    assert remove_leftovers(url) == 1
+    assert not dead.exists()
+    assert alive.exists()
 
 
 def test_two_writers_of_one_cache_commit_each_partition_once(url, corpus, local):
@@ -289,6 +311,35 @@ def test_cache_logits_writes_to_the_store_and_reuses_from_it(url, teacher, corpu
     assert verify_cache(url).problems == []
 
 
+class InterruptedEngine(FakeEngine):
+    """Asks its process to drain once it has answered a few requests."""
+
+    def score(self, requests):
+        for number, answer in enumerate(super().score(requests)):
+            yield answer
+            if number == 5:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_worker_of_a_store_begins_with_its_share_drains_and_ends_with_what_is_missing(url, corpus):
+    whole = Corpus(corpus)
+    manifest = fake_manifest(whole)
+    open_folder(url, manifest, corpus / "tokenizer")
+    rank = Rank(1, 2)
+
+    def work(engine):
+        work_in_store(url, whole, manifest, lambda: engine(manifest), rank=rank, reporter=Reporter())
+
+    with pytest.raises(Drained, match="run the same command again"):
+        work(InterruptedEngine)
+    committed = list_commits(url)
+    assert committed
+    assert committed < set(rank.share(manifest.num_partitions))
+    work(FakeEngine)
+    assert len(list_commits(url)) == manifest.num_partitions
+    assert [sequence.key for sequence in open_cache(url)] == [sequence.key for sequence in whole.rows()]
+
+
 def test_student_trains_from_the_store_as_from_a_folder(tmp_path, url, local):
     put_cache(local, url)
     llama_config(open_cache(local).manifest.vocab_size, num_hidden_layers=1).save_pretrained(tmp_path / "student")
@@ -311,24 +362,24 @@ def test_copies_keep_to_their_limit_and_the_longest_unused_goes_first(url, local
     put_cache(local, url)
     cache = open_cache(url)
     sizes = [commit.bytes for commit in cache.commits]
-    monkeypatch.setenv(storage.COPIES_GB, str((sizes[0] + max(sizes) + 100) / 1e9))
-    monkeypatch.setattr(storage, "JUST_USED_S", 0.0)
+    monkeypatch.setenv(copies.COPIES_GB, str((sizes[0] + max(sizes) + 100) / 1e9))
+    monkeypatch.setattr(copies, "JUST_USED_S", 0.0)
     starts = cache.manifest.partitions
     for partition in range(len(sizes)):
         open_cache(url)[starts[partition]]
         if partition:
             open_cache(url)[starts[0]]
-        names = {path.name for path in storage.copies_folder().iterdir()}
+        names = {path.name for path in copies.copies_folder().iterdir()}
         assert cache.commits[0].xxh3_128 in names
-        copies = [path for path in storage.copies_folder().iterdir() if not path.name.startswith(".")]
-        assert sum(path.stat().st_size for path in copies) <= float(os.environ[storage.COPIES_GB]) * 1e9
+        kept = [path for path in copies.copies_folder().iterdir() if not path.name.startswith(".")]
+        assert sum(path.stat().st_size for path in kept) <= float(os.environ[copies.COPIES_GB]) * 1e9
 
 
 def test_damaged_copy_is_fetched_again(url, local):
     put_cache(local, url)
     commit = open_cache(url).commits[0]
     open_cache(url)[0]
-    copy = storage.copies_folder() / commit.xxh3_128
+    copy = copies.copies_folder() / commit.xxh3_128
     damaged = bytearray(copy.read_bytes())
     damaged[len(damaged) // 2] ^= 1
     copy.write_bytes(damaged)
@@ -373,4 +424,4 @@ def test_urls_are_settings_only_where_they_can_be(tmp_path):
 def test_missing_cache_is_the_same_error_as_in_a_folder(url):
     with pytest.raises(CacheIncompleteError, match="no cache there"):
         open_cache(url)
-    shutil.rmtree(storage.copies_folder())
+    shutil.rmtree(copies.copies_folder())

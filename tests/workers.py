@@ -1,5 +1,6 @@
 """Workers in forked processes, with an engine that answers by a formula."""
 
+import ctypes
 import os
 import random
 import socket
@@ -41,16 +42,16 @@ def new_cache(folder: Path, corpus: Path) -> Path:
 
 
 class UnevenEngine(FakeEngine):
-    """Takes a random while for each answer."""
+    """Takes a random while for each answer; the mean is read from memory that several processes share."""
 
-    def __init__(self, manifest: CacheManifest, delay_s: float) -> None:
+    def __init__(self, manifest: CacheManifest, delay_s: ctypes.c_double) -> None:
         super().__init__(manifest)
         self._delay_s = delay_s
 
     def score(self, requests: Iterable[Request]) -> Iterator[tuple[Hashable, SparseTargets]]:
         """In groups of three, as FakeEngine does."""
         for answer in super().score(requests):
-            time.sleep(random.expovariate(1 / self._delay_s))
+            time.sleep(random.expovariate(1 / self._delay_s.value))
             yield answer
 
 

@@ -1,12 +1,25 @@
 """Dropping what `verify_cache` found damaged, so that the next `pipeline cache-logits` makes it again."""
 
+import contextlib
 from collections import defaultdict
 
-from pipeline.files import PARTIAL, remove_tree, sync_folder
-from pipeline.manifest import TOKENIZER
+from pipeline.errors import CacheCorruptError
+from pipeline.files import PARTIAL, read_json, remove_tree, sync_folder, write_json
+from pipeline.manifest import COPY, MANIFEST, TOKENIZER
 from pipeline.runs.commits import COMMITS, SHARDS, commit_path, read_commit
 from pipeline.shards.verify import VerifyReport
 from pipeline.storage import Location
+
+
+def repair_manifest(folder: Location) -> bool:
+    """Make a damaged or lost manifest again from its copy, or the copy from it; True if there is a manifest then."""
+    found = {}
+    for name in (MANIFEST, COPY):
+        with contextlib.suppress(FileNotFoundError, CacheCorruptError):
+            found[name] = read_json(folder / name, CacheCorruptError)
+    for name in {MANIFEST, COPY} - found.keys() if found else ():
+        write_json(folder / name, next(iter(found.values())))
+    return bool(found)
 
 
 def repair_cache(folder: Location, report: VerifyReport) -> None:

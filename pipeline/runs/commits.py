@@ -12,11 +12,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.copies import copies_folder
 from pipeline.errors import CacheCorruptError
 from pipeline.files import PARTIAL, hash_file, list_names, owner_is_dead, owner_name, publish, read_json, write_json
 from pipeline.shards.containers import CONTAINERS, structure_of
 from pipeline.shards.layout import ShardLayout
-from pipeline.storage import Location, ObjectPath, copies_folder
+from pipeline.storage import Location, ObjectPath
 
 COMMITS = "commits"
 SHARDS = "shards"
@@ -106,8 +107,11 @@ def is_committed(folder: Location, partition: int) -> bool:
 
 def remove_leftovers(folder: Location) -> int:
     """Delete what dead processes of this host left behind; returns how many files went."""
-    if isinstance(folder, ObjectPath):
-        return 0  # `pipeline verify --repair` deletes them
+    if isinstance(folder, ObjectPath):  # what they have uploaded, `pipeline verify --repair` deletes
+        dead = [path for path in copies_folder().glob(f"*{PARTIAL}") if owner_is_dead(_owner(path.name))]
+        for path in dead:
+            path.unlink(missing_ok=True)
+        return len(dead)
     shards: dict[int, list[str]] = {}
     for name in list_names(folder / SHARDS):
         shards.setdefault(int(name.partition("-")[0]), []).append(name)

@@ -5,6 +5,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from pipeline.copies import local_folder
 from pipeline.errors import CacheMismatchError
 from pipeline.files import partial_path, publish, sync_folder
 from pipeline.manifest import MANIFEST, TOKENIZER, CacheManifest
@@ -12,7 +13,7 @@ from pipeline.runs.commits import COMMITS, SHARDS
 from pipeline.runs.failures import FAILURES
 from pipeline.runs.leases import LEASES
 from pipeline.runs.presence import WORKERS
-from pipeline.storage import Location, ObjectPath, local_folder
+from pipeline.storage import Location, ObjectPath
 
 
 def open_folder(folder: Location, manifest: CacheManifest, tokenizer: Location) -> None:

@@ -89,12 +89,12 @@ class StatusReader:
         manifest, now = self.manifest, self._server_time()
         leases = list_leases(self.folder)
         done = list_commits(self.folder)
-        self._read_commits(done - self._commits.keys())
+        commits = self._read_commits(done)
         failures = {part: count for part, count in list_failures(self.folder).items() if part not in done}
         aside = {part: count for part, count in failures.items() if count >= self._max_failures}
         running, orphaned = self._leases({part: leases[part] for part in leases if part not in done}, now)
         workers = self._workers(now)
-        tokens = sum(commit[0] for commit in self._commits.values())
+        tokens = sum(commit[0] for commit in commits)
         speed = sum(worker.record.tokens_per_s for worker in workers if worker.state in ("capturing", "draining"))
         left = manifest.num_partitions - len(done) - len(aside)
         return RunStatus(
@@ -108,9 +108,9 @@ class StatusReader:
             failed=self._reasons(aside),
             num_tokens=manifest.num_tokens,
             num_tokens_done=tokens,
-            bytes=sum(commit[1] for commit in self._commits.values()),
+            bytes=sum(commit[1] for commit in commits),
             tokens_per_s_now=round(speed, 1),
-            tokens_per_s_so_far=round(self._speed_so_far(tokens, now if running else None), 1),
+            tokens_per_s_so_far=round(self._speed_so_far(commits, now if running else None), 1),
             eta_s=round((manifest.num_tokens - tokens) / speed, 1) if speed and left else None,
             workers=workers,
         )
@@ -127,22 +127,25 @@ class StatusReader:
             return time.time()
         return now
 
-    def _read_commits(self, partitions: set[int]) -> None:
-        """Tokens, bytes and time of commits that were not read before."""
+    def _read_commits(self, done: set[int]) -> list[tuple[int, int, float]]:
+        """Tokens, bytes and time of the commits of the partitions; each is read once."""
 
-        def read(partition: int) -> tuple[int, tuple[int, int, float]]:
-            commit = read_commit(self.folder, partition)
-            assert commit is not None, "a commit record is never removed"
-            return partition, (commit.num_tokens, commit.bytes, commit_path(self.folder, partition).stat().st_mtime)
+        def read(partition: int) -> tuple[int, tuple[int, int, float]] | None:
+            with contextlib.suppress(FileNotFoundError):  # `verify --repair` may take a record away
+                written = commit_path(self.folder, partition).stat().st_mtime
+                commit = read_commit(self.folder, partition)
+                return None if commit is None else (partition, (commit.num_tokens, commit.bytes, written))
+            return None
 
         with ThreadPoolExecutor(READERS) as pool:
-            self._commits.update(pool.map(read, sorted(partitions)))
+            self._commits.update(filter(None, pool.map(read, sorted(done - self._commits.keys()))))
+        return [self._commits[partition] for partition in done if partition in self._commits]
 
-    def _speed_so_far(self, tokens: int, now: float | None) -> float:
+    def _speed_so_far(self, commits: list[tuple[int, int, float]], now: float | None) -> float:
         """Tokens over the time since the plan was made, until the last commit or, if work goes on, until now."""
-        end = now if now is not None else max((commit[2] for commit in self._commits.values()), default=0.0)
+        end = now if now is not None else max((written for *_, written in commits), default=0.0)
         seconds = end - (self.folder / MANIFEST).stat().st_mtime
-        return tokens / seconds if tokens and seconds > 0 else 0.0
+        return sum(commit[0] for commit in commits) / seconds if commits and seconds > 0 else 0.0
 
     def _leases(self, leases: dict[int, int], now: float) -> tuple[dict[int, float], dict[int, float]]:
         lease_s = self.manifest.settings.get("lease_s", 180.0)

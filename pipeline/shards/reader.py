@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.copies import local_copy
 from pipeline.errors import CacheCorruptError
 from pipeline.files import hash_file
 from pipeline.manifest import CacheManifest
@@ -14,7 +15,7 @@ from pipeline.runs.commits import SHARDS, ShardCommit
 from pipeline.shards.containers import CONTAINERS, Shard, structure_of
 from pipeline.shards.index import open_index
 from pipeline.shards.layout import CachedSequence, ShardLayout, decode
-from pipeline.storage import Location, ObjectPath, local_copy, location
+from pipeline.storage import Location, ObjectPath, location
 
 OPEN_SHARDS = 64
 """Shards that a reader keeps open at the same time."""

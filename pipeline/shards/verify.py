@@ -9,7 +9,7 @@ import numpy as np
 
 from pipeline.errors import CacheCorruptError, CacheError
 from pipeline.files import hash_folder
-from pipeline.manifest import TOKENIZER, CacheManifest
+from pipeline.manifest import COPY, MANIFEST, TOKENIZER, CacheManifest
 from pipeline.parallel import available_cores, in_threads
 from pipeline.runs.commits import SHARDS, ShardCommit, commit_path, read_commit
 from pipeline.shards.layout import ShardLayout, targets_of
@@ -73,9 +73,20 @@ def verify_cache(
         if hash_folder(folder / TOKENIZER).get(name) != wanted:
             report.problems.append(f"{folder / TOKENIZER / name}: missing, or its checksum is not the manifest's.")
             report.tokenizer_damaged = True
+    if not _equals_manifest(folder / COPY, folder / MANIFEST):
+        report.problems.append(
+            f"{folder / COPY}: is not the manifest's copy; `pipeline verify --repair` makes it again."
+        )
     if not report.problems and report.num_targets != manifest.num_targets:
         report.problems.append(f"{folder}: {report.num_targets} targets; the manifest says {manifest.num_targets}.")
     return report
+
+
+def _equals_manifest(copy: Location, manifest: Location) -> bool:
+    try:
+        return copy.read_bytes() == manifest.read_bytes()
+    except FileNotFoundError:
+        return True  # its writer was killed before it made the copy
 
 
 def _add(report: VerifyReport, outcome: _Outcome) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.metadata
 import os
+import threading
 import warnings
 from collections.abc import Hashable, Iterable, Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ from pipeline.files import owner_name
 from pipeline.targets import SparseTargets
 from stages.cache_logits.engine import Request, reduction_of, unpack
 from stages.cache_logits.teacher import Teacher
-from stages.cache_logits.vllm_plugin import FRONT_END, OPTIONS, PREFIX
+from stages.cache_logits.vllm_plugin import FRONT_END, OPTIONS, PREFIX, WATCH_INTERVAL_S
 
 PLUGIN = "pipeline_teacher"
 IN_FLIGHT_STEPS = 2
@@ -33,6 +34,8 @@ class VllmEngine:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # vLLM's imports use what torch has deprecated
             self._llm = _load(teacher, config, longest_request)
+        self._closed = threading.Event()
+        threading.Thread(target=self._watch_core, name="engine-watch", daemon=True).start()
         head_dtype = self._llm.llm_engine.vllm_config.model_config.head_dtype
         if str(head_dtype) != "torch.float32":
             self.close()
@@ -67,7 +70,18 @@ class VllmEngine:
 
     def close(self) -> None:
         """Stop the engine core and its workers, by SIGKILL: they have nothing to save, and SIGTERM is kept from them."""
+        self._closed.set()
         self._llm.llm_engine.engine_core.shutdown(timeout=0)
+
+    def _watch_core(self) -> None:
+        """Let `step` raise once the core was killed, by the kernel for its memory say: vLLM would wait for ever."""
+        core = self._llm.llm_engine.engine_core
+        if not hasattr(core, "outputs_queue"):  # runs in this process
+            return
+        while not self._closed.wait(WATCH_INTERVAL_S):
+            if core.resources.engine_dead:
+                core.outputs_queue.put(RuntimeError("the engine process has died"))  # raised as EngineDeadError
+                return
 
     def _targets(self, request: Request, rows_NW: Any) -> SparseTargets:
         expected = (len(request.positions), self._reduction.width)

@@ -11,7 +11,9 @@ Shapes: N tokens of a flattened batch, M of them target tokens, C rows of a chun
 vocabulary, H hidden size (of an adapter's factors: its rank).
 """
 
+import importlib.util
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -179,6 +181,21 @@ def _chunk_losses_(
 ) -> None:
     """Fills the cross-entropy and the KL of a chunk's tokens; the logits become the gradient of the loss."""
     weights = settings.row_weights
+    kernel = _row_kernel(logits_CV)
+    if kernel is not None:
+        cross_entropy_C, divergence_C = kernel(
+            logits_CV,
+            batch.labels_M,
+            batch.targets,
+            settings.temperature,
+            weights,
+            settings.divergence,
+            settings.logit_softcap,
+        )
+        row_losses_2C[0] = cross_entropy_C
+        if divergence_C is not None:
+            row_losses_2C[1] = divergence_C
+        return
     for start in range(0, len(logits_CV), len(scratch[0])):
         block = slice(start, start + len(scratch[0]))
         logits_BV, labels_B = logits_CV[block], batch.labels_M[block]
@@ -199,6 +216,15 @@ def _chunk_losses_(
             )
         if settings.logit_softcap is not None and weights is not None:
             logits_BV.mul_(slope_BV[0])
+
+
+def _row_kernel(logits_CV: Tensor) -> Callable[..., tuple[Tensor, Tensor | None]] | None:
+    """The Triton kernel for the rows of a chunk, on a GPU with triton; None asks for the torch path."""
+    if not logits_CV.is_cuda or logits_CV.dtype != torch.float32 or importlib.util.find_spec("triton") is None:
+        return None
+    from stages.train_student.row_kernel import kernel_rows_
+
+    return kernel_rows_
 
 
 def _cap_(logits_BV: Tensor, softcap: float, slope_BV: Tensor) -> None:

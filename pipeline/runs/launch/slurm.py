@@ -74,20 +74,28 @@ STUDENT = """#!/bin/bash
 #SBATCH --ntasks-per-node=1
 #SBATCH --requeue
 #SBATCH --open-mode=append
+#SBATCH --signal=USR1@@@drain_s
 #SBATCH --kill-on-invalid-dep=yes
 #SBATCH --output=@logs/student.log
 @directives
 cd @cwd
 @setup
-@student
+head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+port=$((29000 + SLURM_JOB_ID % 1000))
+# The warning reaches every process of the step: a launcher ignores it, the training saves a checkpoint and leaves.
+srun --cpus-per-task=$SLURM_CPUS_ON_NODE --kill-on-bad-exit=1 bash -c 'trap "" USR1; exec "$@@"' student \\
+    @student
+code=$?
+# 2 is a mistake that starting again does not mend.
+if [ $code -ne 0 ] && [ $code -ne 2 ] && [ ${SLURM_RESTART_COUNT:-0} -lt @attempts ]; then
+    scontrol requeue $SLURM_JOB_ID
+    sleep 60    # Slurm ends this script
+fi
+exit $code
 """
 
-SEVERAL_NODES = """head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-# One launcher a node; they meet at a port of the first node that depends on the job.
-exec srun --kill-on-bad-exit=1 @python -m torch.distributed.run \\
-    --nnodes @nodes --nproc-per-node @processes \\
-    --rdzv-backend c10d --rdzv-id $SLURM_JOB_ID --rdzv-endpoint $head:$((29000 + SLURM_JOB_ID % 1000)) \\
-    @module"""
+SEVERAL_NODES = """@python -m torch.distributed.run --nnodes @nodes --nproc-per-node @processes \\
+    --rdzv-backend c10d --rdzv-id $SLURM_JOB_ID --rdzv-endpoint $head:$port @module"""
 
 SUBMIT = """#!/bin/bash
 # What `pipeline submit --on slurm` runs. Run it again at any time: what is done stays done.
@@ -154,7 +162,7 @@ def write_scripts(job: Job) -> None:
 
 def _student(job: Job) -> str:
     if job.submit.student_nodes == 1:
-        return f"exec {shlex.join(job.student_command())}"
+        return shlex.join(job.student_command())
     return Script(SEVERAL_NODES).substitute(
         python=shlex.quote(sys.executable),
         nodes=job.submit.student_nodes,

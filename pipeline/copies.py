@@ -1,0 +1,97 @@
+"""Copies on this machine of what lies in an object store: shards under their checksum, in limited room."""
+
+import fcntl
+import os
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from pipeline.storage import Location, ObjectPath
+
+COPIES, COPIES_GB = "LOGIT_CACHE_DIR", "LOGIT_CACHE_GB"
+"""Environment variables: the folder for local copies of shards, and how much it may hold, in GB."""
+DEFAULT_GB = 100.0
+JUST_USED_S = 10.0
+"""A copy that was used so recently is not removed: its reader may be about to open it."""
+COPY = re.compile("[0-9a-f]{32}")
+"""Name of a copy: the checksum."""
+DOWNLOAD = ".download-"
+"""Begins the name of a folder in which a copy arrives."""
+ABANDONED_S = 86_400.0
+"""After so long, a download was killed."""
+
+
+def copies_folder() -> Path:
+    """The folder for local copies of shards, made if need be."""
+    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "logit-cache-pipeline"
+    folder = Path(os.environ.get(COPIES) or default)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def local_copy(path: ObjectPath, checksum: str, is_whole: Callable[[Path], bool]) -> Path:
+    """A file of this machine with the contents of an object, whose hash is `checksum`.
+
+    The copy is kept for the next time, under the hash; those used longest ago make room. Raises
+    FileNotFoundError, and ValueError if two downloads in turn are not `is_whole`.
+    """
+    folder = copies_folder()
+    copy = folder / checksum
+    with (folder / f".lock-{checksum[:2]}").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the ranks of one machine download a shard once
+        for _ in range(2):
+            if copy.is_file() and is_whole(copy):
+                os.utime(copy)
+                return copy
+            with tempfile.TemporaryDirectory(dir=folder, prefix=DOWNLOAD) as scratch:
+                path.download(Path(scratch) / checksum)
+                os.replace(Path(scratch) / checksum, copy)
+            _make_room(copy)
+        if is_whole(copy):
+            return copy
+        copy.unlink(missing_ok=True)
+    raise ValueError(f"{path}: its bytes are not those of the checksum {checksum}")
+
+
+def local_folder(folder: Location, scratch: Path) -> Path:
+    """`folder` itself, or a copy of its files in `scratch`."""
+    if isinstance(folder, Path):
+        return folder
+    scratch.mkdir(parents=True, exist_ok=True)
+    for path in folder.iterdir():
+        (scratch / path.name).write_bytes(path.read_bytes())
+    return scratch
+
+
+def kept_copy(folder: ObjectPath) -> Path:
+    """A copy of a folder of small files that lives as long as this process."""
+    scratch = tempfile.TemporaryDirectory()
+    _kept.append(scratch)
+    return local_folder(folder, Path(scratch.name))
+
+
+_kept: list[tempfile.TemporaryDirectory] = []
+
+
+def _make_room(newest: Path) -> None:
+    limit = float(os.environ.get(COPIES_GB) or DEFAULT_GB) * 1e9
+    now = time.time()
+    used = []
+    for path in newest.parent.iterdir():
+        try:
+            status = path.stat()
+        except FileNotFoundError:  # another process makes room too
+            continue
+        if path.name.startswith(DOWNLOAD) and now - status.st_mtime > ABANDONED_S:
+            shutil.rmtree(path, ignore_errors=True)
+        elif COPY.fullmatch(path.name):  # and not a shard that is being written
+            used.append((status.st_mtime, status.st_size, path))
+    total = sum(size for _, size, _ in used)
+    for mtime, size, path in sorted(used):
+        if total <= limit or now - mtime < JUST_USED_S:
+            break
+        path.unlink(missing_ok=True)
+        total -= size

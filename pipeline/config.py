@@ -180,8 +180,8 @@ class CacheConfig(_Config):
             raise ConfigError(f"temperatures is {list(self.temperatures)}; each may be given once.")
         if self.draw_temperature is not None and self.draw_temperature not in self.temperatures:
             raise ConfigError(f"draw_temperature is {self.draw_temperature}; choose one of: {list(self.temperatures)}.")
-        if not (self.max_kl_error == 0 or 1e-7 <= self.max_kl_error <= 1):
-            raise ConfigError(f"max_kl_error is {self.max_kl_error:g}; it must lie in [1e-07, 1] nats or be lossless.")
+        if not (self.max_kl_error == 0 or 1e-5 <= self.max_kl_error <= 1):
+            raise ConfigError(f"max_kl_error is {self.max_kl_error:g}; it must lie in [1e-05, 1] nats or be lossless.")
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ConfigError(f"gpu_memory_utilization is {self.gpu_memory_utilization}; it must lie in (0, 1].")
 

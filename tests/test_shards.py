@@ -2,6 +2,7 @@
 
 import dataclasses
 import pickle
+import warnings
 
 import numpy as np
 import pytest
@@ -10,8 +11,10 @@ from pipeline import open_cache
 from pipeline.corpus import Corpus
 from pipeline.errors import CacheCorruptError, CacheError, CacheIncompleteError, ConfigError
 from pipeline.runs.commits import COMMITS, SHARDS
+from pipeline.shards.layout import checksum_of
 from pipeline.shards.verify import verify_cache
 from tests.small import fake_targets, make_cache
+from tests.test_format import read_by_the_book
 
 CONTAINERS = ("arrow", "zarr")
 
@@ -74,6 +77,22 @@ def test_containers_hold_the_same_columns_bit_for_bit(tmp_path, corpus):
         for name in first:
             assert first[name].dtype == second[name].dtype
             np.testing.assert_array_equal(first[name], second[name])
+
+
+def test_shard_of_many_bundles_and_chunks_is_what_zarr_reads(tmp_path, corpus, monkeypatch):
+    for name, value in {"CHUNK_VALUES": 128, "MAX_CHUNK_ROWS": 20, "STEP_COLUMNS": 3, "CHUNKS_IN_BUNDLE": 2}.items():
+        monkeypatch.setattr(f"pipeline.shards.zarr.{name}", value)
+    arrow, archive = (open_cache(make_cache(tmp_path / name, corpus, container=name)) for name in CONTAINERS)
+    assert max(commit.num_targets for commit in archive.commits) > 3 * 20 * 2  # several bundles of every array
+    for index in np.random.default_rng(0).permutation(len(arrow)):
+        assert checksum_of(vars(archive[index].targets)) == checksum_of(vars(arrow[index].targets))
+    monkeypatch.undo()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # zarr's, on numcodecs' codecs
+        rows = list(read_by_the_book(archive.folder))
+    for row, sequence in zip(rows, arrow, strict=True):
+        np.testing.assert_array_equal(row["ids"], sequence.targets.ids)
+        np.testing.assert_array_equal(row["logits"], sequence.targets.logits)
 
 
 def test_batch_gives_the_sequences_in_the_order_asked_for(cache_folder):

@@ -1,15 +1,15 @@
-"""Reading the arrays of a Zarr shard without zarr: two indexes are parsed once, then chunks are read by themselves.
+"""The bundles of a Zarr shard, written and read without zarr's machinery, which spends 0.15 to 3 ms on every chunk.
 
-zarr-python spends milliseconds on every array that is read. A zip file's entries are stored as they are,
-and a bundle (Zarr's "shard") ends with the offsets of its chunks, so that any chunk is a slice of the mapped
-file: its crc32c is checked, and pcodec or zstd decodes it. Reads what `pipeline.shards.zarr` writes, no more.
+A bundle is what Zarr calls a shard: chunks, each with its crc32c, then an index of where they are, with its own.
+A shard file is a zip file whose entries are stored as they are, so that any chunk is a slice of the mapped file.
+Reads what `pipeline.shards.zarr` writes, no more.
 """
 
 import json
 import mmap
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,34 @@ from pcodec import standalone as pcodec
 from pipeline.errors import CacheCorruptError
 
 CRC_BYTES = 4
+ABSENT = 2**64 - 1
+"""Offset and length of a chunk that lies outside the array."""
 KEPT_BLOCKS = 2
 """Decoded rows of chunks that an array keeps: neighbouring sequences share them."""
+
+
+Compress = Callable[[np.ndarray], bytes]
+
+
+def bundles(
+    values: np.ndarray, chunk_shape: tuple[int, ...], bundle_shape: tuple[int, ...], compress: Compress
+) -> Iterator[bytes]:
+    """The bundles of consecutive rows, the first of which begins one. Chunks are filled up with zeros."""
+    for start in range(0, len(values), bundle_shape[0]):
+        rows = values[start : start + bundle_shape[0]]
+        index = np.full((*(size // chunk for size, chunk in zip(bundle_shape, chunk_shape)), 2), ABSENT, "<u8")
+        parts, offset = [], 0
+        for place in np.ndindex(*(-(-size // chunk) for size, chunk in zip(rows.shape, chunk_shape))):
+            piece = rows[tuple(slice(at * size, (at + 1) * size) for at, size in zip(place, chunk_shape))]
+            filled = np.pad(piece, [(0, chunk - size) for size, chunk in zip(piece.shape, chunk_shape)])
+            parts.append(_with_crc(compress(np.ascontiguousarray(filled))))
+            index[place] = offset, len(parts[-1])
+            offset += len(parts[-1])
+        yield b"".join([*parts, _with_crc(index.tobytes())])
+
+
+def _with_crc(body: bytes) -> bytes:
+    return body + google_crc32c.value(body).to_bytes(CRC_BYTES, "little")
 
 
 class Archive:

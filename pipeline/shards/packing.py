@@ -194,8 +194,8 @@ def _pack_values(columns: Arrays, labels: np.ndarray, layout: ShardLayout) -> Ar
 
 def _unpack_values(columns: Arrays, steps: np.ndarray, labels: np.ndarray, layout: ShardLayout) -> Arrays:
     grid = grid_of(layout.temperatures)
-    places = np.zeros((len(steps), steps.shape[1] + 1), np.int64)
-    np.cumsum(steps, axis=1, out=places[:, 1:])
+    places = np.zeros((len(steps), steps.shape[1] + 1), np.int32)
+    np.cumsum(steps.astype(np.int32), axis=1, out=places[:, 1:])
     logits = grid.logits(places, columns["levels"])
     is_label = columns["ids"] == labels[:, None]
     place = is_label.argmax(axis=1)

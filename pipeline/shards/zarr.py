@@ -1,43 +1,49 @@
 """Shards as Zarr v3: a group of flat arrays in one uncompressed zip file; the archive, as small as it gets.
 
 The arrays are those of `pipeline.shards.packing`: chunked, compressed with pcodec (bytes with zstd), each
-chunk with its crc32c, chunks bundled by the sharding codec. zarr writes them, front to back, each zip
-entry once, when the last sequence is there. They are read by `pipeline.shards.archive`, or by zarr itself.
+chunk with its crc32c, chunks bundled by the sharding codec. The file is written front to back when the last
+sequence is there, and read, by `pipeline.shards.archive`; zarr makes the metadata, and reads it as well.
 """
 
 import contextlib
 import threading
 import warnings
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import zstandard
+from numcodecs.pcodec import PCodec
 
 from pipeline.errors import CacheCorruptError
-from pipeline.shards.archive import Archive, ArchivedArray
+from pipeline.shards.archive import Archive, ArchivedArray, bundles
 from pipeline.shards.layout import ALIGNMENT, ShardLayout
 from pipeline.shards.packing import MODEL, Packer, array_specs, model_of, unpack
 
-CHUNK_VALUES = 65_536
+CHUNK_VALUES = 32_768
 """Values in the chunks of a row block, the unit of reading."""
 MAX_CHUNK_ROWS = 4096
-STEP_COLUMNS = 8
+STEP_COLUMNS = 16
 """Columns of a chunk of `steps`: ranks that are close to each other have like steps."""
 CHUNKS_IN_BUNDLE = 128
 """Row blocks in one entry of the zip file, the unit of writing."""
 PCODEC_LEVEL = 8
+ZSTD_LEVEL = 3
+CODED = ("codes", "modes")
+"""Arrays that are made block by block, when the shard's model is there."""
+FORMAT = {"format": "sparse-target-shard", "format_version": 2}
 _FILTERS = threading.Lock()
 """Held while the warning filters, which all threads share, are changed."""
-FORMAT = {"format": "sparse-target-shard", "format_version": 2}
 
 
 class ZarrShardWriter:
     """Takes sequences for a new zip file at `path`, which is written by `close` and complete only after it."""
 
     def __init__(self, path: Path, layout: ShardLayout) -> None:
-        self._path, self._layout, self._packer = path, layout, Packer(layout)
-        self._store: Any = None
+        self._layout, self._packer = layout, Packer(layout)
+        self._file = zipfile.ZipFile(path, mode="x")
 
     def append(self, columns: dict[str, np.ndarray]) -> None:
         """Add the stored columns of one or more sequences."""
@@ -45,28 +51,33 @@ class ZarrShardWriter:
 
     def close(self) -> None:
         """Learn the shard's model, write all arrays and the zip directory."""
-        import zarr
-
-        self._store = zarr.storage.ZipStore(self._path, mode="x")
         block_rows = chunk_shape("codes", (0, self._layout.top_k))[0] * CHUNKS_IN_BUNDLE
         arrays, blocks = self._packer.arrays(block_rows)
         attributes = _attributes(self._layout) | {"previous_tables": int(arrays.pop("previous_tables", 0))}
-        with _pcodec_is_meant():
-            group = zarr.create_group(self._store, attributes=attributes)
-            for name, values in arrays.items():
-                _write(_create(group, name, values.dtype, values.shape), values)
-            specs = array_specs(self._layout)
-            coded = {name: _create(group, name, *specs[name]) for name in ("codes", "modes") if name in specs}
-            for start, block in zip(range(0, self._layout.num_targets, block_rows), blocks()):
-                for name, array in coded.items():
-                    array[start : start + block_rows] = block[name]
-        self._store.close()
+        specs = {name: (values.dtype, values.shape) for name, values in arrays.items()}
+        specs |= {name: spec for name, spec in array_specs(self._layout).items() if name in CODED}
+        for name, document in _metadata(attributes, specs).items():
+            self._file.writestr(name, document)
+        for name, values in arrays.items():
+            self._write(name, values, first=0)
+        modes = []
+        for number, block in enumerate(blocks()):
+            self._write("codes", block["codes"].astype(np.uint32), first=number)
+            modes.append(block["modes"])
+        if modes:
+            self._write("modes", np.concatenate(modes), first=0)
+        self._file.close()
 
     def discard(self) -> None:
         """Let go of the file, finished or not."""
-        if self._store is not None:
-            with contextlib.suppress(OSError):  # the zip directory does not fit a full disk either
-                self._store.close()
+        with contextlib.suppress(OSError):  # the zip directory does not fit a full disk either
+            self._file.close()
+
+    def _write(self, name: str, values: np.ndarray, first: int) -> None:
+        """Rows of an array as bundles, the first of which has the number `first`."""
+        shapes = chunk_shape(name, values.shape), bundle_shape(name, values.shape)
+        for number, bundle in enumerate(bundles(values, *shapes, _compress), start=first):
+            self._file.writestr(f"{name}/c/{number}{'/0' * (values.ndim - 1)}", bundle)
 
 
 class ZarrShard:
@@ -161,7 +172,7 @@ def codecs(name: str, dtype: np.dtype, shape: tuple[int, ...]) -> list[dict[str,
     crc = {"name": "crc32c"}
     little = {"name": "bytes", "configuration": {"endian": "little"}}
     if dtype.itemsize == 1:
-        inner = [{"name": "bytes"}, {"name": "zstd", "configuration": {"level": 3, "checksum": False}}, crc]
+        inner = [{"name": "bytes"}, {"name": "zstd", "configuration": {"level": ZSTD_LEVEL, "checksum": False}}, crc]
     else:
         inner = [{"name": "numcodecs.pcodec", "configuration": _PCODEC}, crc]
     configuration = {
@@ -176,27 +187,33 @@ def codecs(name: str, dtype: np.dtype, shape: tuple[int, ...]) -> list[dict[str,
 _PCODEC = {"level": PCODEC_LEVEL, "mode_spec": "classic", "delta_spec": "try_consecutive", "delta_encoding_order": 0}
 
 
-def _create(group: Any, name: str, dtype: np.dtype, shape: tuple[int, ...]) -> Any:
+def _compress(values: np.ndarray) -> bytes:
+    if values.dtype.itemsize == 1:
+        return zstandard.ZstdCompressor(level=ZSTD_LEVEL).compress(values)
+    return PCodec(**_PCODEC).encode(values.ravel())
+
+
+def _metadata(attributes: dict[str, Any], specs: dict[str, tuple[np.dtype, tuple[int, ...]]]) -> dict[str, bytes]:
+    """The documents of a group and its arrays, by their names in the zip file, as zarr writes them."""
+    import zarr
     import zarr.codecs.numcodecs
 
-    crc, is_bytes = zarr.codecs.Crc32cCodec(), dtype.itemsize == 1
-    return group.create_array(
-        name,
-        shape=shape,
-        dtype=dtype,
-        chunks=chunk_shape(name, shape),
-        shards=bundle_shape(name, shape),
-        serializer="auto" if is_bytes else zarr.codecs.numcodecs.PCodec(**_PCODEC),
-        compressors=[zarr.codecs.ZstdCodec(level=3), crc] if is_bytes else crc,
-        fill_value=0,
-        config={"write_empty_chunks": True},
-    )
-
-
-def _write(array: Any, values: np.ndarray) -> None:
-    """All rows, a bundle at a time: zarr would hold the whole array in memory once more."""
-    for start in range(0, len(values), array.shards[0]):
-        array[start : start + array.shards[0]] = values[start : start + array.shards[0]]
+    documents: dict[str, Any] = {}
+    with _pcodec_is_meant():
+        group = zarr.create_group(zarr.storage.MemoryStore(documents), attributes=attributes)
+        for name, (dtype, shape) in specs.items():
+            crc, is_bytes = zarr.codecs.Crc32cCodec(), dtype.itemsize == 1
+            group.create_array(
+                name,
+                shape=shape,
+                dtype=dtype,
+                chunks=chunk_shape(name, shape),
+                shards=bundle_shape(name, shape),
+                serializer="auto" if is_bytes else zarr.codecs.numcodecs.PCodec(**_PCODEC),
+                compressors=[zarr.codecs.ZstdCodec(level=ZSTD_LEVEL), crc] if is_bytes else crc,
+                fill_value=0,
+            )
+    return {name: document.to_bytes() for name, document in documents.items()}
 
 
 @contextlib.contextmanager

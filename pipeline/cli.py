@@ -235,14 +235,9 @@ def train_student_command(config: TrainConfig) -> None:
     Run the same command again after a crash: it continues from the newest whole checkpoint. On a signal it saves one
     and leaves with exit code 75.
     """
-    from pipeline.errors import Drained
     from stages.train_student import train_student
 
-    try:
-        train_student(config, TerminalReporter())
-    except Drained as drained:
-        click.echo(str(drained), err=True)
-        sys.exit(drained.exit_code)
+    train_student(config, TerminalReporter())
 
 
 @main.command("demo")

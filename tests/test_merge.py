@@ -123,6 +123,7 @@ kill_everywhere(lambda: merge_caches(config))
 """
 
 
+@pytest.mark.slow
 def test_kill_9_at_every_file_operation_loses_and_repeats_nothing(tmp_path, parts):
     folders = [str(parts / "first-arrow"), str(parts / "second-arrow"), str(tmp_path / "merged")]
     finished = subprocess.run([sys.executable, "-c", KILLED, *folders], cwd=ROOT, capture_output=True, text=True)

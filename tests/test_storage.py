@@ -193,7 +193,7 @@ def test_passing_faults_of_reads_are_retried(server, url, local, kind):
 
 
 def test_lasting_faults_are_one_clear_error(server, url, local, monkeypatch):
-    monkeypatch.setattr(storage, "RETRY_S", 1.0)
+    monkeypatch.setattr(storage, "RETRY_S", 0.3)
     put_cache(local, url)
     for kind, message in [("500", "InternalError"), ("throttle", "SlowDown"), ("drop", "error sending request")]:
         server.fail((kind, "GET", "manifest.json", 10_000))
@@ -393,6 +393,18 @@ def test_large_file_comes_in_ranges(tmp_path, url, monkeypatch):
     (tmp_path / "file").write_bytes(contents)
     (url / "file").upload(tmp_path / "file")
     (url / "file").download(tmp_path / "copy")
+    assert (tmp_path / "copy").read_bytes() == contents
+
+
+@pytest.mark.parametrize("kind", ["500", "throttle", "drop", "lose"])
+def test_faults_of_a_part_do_not_harm_a_large_upload(server, tmp_path, url, kind):
+    contents = np.random.default_rng(0).bytes(12 << 20)  # three parts
+    (tmp_path / "file").write_bytes(contents)
+    server.fail((kind, "PUT", "large", 2), (kind, "POST", "large", 1))
+    (url / "large").upload(tmp_path / "file")
+    assert server.met() == [2, 1]
+    server.fail(("cut", "GET", "large", 1))
+    (url / "large").download(tmp_path / "copy")
     assert (tmp_path / "copy").read_bytes() == contents
 
 

@@ -15,6 +15,27 @@ AHEAD = 4
 """Batches that are decoded before they are asked for: by a thread, or by each worker process."""
 
 
+class Stopwatch:
+    """Seconds spent inside `with stopwatch:` blocks, as a share of the time since it was last read."""
+
+    def __init__(self) -> None:
+        self._spent = 0.0
+        self._since = time.perf_counter()
+
+    def __enter__(self) -> None:
+        self._entered = time.perf_counter()
+
+    def __exit__(self, *exc: Any) -> None:
+        self._spent += time.perf_counter() - self._entered
+
+    def read(self) -> tuple[float, float]:
+        """(seconds since the last reading, share of them inside); starts again."""
+        now = time.perf_counter()
+        elapsed, share = now - self._since, self._spent / max(now - self._since, 1e-9)
+        self._spent, self._since = 0.0, now
+        return elapsed, share
+
+
 class BatchLoader:
     """The micro-batches of a run: decoded, collated and (for a GPU) pinned in the background.
 
@@ -26,6 +47,8 @@ class BatchLoader:
         self, dataset: CacheDataset, collate: Collate, sampler: StreamSampler, *, num_workers: int, pin: bool
     ) -> None:
         self.dataset, self.batch_sampler = dataset, sampler
+        self.waiting = Stopwatch()
+        """Runs while a batch was asked for and is not there yet."""
         self._loader = DataLoader(
             dataset,
             batch_sampler=sampler,
@@ -39,7 +62,17 @@ class BatchLoader:
         return len(self.batch_sampler)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        return iter(self._loader) if self._loader.num_workers else _ahead(iter(self._loader))
+        batches = iter(self._loader) if self._loader.num_workers else _ahead(iter(self._loader))
+        try:
+            while True:
+                with self.waiting:
+                    batch = next(batches, None)
+                if batch is None:
+                    return
+                yield batch
+        finally:
+            if not self._loader.num_workers:
+                batches.close()
 
 
 def _ahead(batches: Iterator[Any]) -> Iterator[Any]:
@@ -77,24 +110,3 @@ def _ahead(batches: Iterator[Any]) -> Iterator[Any]:
     finally:
         closed.set()
         thread.join()
-
-
-class Stopwatch:
-    """Seconds spent inside `with stopwatch:` blocks, as a share of the time since it was last read."""
-
-    def __init__(self) -> None:
-        self._spent = 0.0
-        self._since = time.perf_counter()
-
-    def __enter__(self) -> None:
-        self._entered = time.perf_counter()
-
-    def __exit__(self, *exc: Any) -> None:
-        self._spent += time.perf_counter() - self._entered
-
-    def read(self) -> tuple[float, float]:
-        """(seconds since the last reading, share of them inside); starts again."""
-        now = time.perf_counter()
-        elapsed, share = now - self._since, self._spent / max(now - self._since, 1e-9)
-        self._spent, self._since = 0.0, now
-        return elapsed, share

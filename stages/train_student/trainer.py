@@ -10,7 +10,7 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 from pipeline.runs.drain import Drain
 from stages.train_student.evaluation import Evaluation
 from stages.train_student.guards import StepGuard
-from stages.train_student.loader import BatchLoader, Stopwatch
+from stages.train_student.loader import BatchLoader
 from stages.train_student.schedules import AlphaSchedule
 
 TERMS = ("loss", "cross_entropy", "kl")
@@ -43,7 +43,6 @@ class DistillationTrainer(Trainer):
         self._batches, self._alpha, self._evaluation = batches, alpha, evaluation
         self._drain, self._on_bad_step = drain, on_bad_step
         self.epochs_per_step = epochs_per_step
-        self._waiting = Stopwatch()
         self._tokens = 0
         self._grad_norm = 0.0
         self._step_terms: Tensor | None = None
@@ -69,9 +68,8 @@ class DistillationTrainer(Trainer):
         return self._batches
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
-        """The micro-batches of a step; counts the tokens, and the time spent waiting for them."""
-        with self._waiting:
-            batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        """The micro-batches of a step; counts their tokens."""
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._tokens += sum(batch["input_ids"].numel() for batch in batches)
         return batches, num_items
 
@@ -130,7 +128,7 @@ class DistillationTrainer(Trainer):
         if "loss" in logs:
             steps = max(self.good_steps, 1) if self.good_steps else float("nan")
             logs |= {name: total / steps for name, total in zip(TERMS, self.sums)}
-            seconds, waiting = self._waiting.read()
+            seconds, waiting = self._batches.waiting.read()
             logs["alpha"] = self._alpha.at(max(self.state.global_step - 1, 0), self.state.max_steps)
             logs["tokens_per_second"] = round(self._tokens * self.args.world_size / seconds, 1)
             logs["data_wait_share"] = round(waiting, 5)
@@ -156,8 +154,13 @@ class DistillationTrainer(Trainer):
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in self._evaluation.run(self).items()}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        self._waiting.read()  # an evaluation is not training time
+        self.start_clock()
         return metrics
+
+    def start_clock(self) -> None:
+        """Training time begins now: neither start-up nor an evaluation is any."""
+        self._batches.waiting.read()
+        self._tokens = 0
 
 
 class _StepHooks(TrainerCallback):
@@ -165,6 +168,9 @@ class _StepHooks(TrainerCallback):
 
     def __init__(self, trainer: DistillationTrainer) -> None:
         self._trainer = trainer
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self._trainer.start_clock()
 
     def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         self._trainer.judge_step()

@@ -75,7 +75,8 @@ def array_specs(layout: ShardLayout) -> dict[str, tuple[np.dtype, tuple[int, ...
 class Packer:
     """Takes the columns of a shard's sequences; gives its arrays when all of them are there.
 
-    Ids wait as they are, the rest in its stored form: 400 bytes a target at K = 64.
+    Ids wait as they are, the rest in its stored form: 400 bytes a target at K = 64, and the ids once more while
+    their model is learnt.
     """
 
     def __init__(self, layout: ShardLayout) -> None:
@@ -97,8 +98,7 @@ class Packer:
 
     def arrays(self, block_rows: int) -> tuple[Arrays, Callable[[], Iterator[Arrays]]]:
         """All arrays but `codes` and `modes`, and a function that gives those in blocks of rows."""
-        whole = {name: np.concatenate(parts) for name, parts in self._pending.items()}
-        self._pending.clear()
+        whole = {name: np.concatenate(self._pending.pop(name)) for name in list(self._pending)}
         if not self._layout.top_k:
             return whole, lambda: iter(())
         ids, previous = whole.pop("ids"), whole.pop("previous")

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -119,7 +120,9 @@ def test_signal_to_one_rank_saves_on_all_and_the_run_continues_to_the_bit(tmp_pa
     config = two_ranks(base, tmp_path / "run", sharding=sharding, save_steps=100)
     code, errors = launch(config, 1, 5, name)
     assert code != 0
-    assert errors.count("exitcode  : 75") == 2, errors
+    codes = set(re.findall(r"exitcode +: (-?\d+)", errors))
+    assert "75" in codes, errors
+    assert codes <= {"75", "-15"}, errors  # torchrun ends a rank that is still on its way out with SIGTERM
     assert (config.out / "checkpoints" / "checkpoint-5" / "whole.json").is_file()
     assert launch(config)[0] == 0
     assert trajectory(config) == trajectory(undisturbed(sharding))

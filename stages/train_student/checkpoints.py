@@ -36,6 +36,7 @@ class MarkWhole(TrainerCallback):
             for old in sorted(_whole_checkpoints(Path(args.output_dir)), key=_step)[: -self._keep]:
                 (old / MARK).unlink()
                 shutil.rmtree(old)
+        _wait_for_all_ranks()  # torchrun ends the others when one leaves: not before the mark is there
 
 
 def _wait_for_all_ranks() -> None:

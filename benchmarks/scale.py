@@ -177,7 +177,7 @@ def fake_manifest(partitions: tuple[int, ...], num_tokens: int) -> CacheManifest
         temperatures=(1.0, 2.0),
         tail_samples=0,
         draw_temperature=None,
-        codec="compact",
+        max_kl_error=1e-4,
         container="arrow",
         corpus="",
         packing="isolated",

@@ -184,8 +184,8 @@ def audit_command(config: AuditConfig) -> None:
     outcome = f"{len(report.problems)} disagreements" if report.problems else "the teacher agrees"
     click.echo(
         f"{config.cache}: {outcome}: {report.num_sequences:,} sequences, {report.num_targets:,} targets; the largest "
-        f"difference of a probability is {report.largest:.2g}, {report.allowed:.2g} is allowed (the codec alone makes "
-        f"{report.codec_error:.2g}, the teacher's arithmetic may make {report.noise:.2g})."
+        f"difference of a probability is {report.largest:.2g}, {report.allowed:.2g} is allowed (rounding alone makes "
+        f"{report.rounding_error:.2g}, the teacher's arithmetic may make {report.noise:.2g})."
     )
     if report.problems:
         sys.exit(1)

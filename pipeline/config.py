@@ -21,7 +21,6 @@ from pipeline.storage import Location, ObjectPath, location
 
 ENGINES = ("vllm", "transformers")
 CONTAINERS = ("arrow", "zarr")
-CODECS = ("compact", "lossless")
 EXPORTS = ("parquet",)
 EXPORT_LAYOUTS = ("plain", "axolotl")
 PACKINGS = ("isolated", "crossing", "none")
@@ -38,12 +37,22 @@ Config = TypeVar("Config", bound="_Config")
 _REQUIRED: Any = object()
 
 
-def setting(default: Any, help: str, *, choices: tuple[str, ...] = (), flag: str = "", argument: bool = False) -> Any:
+def setting(
+    default: Any,
+    help: str,
+    *,
+    choices: tuple[str, ...] = (),
+    flag: str = "",
+    argument: bool = False,
+    words: Mapping[str, Any] = types.MappingProxyType({}),
+) -> Any:
     """A field of a config class. `flag` names its option where that differs from the field's name.
 
-    A folder that may also be the URL of an object store is a Location.
+    `words` are names that may be given for certain values. A folder that may also be the URL of an object
+    store is a Location.
     """
-    metadata = {"help": help, "choices": choices, "flag": flag, "argument": argument, "required": default is _REQUIRED}
+    metadata = {"help": help, "choices": choices, "flag": flag, "argument": argument, "words": words}
+    metadata["required"] = default is _REQUIRED
     return field(default=None if default is _REQUIRED else default, metadata=metadata)
 
 
@@ -122,11 +131,11 @@ class CacheConfig(_Config):
     )
     engine: str = setting("vllm", "What runs the teacher.", choices=ENGINES)
     format: str = setting("arrow", "Container of the shards.", choices=CONTAINERS)
-    codec: str = setting(
-        "compact",
-        "'lossless' keeps float32 log-probabilities; 'compact' rounds them to 8 mantissa bits "
-        "(probabilities within 0.0008).",
-        choices=CODECS,
+    max_kl_error: float = setting(
+        1e-4,
+        "Largest mean KL(teacher || stored) that rounding may cost in a shard, in nats, at every temperature; "
+        "'lossless' keeps every float32. No probability is off by more than 0.001 either way.",
+        words={"lossless": 0.0},
     )
     shard_tokens: int = setting(1_048_576, "Tokens in one shard: the work that a crash can lose.")
     reuse: tuple[Location, ...] = setting(
@@ -171,6 +180,8 @@ class CacheConfig(_Config):
             raise ConfigError(f"temperatures is {list(self.temperatures)}; each may be given once.")
         if self.draw_temperature is not None and self.draw_temperature not in self.temperatures:
             raise ConfigError(f"draw_temperature is {self.draw_temperature}; choose one of: {list(self.temperatures)}.")
+        if not (self.max_kl_error == 0 or 1e-5 <= self.max_kl_error <= 1):
+            raise ConfigError(f"max_kl_error is {self.max_kl_error:g}; it must lie in [1e-05, 1] nats or be lossless.")
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ConfigError(f"gpu_memory_utilization is {self.gpu_memory_utilization}; it must lie in (0, 1].")
 
@@ -308,7 +319,7 @@ class AuditConfig(_Config):
     seed: int = setting(0, "Seed of the sample.")
     noise: float | None = setting(
         None,
-        "How far arithmetic alone may put a probability, beyond what the codec rounds; none takes 0.0001 for a "
+        "How far arithmetic alone may put a probability, beyond what rounding does; none takes 0.0001 for a "
         "teacher in float32, 0.02 in float16, 0.1 in bfloat16 or quantised.",
     )
     engine: str | None = setting(None, "What runs the teacher; none takes the capture's.", choices=ENGINES)
@@ -431,6 +442,7 @@ def load_config(config_class: type[Config], path: Path | None, overrides: Mappin
     values |= {key: value for key, value in (overrides or {}).items() if value is not None}
     hints = typing.get_type_hints(config_class)
     where = str(path) if path is not None else "command line"
+    values = {key: _meaning(specs[key], value) for key, value in values.items()}
     return config_class(**{key: _convert(f"{where}: {key}", value, hints[key]) for key, value in values.items()})
 
 
@@ -479,6 +491,10 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 def _nearest(key: Any, specs: Mapping[str, Any]) -> str:
     close = difflib.get_close_matches(str(key).replace("-", "_"), specs, n=1, cutoff=0.5)
     return f"did you mean {close[0]!r}?" if close else f"valid keys are: {', '.join(specs)}."
+
+
+def _meaning(spec: dataclasses.Field[Any], value: Any) -> Any:
+    return spec.metadata["words"].get(value, value) if isinstance(value, str) else value
 
 
 def _convert(where: str, value: Any, annotation: Any) -> Any:

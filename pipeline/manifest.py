@@ -8,6 +8,7 @@ two stages. `identity` is what must be equal for two runs to write into one fold
       manifest.copy.json      the same again, for `pipeline verify --repair`
       shards/                 one file a partition, named by its partition and writer
       commits/00000.json      names the shard of partition 0 and its checksum
+      index.arrow             all commit records of a complete cache; made from them when it is opened
       tokenizer/              the tokenizer that made the ids
 """
 
@@ -21,7 +22,7 @@ from pipeline.storage import Location
 from pipeline.tokenizer import TokenizerIdentity
 
 FORMAT = "sparse-target-cache"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 COPY = "manifest.copy.json"
 TOKENIZER = "tokenizer"
@@ -48,7 +49,8 @@ class CacheManifest:
     """Draws from the tail of each position."""
     draw_temperature: float | None
     """Temperature of the draws; None without draws."""
-    codec: str
+    max_kl_error: float
+    """Bound on the mean KL error of every shard's rounding, nats, at every temperature; 0 is lossless."""
     container: str
     corpus: str
     """Fingerprint of the tokenised corpus."""
@@ -87,7 +89,7 @@ class CacheManifest:
             top_k=self.top_k,
             num_draws=self.tail_samples,
             temperatures=self.temperatures,
-            codec=self.codec,
+            max_kl_error=self.max_kl_error,
         )
 
     def identity(self) -> dict[str, Any]:

@@ -38,6 +38,8 @@ def _parameter(spec: dataclasses.Field[Any], annotation: Any) -> Callable[..., A
     kind, several = value_type(annotation)
     metadata = spec.metadata
     click_type = click.Choice(metadata["choices"]) if metadata["choices"] else _TYPES[kind]
+    if metadata["words"]:
+        click_type = click.STRING  # load_config converts and checks it
     if metadata["argument"]:
         return click.argument(spec.name, nargs=-1 if several else 1, type=click_type, required=False)
     names = [flag_of(spec)]

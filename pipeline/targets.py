@@ -73,6 +73,10 @@ class SparseTargets:
 
     def __getitem__(self, rows: slice) -> "SparseTargets":
         """The targets of some positions, without a copy."""
+        return self.take(rows)
+
+    def take(self, rows: slice | np.ndarray) -> "SparseTargets":
+        """The targets of positions that are named by a slice or by their indices."""
         return SparseTargets(temperatures=self.temperatures, **{name: getattr(self, name)[rows] for name in COLUMNS})
 
     def _of(self, values_NT: np.ndarray, temperature: float) -> np.ndarray:
@@ -97,3 +101,40 @@ def concatenate(parts: list[SparseTargets]) -> SparseTargets:
         return parts[0]
     columns = {name: np.concatenate([getattr(part, name) for part in parts]) for name in COLUMNS}
     return SparseTargets(temperatures=parts[0].temperatures, **columns)
+
+
+def logsumexps_of(logits_NK: np.ndarray, tail_logprobs_NT: np.ndarray, temperatures: tuple[float, ...]) -> np.ndarray:
+    """float32 [N, T]: the L_T with which the stored entries and the tail add up to 1; K is at least 1."""
+    columns = []
+    for index, temperature in enumerate(temperatures):
+        head = np.exp(logits_NK * np.float32(1 / temperature)).sum(axis=1)
+        columns.append(np.log(head) - np.log1p(-np.exp(tail_logprobs_NT[:, index])))
+    return np.stack(columns, axis=1)
+
+
+def reconstruction_errors(exact: SparseTargets, stored: SparseTargets) -> tuple[np.ndarray, np.ndarray]:
+    """What was lost between a capture and its stored form, which have the same ids: two float32 [N, T].
+
+    KL(exact || stored) in nats, with everything outside `ids` as one entry, and the largest error of a
+    single probability. The KL is summed as p (r + exp(-r) - 1), r = log p - log q, no term of which is
+    negative: p log(p / q) would drown in its own rounding.
+    """
+    kl, largest = [], []
+    for temperature in exact.temperatures:
+        tails = (targets._of(targets.tail_logprobs, temperature)[:, None] for targets in (exact, stored))
+        heads = (targets.logprobs(temperature) for targets in (exact, stored))
+        parts = [_divergence(*pair) for pair in (tuple(heads), tuple(tails))]
+        kl.append(sum(divergence.sum(axis=1) for divergence, _ in parts))
+        largest.append(np.max([error.max(axis=1, initial=0) for _, error in parts], axis=0))
+    return np.stack(kl, axis=1), np.stack(largest, axis=1)
+
+
+def _divergence(logprobs: np.ndarray, stored: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Every entry's share of the KL, and its probability's error."""
+    with np.errstate(invalid="ignore"):
+        ratio = logprobs - stored
+    ratio[logprobs == -np.inf] = 0.0  # nothing there: it was nothing before
+    probs = np.exp(logprobs)
+    with np.errstate(over="ignore"):
+        change = np.expm1(-np.clip(ratio, -80, 80))
+    return probs * (ratio + change), np.abs(probs * change)

@@ -16,10 +16,15 @@ def entropy(probs: np.ndarray) -> np.ndarray:
     return -(probs * logs).sum(axis=1)
 
 
-def assert_true_top_k(ids: np.ndarray, logits: np.ndarray, tolerance: float) -> None:
-    """`ids` [N, K] are the K largest of `logits` [N, V], in falling order, up to ties within `tolerance`."""
+def assert_true_top_k(ids: np.ndarray, logits: np.ndarray, tolerance: float, in_order: bool = True) -> None:
+    """`ids` [N, K] are the K largest of `logits` [N, V], in falling order, up to ties within `tolerance`.
+
+    Not `in_order`: where rounding has made equals of them, their order is that of the ids.
+    """
     k = ids.shape[1]
     assert (np.sort(ids, axis=1)[:, 1:] != np.sort(ids, axis=1)[:, :-1]).all()
     chosen = np.take_along_axis(logits, ids, axis=1)
+    if not in_order:
+        chosen = -np.sort(-chosen, axis=1)
     best = -np.sort(-logits, axis=1)[:, :k]
     assert np.abs(chosen - best).max() <= tolerance

@@ -100,7 +100,12 @@ def make_corpus(folder: Path, sequences: list[TokenSequence], num_partitions: in
 
 
 def fake_targets(
-    token_ids: np.ndarray, top_k: int, temperatures: tuple[float, ...], vocab_size: int, num_draws: int = 0
+    token_ids: np.ndarray,
+    labels: np.ndarray,
+    top_k: int,
+    temperatures: tuple[float, ...],
+    vocab_size: int,
+    num_draws: int = 0,
 ) -> SparseTargets:
     """Valid targets that depend on the token of their position alone: it is the most probable id, geometric decay."""
     ids = (token_ids[:, None] + np.arange(top_k)) % vocab_size
@@ -113,7 +118,7 @@ def fake_targets(
         "logsumexps": np.stack([np.log(weight.sum(1)) for weight in weights], axis=1),
         "tail_logprobs": np.stack([np.log(prob[:, top_k:].sum(1)) for prob in probs], axis=1),
         "entropies": np.stack([-(prob * np.log(prob)).sum(1) for prob in probs], axis=1),
-        "label_logits": all_logits[:, 1],
+        "label_logits": -decay * ((labels - token_ids) % vocab_size),
     }
     floats = {name: values.astype(np.float32) for name, values in columns.items()}
     draws = (token_ids[:, None] + top_k + np.arange(num_draws) // 2) % vocab_size
@@ -140,17 +145,17 @@ class FakeEngine:
         """Nothing was started."""
 
     def _answer(self, request: Request) -> tuple[Hashable, SparseTargets]:
-        tokens = request.token_ids[request.positions]
+        tokens, labels = request.token_ids[request.positions], request.token_ids[request.positions + 1]
         manifest = self._manifest
         settings = (manifest.top_k, manifest.temperatures, manifest.vocab_size, manifest.tail_samples)
-        return request.key, fake_targets(tokens, *settings)
+        return request.key, fake_targets(tokens, labels, *settings)
 
 
 def fake_manifest(
     corpus: Corpus,
     *,
     container: str = "arrow",
-    codec: str = "compact",
+    max_kl_error: float = 1e-4,
     top_k: int = 8,
     tail_samples: int = 0,
     partitions: tuple[int, ...] | None = None,
@@ -166,7 +171,7 @@ def fake_manifest(
         tail_samples=tail_samples,
         draw_temperature=2.0 if tail_samples else None,
         temperatures=(1.0, 2.0),
-        codec=codec,
+        max_kl_error=max_kl_error,
         container=container,
         corpus=corpus.manifest.fingerprint,
         packing="isolated",

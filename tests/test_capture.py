@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from pipeline.corpus import Corpus
 from pipeline.errors import CacheMismatchError
 from pipeline.files import owner_name
 from pipeline.manifest import CacheManifest
-from pipeline.runs.commits import SHARDS, remove_leftovers
+from pipeline.runs.commits import COMMITS, SHARDS, remove_leftovers
 from pipeline.runs.plan import plan_partitions
 from pipeline.shards.verify import verify_cache
 from stages.cache_logits.capture import capture
@@ -63,11 +64,18 @@ def test_two_writers_of_one_cache_commit_each_partition_once(tmp_path, corpus):
 
 
 class BrokenEngine(FakeEngine):
-    """Fails after a while."""
+    """Fails after a while, when the writer has committed something."""
+
+    def __init__(self, manifest, commits):
+        super().__init__(manifest)
+        self._commits = commits
 
     def score(self, requests):
         for count, answer in enumerate(super().score(requests)):
             if count == 30:
+                deadline = time.monotonic() + 60
+                while not list(self._commits.glob("*.json")) and time.monotonic() < deadline:
+                    time.sleep(0.01)
                 raise ValueError("the engine broke")
             yield answer
 
@@ -86,7 +94,7 @@ def test_failing_engine_stops_the_writer_and_keeps_what_was_committed(tmp_path, 
     rows, manifest, folder = prepared(tmp_path, corpus)
     threads = threading.active_count()
     with pytest.raises(ValueError, match="the engine broke"):
-        capture(BrokenEngine(manifest), rows, manifest, folder, range(manifest.num_partitions))
+        capture(BrokenEngine(manifest, folder / COMMITS), rows, manifest, folder, range(manifest.num_partitions))
     assert threading.active_count() == threads
     assert not list(folder.rglob("*.partial"))
     assert 0 < len(list((folder / "commits").iterdir())) < manifest.num_partitions
@@ -131,8 +139,8 @@ def test_really_full_disk_is_an_error_too(small_disk, corpus, container):
 
 def test_other_settings_are_refused_with_the_difference_named(tmp_path, corpus):
     folder = make_cache(tmp_path / "cache", corpus)
-    other = fake_manifest(Corpus(corpus), top_k=4, codec="lossless")
-    with pytest.raises(CacheMismatchError, match=r"top_k is 8, now 4; codec is 'compact', now 'lossless'"):
+    other = fake_manifest(Corpus(corpus), top_k=4, max_kl_error=0.0)
+    with pytest.raises(CacheMismatchError, match=r"top_k is 8, now 4; max_kl_error is 0\.0001, now 0\.0"):
         CacheManifest.read(folder).require_equal(other, folder)
 
 

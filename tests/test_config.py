@@ -42,8 +42,15 @@ def test_the_recipe_is_the_default():
 def test_flags_override_the_file_and_the_file_the_defaults(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("teacher: t\ncorpus: c\nout: o\ntop_k: 32\nshard_tokens: 1e6\n")
-    config = load_config(CacheConfig, path, {"top_k": 8, "codec": None})
-    assert (config.top_k, config.shard_tokens, config.codec) == (8, 1_000_000, "compact")
+    config = load_config(CacheConfig, path, {"top_k": 8, "max_kl_error": None})
+    assert (config.top_k, config.shard_tokens, config.max_kl_error) == (8, 1_000_000, 1e-4)
+
+
+@pytest.mark.parametrize(("given", "value"), [("lossless", 0.0), ("1e-3", 1e-3), (0.002, 0.002)])
+def test_bound_on_the_kl_error_is_a_number_or_lossless(given, value):
+    config = load_config(CacheConfig, None, {**NEEDED[CacheConfig], "max_kl_error": given})
+    assert config.max_kl_error == value
+    assert load_config(CacheConfig, None, resolved(config)).max_kl_error == value
 
 
 def test_yaml_number_without_a_point_is_a_number(tmp_path):
@@ -62,6 +69,12 @@ def test_yaml_number_without_a_point_is_a_number(tmp_path):
         (CacheConfig, {"top_k": 0}, "top_k is 0 and tail_samples is 0; keep at least one entry"),
         (CacheConfig, {"draw_temperature": 3.0}, r"draw_temperature is 3\.0; choose one of: \[1\.0, 2\.0\]"),
         (CacheConfig, {"top_k": 2.5}, r"top_k is 2\.5; expected a value of type int"),
+        (
+            CacheConfig,
+            {"max_kl_error": 1e-9},
+            r"max_kl_error is 1e-09; it must lie in \[1e-05, 1\] nats or be lossless",
+        ),
+        (CacheConfig, {"max_kl_error": "loseless"}, r"max_kl_error is 'loseless'; expected a value of type float"),
         (CacheConfig, {"engine": "sglang"}, "engine is 'sglang'; choose one of: vllm, transformers"),
         (CacheConfig, {"out": None}, "--out is missing"),
         (TrainConfig, {"alpha": 1.5}, r"alpha is 1\.5; it must lie in \[0, 1\]"),

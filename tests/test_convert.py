@@ -28,11 +28,12 @@ OTHER = {"arrow": "zarr", "zarr": "arrow"}
 
 
 @pytest.mark.parametrize(
-    ("container", "codec", "top_k", "draws"),
-    [("arrow", "compact", 8, 0), ("zarr", "compact", 8, 2), ("arrow", "lossless", 0, 5)],
+    ("container", "max_kl_error", "top_k", "draws"),
+    [("arrow", 1e-4, 8, 0), ("zarr", 1e-4, 8, 2), ("arrow", 1e-4, 0, 5), ("zarr", 0.0, 8, 0)],
 )
-def test_converted_cache_is_equal_to_the_bit(tmp_path, corpus, container, codec, top_k, draws):
-    source = make_cache(tmp_path / "source", corpus, container=container, codec=codec, top_k=top_k, tail_samples=draws)
+def test_converted_cache_is_equal_to_the_bit(tmp_path, corpus, container, max_kl_error, top_k, draws):
+    settings = {"max_kl_error": max_kl_error, "top_k": top_k, "tail_samples": draws}
+    source = make_cache(tmp_path / "source", corpus, container=container, **settings)
     convert_cache(ConvertConfig(cache=source, format=OTHER[container], out=tmp_path / "other", workers=1))
     assert verify_cache(tmp_path / "other").problems == []
     assert_equal_caches(source, tmp_path / "other")

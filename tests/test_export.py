@@ -19,7 +19,7 @@ from tests.small import make_cache
 
 @pytest.fixture(scope="module")
 def cache_folder(tmp_path_factory, corpus):
-    return make_cache(tmp_path_factory.mktemp("export") / "cache", corpus, codec="lossless", tail_samples=3)
+    return make_cache(tmp_path_factory.mktemp("export") / "cache", corpus, max_kl_error=0.0, tail_samples=3)
 
 
 def exported(cache: Path, out: Path, **settings: object) -> list[dict]:

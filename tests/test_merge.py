@@ -1,5 +1,6 @@
 """Several caches as one: every sequence once, equal to the bit."""
 
+import dataclasses
 import shutil
 import subprocess
 import sys
@@ -14,8 +15,9 @@ from pipeline.errors import CacheCorruptError, CacheMismatchError, ConfigError
 from pipeline.lifecycle.merge import merge_caches
 from pipeline.runs.commits import SHARDS
 from pipeline.shards.verify import verify_cache
+from pipeline.targets import reconstruction_errors
 from tests.helpers import run
-from tests.small import contents_of, make_cache, make_corpus, random_sequences
+from tests.small import contents_of, fake_targets, make_cache, make_corpus, random_sequences
 
 ROOT = Path(__file__).parent.parent
 SEQUENCES = random_sequences(40, 300, seed=5)
@@ -66,6 +68,32 @@ def test_statistics_of_a_filtered_shard_are_its_own(tmp_path, parts):
         assert commit.num_tokens == sum(len(cache[index].token_ids) for index in range(start, stop))
 
 
+def test_errors_of_a_filtered_shard_are_not_understated(tmp_path, parts):
+    """A bound on what the sequences that stay have lost, measured against what FakeEngine says."""
+    merge_caches(MergeConfig(caches=(parts / "first-arrow", parts / "second-arrow"), out=tmp_path / "merged"))
+    cache = open_cache(tmp_path / "merged")
+    for commit in cache.commits:
+        lost = []
+        for index in range(*cache.manifest.partitions[commit.partition : commit.partition + 2]):
+            sequence = cache[index]
+            tokens, labels = (sequence.token_ids[sequence.target_positions + step] for step in (0, 1))
+            exact = fake_targets(tokens, labels, 8, (1.0, 2.0), cache.manifest.vocab_size, 2)
+            lost.append(reconstruction_errors(*in_id_order(exact, sequence.targets)))
+        kl, largest = (np.concatenate(parts) for parts in zip(*lost, strict=True))
+        stated = np.array(commit.statistics["mean_kl_error"])
+        assert (stated >= kl.mean(0, dtype=np.float64) * (1 - 1e-5)).all()
+        assert (stated <= 1e-4 * 1.001).all()
+        assert (np.array(commit.statistics["max_probability_error"]) >= largest.max(0) * (1 - 1e-6)).all()
+
+
+def in_id_order(*targets):
+    """The targets with the entries of every row by rising id."""
+    for part in targets:
+        order = np.argsort(part.ids, axis=1)
+        entries = {name: np.take_along_axis(getattr(part, name), order, axis=1) for name in ("ids", "logits")}
+        yield dataclasses.replace(part, **entries)
+
+
 def test_cache_merged_with_itself_is_itself(tmp_path, parts):
     caches = (parts / "first-arrow", parts / "first-arrow")
     merge_caches(MergeConfig(caches=caches, out=tmp_path / "merged", workers=1))
@@ -108,7 +136,7 @@ def test_other_targets_are_refused_with_the_difference_named(tmp_path, parts):
     corpus = parts / "corpus-second"
     for settings, message in [
         ({"top_k": 4, "tail_samples": 2}, "top_k is 4, there 8"),
-        ({"codec": "lossless", "tail_samples": 2}, "codec is lossless, there compact"),
+        ({"max_kl_error": 0.0, "tail_samples": 2}, r"max_kl_error is 0\.0, there 0\.0001"),
         ({}, r"tail_samples is 0, there 2; draw_temperature is None, there 2\.0"),
     ]:
         other = make_cache(tmp_path / message[:8], corpus, **settings)

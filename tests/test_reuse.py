@@ -85,11 +85,11 @@ def assert_same(folder: Path, wanted: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "codec"),
-    [("arrow", "arrow", "lossless"), ("zarr", "arrow", "compact"), ("arrow", "zarr", "compact")],
+    ("old", "new", "max_kl_error"),
+    [("arrow", "arrow", 0.0), ("zarr", "arrow", 1e-4), ("arrow", "zarr", 1e-4)],
 )
-def test_only_new_sequences_are_scored_and_the_cache_is_as_if_all_were(tmp_path, corpora, old, new, codec):
-    settings = {"codec": codec, "tail_samples": 3}
+def test_only_new_sequences_are_scored_and_the_cache_is_as_if_all_were(tmp_path, corpora, old, new, max_kl_error):
+    settings = {"max_kl_error": max_kl_error, "tail_samples": 3}
     earlier = make_cache(tmp_path / "old", corpora / "old", container=old, **settings)
     engine = grown(tmp_path / "grown", corpora / "new", [earlier], container=new, **settings)
     documents = [document for sequence in SEQUENCES[25:] for document in documents_of(sequence)]
@@ -113,8 +113,21 @@ def test_several_and_unfinished_caches_can_be_reused(tmp_path, corpora):
     assert_same(tmp_path / "grown", make_cache(tmp_path / "scratch", corpora / "new"))
 
 
+def test_copies_of_rounded_targets_never_claim_a_smaller_error_than_they_have(tmp_path, corpora):
+    """Every mean is at least that of the targets as they would be measured, and never above the bound."""
+    earlier = make_cache(tmp_path / "old", corpora / "old")
+    grown(tmp_path / "grown", corpora / "new", [earlier])
+    scored = make_cache(tmp_path / "scratch", corpora / "new")
+    for commits in zip(*(open_cache(folder).commits for folder in (tmp_path / "grown", scored)), strict=True):
+        stated, measured = (np.array(commit.statistics["mean_kl_error"]) for commit in commits)
+        assert (stated >= measured * (1 - 1e-6)).all()
+        assert (stated <= 1e-4 * 1.001).all()
+        stated, measured = (np.array(commit.statistics["max_probability_error"]) for commit in commits)
+        assert (stated >= measured).all()
+
+
 def test_known_sequences_are_not_rounded_again(tmp_path, corpora, monkeypatch):
-    """Their stored columns are copied: a codec that changes what it has rounded before does no harm."""
+    """Their stored columns are copied: rounding what was rounded before would change it."""
     earlier = make_cache(tmp_path / "old", corpora / "old")
     encoded = []
 
@@ -193,7 +206,7 @@ def test_run_without_anything_new_loads_no_teacher(tmp_path, teacher, corpora, o
     [
         ({"top_k": 16}, r"top_k is 8, now 16 \(the tail's mass and draws belong to that k"),
         ({"temperatures": (1.0, 4.0)}, r"temperatures is .*now .*4\.0.*\(p_T needs the sum over the whole vocabulary"),
-        ({"codec": "lossless"}, r"codec is compact, now lossless \(its values were rounded otherwise\)"),
+        ({"max_kl_error": 0.0}, r"max_kl_error is 0\.0001, now 0\.0 \(its values were rounded otherwise\)"),
         ({"tail_samples": 2}, r"tail_samples is 0, now 2 \(draws cannot be made from what is stored\); draw_temp"),
     ],
 )

@@ -43,7 +43,7 @@ KINDS = {
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory, corpus):
-    return make_cache(tmp_path_factory.mktemp("cache"), corpus, codec="lossless")
+    return make_cache(tmp_path_factory.mktemp("cache"), corpus, max_kl_error=0.0)
 
 
 def student_folder(folder: Path, cache: Path, kind: str) -> Path:

@@ -40,7 +40,7 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture(scope="module")
 def cache_folder(tmp_path_factory, corpus):
-    return make_cache(tmp_path_factory.mktemp("cache"), corpus, codec="lossless")
+    return make_cache(tmp_path_factory.mktemp("cache"), corpus, max_kl_error=0.0)
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ A copy is read back and compared with its source before it is committed.
 import dataclasses
 import shutil
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from pipeline.manifest import CacheManifest
 from pipeline.runs.commits import ShardCommit, commit_shard, partial_shard_path
 from pipeline.shards.containers import CONTAINERS, Container, Shard
 from pipeline.shards.layout import RAGGED, ShardLayout, decode
-from pipeline.shards.reader import layout_of_commit, shard_file
+from pipeline.shards.reader import layout_of_commit, open_shard, shard_file
 from pipeline.shards.statistics import TargetStatistics
 
 BLOCK_TARGETS = 65_536
@@ -39,12 +40,11 @@ def copy_shard(source: Path, commit: ShardCommit, folder: Path, partition: int, 
         if rows is None and name == theirs.container:
             _copy_file(original, partial, commit.xxh3_128)
         else:
-            shard = CONTAINERS[theirs.container].open(original, layout)
-            if rows is not None:
-                layout, statistics = _measure(shard, layout, rows)
-            _write(shard, rows, partial, layout, CONTAINERS[name])
-            _compare(shard, rows, partial, layout, CONTAINERS[name])
-            shard.close()
+            with closing(open_shard(source, theirs, commit)) as shard:
+                if rows is not None:
+                    layout, statistics = _measure(shard, layout, rows, commit)
+                _write(shard, rows, partial, layout, CONTAINERS[name])
+                _compare(shard, rows, partial, layout, CONTAINERS[name])
         commit_shard(folder, partition, partial, layout, statistics)
     finally:
         partial.unlink(missing_ok=True)
@@ -54,13 +54,11 @@ def sequences_of_shard(shard: Shard, layout: ShardLayout, rows: np.ndarray | Non
     """The stored columns of every sequence of a shard, or of `rows`, in order; a block of them is held at a time."""
     step = max(1, BLOCK_TARGETS * len(shard) // max(layout.num_targets, 1))
     wanted = np.arange(len(shard)) if rows is None else rows
-    dtypes = {name: dtype for name, (dtype, _) in layout.columns().items()}
     for start in range(0, len(shard), step):
         inside = wanted[np.searchsorted(wanted, start) : np.searchsorted(wanted, start + step)]
         if len(inside):
             first, last = int(inside[0]), int(inside[-1]) + 1
-            columns = shard.columns(first, last)
-            yield from _split({name: columns[name].astype(dtypes[name], copy=False) for name in dtypes}, inside - first)
+            yield from _split(shard.columns(first, last), inside - first)
 
 
 def _split(columns: Columns, rows: np.ndarray) -> Iterator[Columns]:
@@ -78,15 +76,17 @@ def _copy_file(source: Path, partial: Path, checksum: str) -> None:
         raise CacheCorruptError(f"{partial}: has another checksum than {source}; one of the disks is at fault.")
 
 
-def _measure(shard: Shard, layout: ShardLayout, rows: np.ndarray) -> tuple[ShardLayout, dict[str, Any]]:
+def _measure(
+    shard: Shard, layout: ShardLayout, rows: np.ndarray, commit: ShardCommit
+) -> tuple[ShardLayout, dict[str, Any]]:
     """The layout and the statistics of some sequences of a shard."""
-    sums = dict.fromkeys(("num_tokens", "num_documents", "num_targets"), 0)
-    statistics = TargetStatistics(layout.temperatures)
+    heads = shard.heads()
+    sums = {name: int(heads[name][rows].sum()) for name in ("num_tokens", "num_documents", "num_targets")}
+    part = dataclasses.replace(layout, num_sequences=len(rows), **sums)
+    statistics = TargetStatistics(part)
     for columns in sequences_of_shard(shard, layout, rows):
-        for name in sums:
-            sums[name] += int(columns[name][0])
-        statistics.add(decode(columns, layout.temperatures, "a shard that is copied").targets)
-    return dataclasses.replace(layout, num_sequences=len(rows), **sums), statistics.to_dict()
+        statistics.add_copy(decode(columns, layout, commit.file).targets, commit)
+    return part, statistics.to_dict()
 
 
 def _write(shard: Shard, rows: np.ndarray | None, partial: Path, layout: ShardLayout, container: Container) -> None:

@@ -5,6 +5,7 @@ One Parquet file a shard. A file that has its final name is whole, so that a kil
 
 import functools
 from collections.abc import Iterator
+from contextlib import closing
 
 import pyarrow.parquet as pq
 import xxhash
@@ -17,10 +18,9 @@ from pipeline.lifecycle.exported import LAYOUTS, Row
 from pipeline.manifest import CacheManifest
 from pipeline.parallel import available_cores, in_processes
 from pipeline.progress import Reporter
-from pipeline.runs.commits import ShardCommit
-from pipeline.shards.containers import CONTAINERS
+from pipeline.runs.commits import SHARDS, ShardCommit
 from pipeline.shards.layout import ALIGNMENT, decode
-from pipeline.shards.reader import layout_of_commit, open_cache, shard_file
+from pipeline.shards.reader import layout_of_commit, open_cache, open_shard
 from pipeline.targets import column_of
 
 RECORD = ".export.json"
@@ -97,12 +97,8 @@ def _row_groups(rows: Iterator[Row]) -> Iterator[list[Row]]:
 
 
 def _rows(config: ExportConfig, manifest: CacheManifest, commit: ShardCommit) -> Iterator[Row]:
-    path = shard_file(config.cache, commit)
     layout = layout_of_commit(manifest, commit)
-    shard = CONTAINERS[manifest.container].open(path, layout)
-    try:
+    where = str(config.cache / SHARDS / commit.file)
+    with closing(open_shard(config.cache, manifest, commit)) as shard:
         for columns in sequences_of_shard(shard, layout):
-            sequence = decode(columns, manifest.temperatures, str(path))
-            yield from LAYOUTS[config.layout].rows(sequence, config.temperature)
-    finally:
-        shard.close()
+            yield from LAYOUTS[config.layout].rows(decode(columns, layout, where), config.temperature)

@@ -1,27 +1,25 @@
 """Sequences whose targets an earlier cache holds: a corpus that has grown is scored only where it is new.
 
 A sequence is known by its key, which names its tokens, mask and document boundaries; its targets are
-the same in any corpus, order and shard. Its stored columns are copied as they are: nothing is rounded
-twice.
+the same in any corpus, order and shard. They are copied as they are stored, and not rounded again.
 """
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from contextlib import closing
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
 
 from pipeline.corpus import Corpus, TokenSequence
 from pipeline.errors import CacheCorruptError, CacheMismatchError
-from pipeline.lifecycle.copying import Columns, sequences_of_shard
 from pipeline.manifest import CacheManifest
 from pipeline.parallel import available_cores, in_threads
 from pipeline.runs.commits import SHARDS, ShardCommit, read_commit
-from pipeline.shards.containers import CONTAINERS, Shard
+from pipeline.shards.containers import Shard
 from pipeline.shards.layout import decode
-from pipeline.shards.reader import layout_of_commit, shard_file
+from pipeline.shards.reader import layout_of_commit, open_shard
 from pipeline.storage import Location
 from pipeline.targets import SparseTargets
 
@@ -37,22 +35,27 @@ REASONS = {
     "temperatures": "p_T needs the sum over the whole vocabulary at T, which was taken at those T alone",
     "tail_samples": "draws cannot be made from what is stored",
     "draw_temperature": "the draws were made from another distribution",
-    "codec": "its values were rounded otherwise",
+    "max_kl_error": "its values were rounded otherwise",
 }
 """Why nothing of a cache can be reused, by what differs in its identity."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CopiedTargets(SparseTargets):
+    """The targets of a sequence as an earlier cache stores them."""
+
+    columns: dict[str, np.ndarray]
+    """The sequence's stored columns, to be written as they are."""
+    source: ShardCommit
+    """The shard that they come from."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class KnownSequence(TokenSequence):
     """A row of a corpus whose targets are known."""
 
-    load: Callable[[], tuple[Columns, SparseTargets]]
+    load: Callable[[], CopiedTargets]
     """Reads them; raises CacheCorruptError."""
-
-    @cached_property
-    def stored(self) -> tuple[Columns, SparseTargets]:
-        """The columns as they are stored, and the targets in them."""
-        return self.load()
 
 
 class GrownCorpus(Corpus):
@@ -93,7 +96,6 @@ class KnownTargets:
             commits = (read_commit(folder, partition) for partition in range(manifest.num_partitions))
             self._shards += [(folder, manifest, commit) for commit in commits if commit is not None]
         self._open: OrderedDict[int, Shard] = OrderedDict()
-        self._checked: set[int] = set()
         keys = dict(in_threads(self._keys, range(len(self._shards)), available_cores()))
         parts = [keys[index] for index in range(len(self._shards))]
         self._starts = np.cumsum([0, *map(len, parts)])
@@ -109,38 +111,30 @@ class KnownTargets:
         index = np.searchsorted(self._sorted, wanted).clip(max=len(self._sorted) - 1)
         return np.where(self._sorted[index] == wanted, self._order[index], -1)
 
-    def load(self, place: int, key: bytes) -> tuple[Columns, SparseTargets]:
-        """The stored columns and the targets at a place that `find` returned for `key`."""
+    def load(self, place: int, key: bytes) -> CopiedTargets:
+        """The targets at a place that `find` returned for `key`."""
         index = int(np.searchsorted(self._starts, place, side="right")) - 1
         folder, manifest, commit = self._shards[index]
-        path = folder / SHARDS / commit.file
         row = int(place - self._starts[index])
-        (columns,) = sequences_of_shard(self._shard(index), layout_of_commit(manifest, commit), np.array([row]))
-        sequence = decode(columns, manifest.temperatures, str(path))
+        where = f"{folder / SHARDS / commit.file}: sequence {row}"
+        columns = self._shard(index).columns(row, row + 1)
+        sequence = decode(columns, layout_of_commit(manifest, commit), where)
         if sequence.key != key:
-            raise CacheCorruptError(f"{path}: sequence {row} has not the key that it had when the run began.")
-        return columns, sequence.targets
+            raise CacheCorruptError(f"{where} has not the key that it had when the run began.")
+        values = {field.name: getattr(sequence.targets, field.name) for field in fields(SparseTargets)}
+        return CopiedTargets(columns=columns, source=commit, **values)
 
     def _shard(self, index: int) -> Shard:
         if index not in self._open:
             if len(self._open) >= OPEN_SHARDS:
                 self._open.popitem(last=False)[1].close()
-            self._open[index] = self._opened(index)
+            self._open[index] = open_shard(*self._shards[index])
         self._open.move_to_end(index)
         return self._open[index]
 
-    def _opened(self, index: int, *, check: bool = True) -> Shard:
-        folder, manifest, commit = self._shards[index]
-        path = shard_file(folder, commit, check=check and index not in self._checked)
-        if check:
-            self._checked.add(index)
-        return CONTAINERS[manifest.container].open(path, layout_of_commit(manifest, commit))
-
     def _keys(self, index: int) -> tuple[int, np.ndarray]:
-        shard = self._opened(index, check=False)  # a damaged key only hides its sequence
-        keys = np.array(shard.heads()["key"])
-        shard.close()
-        return index, keys
+        with closing(open_shard(*self._shards[index])) as shard:
+            return index, np.array(shard.heads()["key"])  # a damaged one only hides its sequence
 
 
 def _sortable(keys: np.ndarray) -> np.ndarray:

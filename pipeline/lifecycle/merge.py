@@ -6,6 +6,7 @@ the first stays. A shard that loses none is copied byte for byte if the containe
 
 import dataclasses
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,8 +21,7 @@ from pipeline.parallel import available_cores, in_processes, in_threads
 from pipeline.progress import Reporter
 from pipeline.runs.commits import ShardCommit, read_commit, remove_leftovers
 from pipeline.runs.folder import open_folder
-from pipeline.shards.containers import CONTAINERS
-from pipeline.shards.reader import Cache, layout_of_commit, open_cache, shard_file
+from pipeline.shards.reader import Cache, open_cache, open_shard
 from pipeline.storage import Location
 
 
@@ -102,11 +102,8 @@ def _plan(caches: Sequence[Cache]) -> list[_Piece]:
 def _all_heads(shards: Sequence[tuple[Cache, ShardCommit]]) -> list[dict[str, np.ndarray]]:
     def read(index: int) -> tuple[int, dict[str, np.ndarray]]:
         cache, commit = shards[index]
-        layout = layout_of_commit(cache.manifest, commit)
-        shard = CONTAINERS[cache.manifest.container].open(shard_file(cache.folder, commit, check=False), layout)
-        heads = {name: np.array(values) for name, values in shard.heads().items()}
-        shard.close()
-        return index, heads
+        with closing(open_shard(cache.folder, cache.manifest, commit)) as shard:
+            return index, {name: np.array(values) for name, values in shard.heads().items()}
 
     heads = dict(in_threads(read, range(len(shards)), available_cores()))
     return [heads[index] for index in range(len(shards))]

@@ -7,6 +7,7 @@ never read.
 
 import os
 import secrets
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 from pipeline.copies import copies_folder
 from pipeline.errors import CacheCorruptError
 from pipeline.files import PARTIAL, hash_file, list_names, owner_is_dead, owner_name, publish, read_json, write_json
+from pipeline.shards.containers import CONTAINERS, structure_of
 from pipeline.shards.layout import ShardLayout
 from pipeline.storage import Location, ObjectPath
 
@@ -29,6 +31,8 @@ class ShardCommit:
     file: str
     bytes: int
     xxh3_128: str
+    structure: str
+    """Checksum of what a reader relies on beside the sequences: `structure_of`."""
     num_sequences: int
     num_tokens: int
     num_documents: int
@@ -48,11 +52,15 @@ def commit_shard(
 ) -> ShardCommit | None:
     """Publish a closed shard and its record; None if another process has committed the partition before."""
     final = folder / SHARDS / partial.name.removesuffix(PARTIAL)
+    (container,) = (kind for kind in CONTAINERS.values() if final.name.endswith(kind.suffix))
+    with closing(container.open(partial, layout)) as shard:
+        structure = structure_of(partial, shard)
     commit = ShardCommit(
         partition=partition,
         file=final.name,
         bytes=partial.stat().st_size,
         xxh3_128=hash_file(partial),
+        structure=structure,
         num_sequences=layout.num_sequences,
         num_tokens=layout.num_tokens,
         num_documents=layout.num_documents,

@@ -1,7 +1,8 @@
 """Shards as Arrow IPC files: one row a sequence, memory-mapped, readable by anything that reads Arrow.
 
-Columns of targets are lists of fixed-size lists. Rows come in record batches of about
-BATCH_TARGETS targets, so that a writer's memory stays bounded.
+The fast twin of the Zarr archive: nothing is compressed, nothing is decoded. Columns of targets are
+lists of fixed-size lists. Rows come in record batches of about BATCH_TARGETS targets, so that a
+writer's memory stays bounded.
 """
 
 import contextlib
@@ -14,19 +15,27 @@ from pipeline.errors import CacheCorruptError
 from pipeline.shards.layout import ALIGNMENT, RAGGED, ShardLayout
 
 BATCH_TARGETS = 65_536
+FORMAT = {"format": "sparse-target-shard", "format_version": "2"}
 
 
 def arrow_schema(layout: ShardLayout) -> pa.Schema:
     """The schema of a shard; its metadata states the temperatures and the alignment."""
-    fields = [pa.field("key", pa.binary(16), nullable=False)]
+    fields = [pa.field(name, kind, nullable=False) for name, kind in _OF_SEQUENCES.items()]
     for name in layout.ragged():
         dtype, shape = layout.columns()[name]
         value = pa.from_numpy_dtype(dtype)
         if len(shape) == 2:
             value = pa.list_(pa.field("item", value, nullable=False), shape[1])
         fields.append(pa.field(name, pa.list_(pa.field("item", value, nullable=False)), nullable=False))
-    metadata = {"temperatures": ",".join(map(repr, layout.temperatures)), "alignment": ALIGNMENT, "codec": layout.codec}
-    return pa.schema(fields, metadata=metadata)
+    metadata = {
+        "temperatures": ",".join(map(repr, layout.temperatures)),
+        "max_kl_error": repr(layout.max_kl_error),
+        "alignment": ALIGNMENT,
+    }
+    return pa.schema(fields, metadata=FORMAT | metadata)
+
+
+_OF_SEQUENCES = {"key": pa.binary(16), "checksum": pa.uint64()}
 
 
 class ArrowShardWriter:
@@ -67,14 +76,19 @@ class ArrowShard:
     """A finished Arrow shard, memory-mapped; reading a sequence copies nothing but its mask."""
 
     def __init__(self, path: Path, layout: ShardLayout) -> None:
-        self.path = path
+        self.path, self._names = path, list(layout.columns())
         try:
-            self._file = pa.ipc.open_file(pa.memory_map(str(path)))
-        except pa.ArrowInvalid as exc:
-            raise CacheCorruptError(f"{path}: not a whole Arrow file; the shard is truncated or foreign.") from exc
+            self._contents = pa.memory_map(str(path)).read_buffer()
+            self._file = pa.ipc.open_file(self._contents)
+            self._batches = [self._file.get_batch(index) for index in range(self._file.num_record_batches)]
+        except (pa.ArrowException, OSError, ValueError) as exc:
+            if isinstance(exc, FileNotFoundError):
+                raise
+            raise CacheCorruptError(
+                f"{path}: not a whole Arrow file; the shard is truncated or foreign ({exc})."
+            ) from exc
         if not self._file.schema.equals(arrow_schema(layout), check_metadata=True):
             raise CacheCorruptError(f"{path}: its schema is not the manifest's; the shard belongs to another cache.")
-        self._batches = [self._file.get_batch(index) for index in range(self._file.num_record_batches)]
         self._starts = np.cumsum([0, *(batch.num_rows for batch in self._batches)])
         self._views: dict[int, dict[str, tuple[np.ndarray, np.ndarray]]] = {}
 
@@ -94,7 +108,7 @@ class ArrowShard:
 
     def heads(self) -> dict[str, np.ndarray]:
         """What every sequence has one of."""
-        names = ("key", "token_ids", "document_lengths", "logsumexps")
+        names = ("key", "token_ids", "document_lengths", "entropies")
         heads: dict[str, list[np.ndarray]] = {RAGGED.get(name, name): [] for name in names}
         for batch in range(len(self._batches)):
             views = self._view(batch)
@@ -102,6 +116,12 @@ class ArrowShard:
                 values, offsets = views[name]
                 heads[RAGGED.get(name, name)].append(values if name == "key" else np.diff(offsets))
         return {name: np.concatenate(parts) for name, parts in heads.items()}
+
+    def checked_ranges(self) -> list[tuple[int, int]]:
+        """Ranges of the file's bytes that the sequences' checksums cover."""
+        buffers = [buffer for batch in self._batches for buffer in _value_buffers(batch)]
+        starts = [buffer.address - self._contents.address for buffer in buffers]
+        return sorted((start, start + buffer.size) for start, buffer in zip(starts, buffers))
 
     def close(self) -> None:
         """Forget the mapping; arrays that were handed out keep it alive."""
@@ -114,7 +134,7 @@ class ArrowShard:
             columns[name] = values[offsets[start] : offsets[stop]]
             if name in RAGGED:
                 columns[RAGGED[name]] = np.diff(offsets[start : stop + 1])
-        return columns
+        return {name: columns[name] for name in self._names}
 
     def _view(self, batch: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         if batch not in self._views:
@@ -123,8 +143,11 @@ class ArrowShard:
 
 
 def _record_batch(rows: list[dict[str, np.ndarray]], schema: pa.Schema) -> pa.RecordBatch:
-    arrays = [pa.array([row["key"].tobytes() for row in rows], pa.binary(16))]
-    for name in schema.names[1:]:
+    arrays = [
+        pa.array([row["key"].tobytes() for row in rows], _OF_SEQUENCES["key"]),
+        pa.array(np.concatenate([row["checksum"] for row in rows])),
+    ]
+    for name in schema.names[len(_OF_SEQUENCES) :]:
         counted = RAGGED[name]
         offsets = np.cumsum([0, *(int(row[counted][0]) for row in rows)]).astype(np.int32)
         values = np.concatenate([row[name] for row in rows])
@@ -137,9 +160,11 @@ def _record_batch(rows: list[dict[str, np.ndarray]], schema: pa.Schema) -> pa.Re
 
 
 def _views(batch: pa.RecordBatch) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    keys = np.frombuffer(batch.column("key").buffers()[1], np.uint8).reshape(-1, 16)
-    views = {"key": (keys, np.arange(batch.num_rows + 1))}
-    for name in batch.schema.names[1:]:
+    """The flat values of every column, and where the rows of each sequence begin in them."""
+    each = np.arange(batch.num_rows + 1)
+    keys = np.frombuffer(batch.column("key").buffers()[1], np.uint8, 16 * batch.num_rows).reshape(-1, 16)
+    views = {"key": (keys, each), "checksum": (batch.column("checksum").to_numpy(), each)}
+    for name in batch.schema.names[len(views) :]:
         column = batch.column(name)
         values, width = column.values, None
         if isinstance(values.type, pa.FixedSizeListType):
@@ -147,3 +172,11 @@ def _views(batch: pa.RecordBatch) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         flat = values.to_numpy(zero_copy_only=not pa.types.is_boolean(values.type))
         views[name] = (flat.reshape(-1, width) if width else flat, column.offsets.to_numpy())
     return views
+
+
+def _value_buffers(batch: pa.RecordBatch) -> list[pa.Buffer]:
+    """The values of every column but of those that pack several into a byte; without offsets and padding."""
+    plain = [column for column in batch.columns if not isinstance(column.type, pa.ListType)]
+    values = [column.values for column in batch.columns if isinstance(column.type, pa.ListType)]
+    values = [item.values if isinstance(item.type, pa.FixedSizeListType) else item for item in values]
+    return [array.buffers()[1] for array in plain + values if not pa.types.is_boolean(array.type) and len(array)]

@@ -2,7 +2,8 @@
 
 A shard holds whole sequences. Its columns are flat arrays over the shard's sequences,
 tokens, documents or targets; the targets of a sequence are the rows of its
-`target_positions`, in order.
+`target_positions`, in order. Every sequence carries a checksum of its stored values, so that
+whatever a container does to them, what comes out is what went in.
 
 Shape suffixes: S sequences, D documents, M tokens, N targets, K entries, T temperatures.
 """
@@ -10,11 +11,12 @@ Shape suffixes: S sequences, D documents, M tokens, N targets, K entries, T temp
 from dataclasses import dataclass
 
 import numpy as np
+import xxhash
 
 from pipeline.corpus import TokenSequence, target_positions
 from pipeline.errors import CacheCorruptError
-from pipeline.shards.codec import CODECS, Codec
-from pipeline.targets import COLUMNS, SparseTargets
+from pipeline.shards.codec import is_lossless, round_targets
+from pipeline.targets import COLUMNS, SparseTargets, logsumexps_of
 
 ALIGNMENT = "targets[j] is the teacher's distribution of token target_positions[j] + 1"
 
@@ -24,6 +26,7 @@ RAGGED = {
     "document_lengths": "num_documents",
     "ids": "num_targets",
     "logits": "num_targets",
+    "levels": "num_targets",
     "logsumexps": "num_targets",
     "tail_logprobs": "num_targets",
     "entropies": "num_targets",
@@ -61,18 +64,15 @@ class ShardLayout:
     top_k: int
     num_draws: int
     temperatures: tuple[float, ...]
-    codec: str
-
-    @property
-    def values(self) -> Codec:
-        """The codec of the floating-point columns."""
-        return CODECS[self.codec]
+    max_kl_error: float
+    """Nats; 0 is lossless."""
 
     def columns(self) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
         """Every column's stored dtype and shape; a column without width is not stored."""
         temperatures = len(self.temperatures)
         shapes = {
             "key": (self.num_sequences, 16),
+            "checksum": (self.num_sequences,),
             "num_tokens": (self.num_sequences,),
             "num_documents": (self.num_sequences,),
             "num_targets": (self.num_sequences,),
@@ -81,58 +81,94 @@ class ShardLayout:
             "loss_mask": (self.num_tokens,),
             "ids": (self.num_targets, self.top_k),
             "logits": (self.num_targets, self.top_k),
+            "levels": (self.num_targets,),
             "logsumexps": (self.num_targets, temperatures),
             "tail_logprobs": (self.num_targets, temperatures),
             "entropies": (self.num_targets, temperatures),
             "label_logits": (self.num_targets,),
             "draws": (self.num_targets, self.num_draws),
         }
-        stored = {name: shape for name, shape in shapes.items() if 0 not in shape[1:]}
-        dtypes = {"key": np.uint8, "loss_mask": np.bool_} | self.values.dtypes
-        return {name: (np.dtype(dtypes.get(name, np.int32)), shape) for name, shape in stored.items()}
+        absent = {"logsumexps"} if self.on_grid else {"levels"}
+        stored = {name: shape for name, shape in shapes.items() if 0 not in shape[1:] and name not in absent}
+        return {name: (np.dtype(_DTYPES.get(name, np.int32)), shape) for name, shape in stored.items()}
+
+    @property
+    def on_grid(self) -> bool:
+        """Whether logits lie on the grid of `pipeline.shards.grid`; logsumexps then follow from logits and tails."""
+        return self.top_k > 0 and not is_lossless(self.max_kl_error)
 
     def ragged(self) -> dict[str, str]:
         """The stored columns of which a sequence has several rows, and the column that counts them."""
         return {name: counted for name, counted in RAGGED.items() if name in self.columns()}
 
 
+_DTYPES = {"key": np.uint8, "checksum": np.uint64, "loss_mask": np.bool_, "levels": np.uint8} | dict.fromkeys(
+    ("logits", "logsumexps", "tail_logprobs", "entropies", "label_logits"), np.float32
+)
+"""Of the columns that are not int32."""
+
+
 def encode(layout: ShardLayout, sequence: TokenSequence, targets: SparseTargets) -> dict[str, np.ndarray]:
-    """The stored columns of one sequence."""
+    """The stored columns of one sequence, rounded as far as the layout's bound allows."""
     expected = (len(sequence.target_positions), layout.top_k, layout.num_draws, layout.temperatures)
     found = (len(targets), targets.top_k, targets.draws.shape[1], targets.temperatures)
     assert found == expected, f"targets of (N, K, D, temperatures) {found} for a sequence of {expected}"
+    labels = sequence.token_ids[sequence.target_positions + 1]
+    rounded, levels = round_targets(targets, labels, layout.max_kl_error)
     columns = {
         "key": np.frombuffer(sequence.key, np.uint8)[None],
-        "num_tokens": np.array([len(sequence.token_ids)], np.int32),
-        "num_documents": np.array([len(sequence.document_lengths)], np.int32),
-        "num_targets": np.array([len(targets)], np.int32),
+        "num_tokens": np.array([len(sequence.token_ids)]),
+        "num_documents": np.array([len(sequence.document_lengths)]),
+        "num_targets": np.array([len(targets)]),
         "document_lengths": sequence.document_lengths,
         "token_ids": sequence.token_ids,
         "loss_mask": sequence.loss_mask,
-        **layout.values.encode({name: getattr(targets, name) for name in COLUMNS}),
+        "levels": levels,
+        **{name: getattr(rounded, name) for name in COLUMNS},
     }
-    return {name: columns[name] for name in layout.columns()}
+    stored = {name: np.ascontiguousarray(columns[name], dtype) for name, (dtype, _) in _without_checksum(layout)}
+    return stored | {"checksum": np.array([checksum_of(stored)], np.uint64)}
 
 
-def decode(columns: dict[str, np.ndarray], temperatures: tuple[float, ...], where: str) -> CachedSequence:
-    """The sequence whose stored columns are given; raises CacheCorruptError if they contradict each other."""
+def checksum_of(columns: dict[str, np.ndarray]) -> int:
+    """xxh3-64 of the bytes of one sequence's columns, in the order of their names, its checksum left out."""
+    digest = xxhash.xxh3_64()
+    for name in sorted(columns.keys() - {"checksum"}):
+        digest.update(np.ascontiguousarray(columns[name]).reshape(-1).view(np.uint8))
+    return digest.intdigest()
+
+
+def decode(columns: dict[str, np.ndarray], layout: ShardLayout, where: str) -> CachedSequence:
+    """The sequence whose stored columns are given; raises CacheCorruptError unless they are as they were written."""
+    if checksum_of(columns) != columns["checksum"][0]:
+        raise CacheCorruptError(f"{where}: the sequence does not match its checksum; the shard is damaged.")
     token_ids, loss_mask, lengths = (columns[name] for name in ("token_ids", "loss_mask", "document_lengths"))
     positions = target_positions(loss_mask)
-    num_targets = len(columns["logsumexps"])
+    num_targets = len(columns["entropies"])
     if len(loss_mask) != len(token_ids) or lengths.sum() != len(token_ids) or len(positions) != num_targets:
         raise CacheCorruptError(
             f"{where}: tokens, mask, documents and targets do not fit each other; the shard is damaged."
         )
-    values = {name: columns.get(name, np.zeros((num_targets, 0), np.float32)) for name in COLUMNS}
-    values = {name: column.astype(_DECODED.get(name, np.float32), copy=False) for name, column in values.items()}
     return CachedSequence(
         key=columns["key"].tobytes(),
         token_ids=token_ids,
         loss_mask=loss_mask,
         document_lengths=lengths,
         target_positions=positions,
-        targets=SparseTargets(temperatures=temperatures, **values),
+        targets=targets_of(columns, layout),
     )
 
 
-_DECODED = {"ids": np.int32, "draws": np.int32}
+def targets_of(columns: dict[str, np.ndarray], layout: ShardLayout) -> SparseTargets:
+    """The targets in stored columns of one or more sequences."""
+    num_targets = len(columns["entropies"])
+    empty = {"ids": np.int32, "draws": np.int32, "logits": np.float32}
+    values = {name: columns[name] for name in COLUMNS if name in columns}
+    values |= {name: np.zeros((num_targets, 0), dtype) for name, dtype in empty.items() if name not in columns}
+    if layout.on_grid:
+        values["logsumexps"] = logsumexps_of(values["logits"], values["tail_logprobs"], layout.temperatures)
+    return SparseTargets(temperatures=layout.temperatures, **values)
+
+
+def _without_checksum(layout: ShardLayout) -> list[tuple[str, tuple[np.dtype, tuple[int, ...]]]]:
+    return [(name, spec) for name, spec in layout.columns().items() if name != "checksum"]

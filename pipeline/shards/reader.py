@@ -1,19 +1,19 @@
 """Reading a cache: a map from an index to a sequence and its targets, whatever the container."""
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from pipeline.copies import local_copy
-from pipeline.errors import CacheCorruptError, CacheIncompleteError
+from pipeline.errors import CacheCorruptError
 from pipeline.files import hash_file
-from pipeline.manifest import MANIFEST, CacheManifest
-from pipeline.parallel import in_threads
-from pipeline.runs.commits import SHARDS, ShardCommit, read_commit
-from pipeline.shards.containers import CONTAINERS, Shard
+from pipeline.manifest import CacheManifest
+from pipeline.runs.commits import SHARDS, ShardCommit
+from pipeline.shards.containers import CONTAINERS, Shard, structure_of
+from pipeline.shards.index import open_index
 from pipeline.shards.layout import CachedSequence, ShardLayout, decode
 from pipeline.storage import Location, ObjectPath, location
 
@@ -24,18 +24,19 @@ OPEN_SHARDS = 64
 class Cache:
     """A finished cache, in the order of its corpus: `len(cache)` sequences, `cache[i]` a CachedSequence.
 
-    A shard's checksum is checked when a process first reads from it; damage raises
-    CacheCorruptError that names the file. Can be pickled; safe to use from forked workers, not
-    from several threads at once.
+    What is read is checked, and only that: a shard's structure when it is opened, a sequence against its
+    checksum whenever it is read; damage raises CacheCorruptError that names the file. Can be pickled;
+    safe to use from forked workers, not from several threads at once. A copy of a shard in an object store is
+    checked to the byte when it is first opened, and fetched again if it is damaged.
     """
 
     def __init__(self, folder: Location) -> None:
         self.folder = folder
         self.manifest = CacheManifest.read(folder)
-        self.commits = _all_commits(folder, self.manifest)
+        self.commits = open_index(folder, self.manifest)
         self._starts = np.array(self.manifest.partitions)
-        self._checked: set[int] = set()
-        self._shards: OrderedDict[int, Shard] = OrderedDict()
+        self._shards: OrderedDict[int, tuple[Shard, ShardLayout, str]] = OrderedDict()
+        self._whole_copies: set[int] = set()
 
     def __len__(self) -> int:
         return self.manifest.num_sequences
@@ -45,38 +46,55 @@ class Cache:
             raise IndexError(f"sequence {index} of a cache of {len(self)}")
         index = int(index) % len(self)
         partition = int(np.searchsorted(self._starts, index, side="right")) - 1
-        shard, row = self.shard(partition), index - int(self._starts[partition])
-        where = str(self.folder / SHARDS / self.commits[partition].file)
-        return decode(shard.columns(row, row + 1), self.manifest.temperatures, where)
+        row = index - int(self._starts[partition])
+        shard, layout, where = self._open(partition)
+        return decode(shard.columns(row, row + 1), layout, f"{where}: sequence {row}")
+
+    def batch(self, indexes: Iterable[int]) -> list[CachedSequence]:
+        """The sequences at `indexes`, in that order; read in the order of the files."""
+        indexes = list(indexes)
+        found = {index: self[index] for index in sorted(set(indexes), key=lambda index: index % max(len(self), 1))}
+        return [found[index] for index in indexes]
 
     def __iter__(self) -> Iterator[CachedSequence]:
         return (self[index] for index in range(len(self)))
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_shards": OrderedDict(), "_checked": set()}
+        return self.__dict__ | {"_shards": OrderedDict(), "_whole_copies": set()}
 
     def shard(self, partition: int) -> Shard:
-        """The open shard of a partition, its checksum checked."""
-        if partition not in self._shards:
-            if len(self._shards) >= OPEN_SHARDS:
-                self._shards.popitem(last=False)[1].close()
-            self._shards[partition] = self._open(partition)
-        self._shards.move_to_end(partition)
-        return self._shards[partition]
+        """The open shard of a partition, its structure checked."""
+        return self._open(partition)[0]
 
     def close(self) -> None:
         """Release all files."""
         while self._shards:
-            self._shards.popitem()[1].close()
+            self._shards.popitem()[1][0].close()
 
-    def _open(self, partition: int) -> Shard:
-        commit = self.commits[partition]
-        path = shard_file(self.folder, commit, check=partition not in self._checked)
-        self._checked.add(partition)
-        shard = CONTAINERS[self.manifest.container].open(path, layout_of_commit(self.manifest, commit))
-        if len(shard) != commit.num_sequences:
-            raise CacheCorruptError(f"{path}: holds {len(shard)} sequences; its commit says {commit.num_sequences}.")
-        return shard
+    def _open(self, partition: int) -> tuple[Shard, ShardLayout, str]:
+        if partition not in self._shards:
+            if len(self._shards) >= OPEN_SHARDS:
+                self._shards.popitem(last=False)[1][0].close()
+            commit = self.commits[partition]
+            is_new_copy = isinstance(self.folder, ObjectPath) and partition not in self._whole_copies
+            shard = open_shard(self.folder, self.manifest, commit, check=is_new_copy)
+            self._whole_copies.add(partition)
+            where = str(self.folder / SHARDS / commit.file)
+            self._shards[partition] = shard, layout_of_commit(self.manifest, commit), where
+        self._shards.move_to_end(partition)
+        return self._shards[partition]
+
+
+def open_shard(folder: Location, manifest: CacheManifest, commit: ShardCommit, *, check: bool = False) -> Shard:
+    """A committed shard; raises CacheCorruptError unless its size and structure, with `check` every byte, are as
+    they were committed."""
+    where, path = folder / SHARDS / commit.file, shard_file(folder, commit, check=check)
+    shard = CONTAINERS[manifest.container].open(path, layout_of_commit(manifest, commit))
+    if len(shard) != commit.num_sequences:
+        raise CacheCorruptError(f"{where}: holds {len(shard)} sequences; its commit says {commit.num_sequences}.")
+    if structure_of(path, shard) != commit.structure:
+        raise CacheCorruptError(f"{where}: its structure is not the committed one; bytes of the file have changed.")
+    return shard
 
 
 def open_cache(path: str | Location) -> Cache:
@@ -85,14 +103,13 @@ def open_cache(path: str | Location) -> Cache:
 
 
 def shard_file(folder: Location, commit: ShardCommit, *, check: bool = True) -> Path:
-    """A committed shard as a file of this machine; with `check`, its bytes are those that were committed.
+    """A committed shard as a file of this machine, as long as it was committed; with `check`, the same to the byte.
 
-    Raises CacheCorruptError. Of an object store it is a checked copy, downloaded unless it is there.
+    Raises CacheCorruptError. Of an object store it is a copy, downloaded unless it is there.
     """
     path = folder / SHARDS / commit.file
     if not isinstance(path, ObjectPath):
-        if check:
-            check_shard_file(path, commit)
+        _check_file(path, commit, check)
         return path
 
     def is_whole(copy: Path) -> bool:
@@ -106,8 +123,7 @@ def shard_file(folder: Location, commit: ShardCommit, *, check: bool = True) -> 
         raise CacheCorruptError(f"{exc}; the shard is damaged.") from exc
 
 
-def check_shard_file(path: Path, commit: ShardCommit) -> None:
-    """Raise CacheCorruptError unless the file is, byte for byte, the one that was committed."""
+def _check_file(path: Path, commit: ShardCommit, every_byte: bool) -> None:
     if not path.is_file():
         raise CacheCorruptError(f"{path}: missing, although it was committed; `pipeline verify` names all damage.")
     size = path.stat().st_size
@@ -115,7 +131,7 @@ def check_shard_file(path: Path, commit: ShardCommit) -> None:
         raise CacheCorruptError(
             f"{path}: {size} bytes; {commit.bytes} were committed: the file is truncated or foreign."
         )
-    if hash_file(path) != commit.xxh3_128:
+    if every_byte and hash_file(path) != commit.xxh3_128:
         raise CacheCorruptError(f"{path}: its checksum is not the committed one; bytes of the file have changed.")
 
 
@@ -127,16 +143,3 @@ def layout_of_commit(manifest: CacheManifest, commit: ShardCommit) -> ShardLayou
         num_documents=commit.num_documents,
         num_targets=commit.num_targets,
     )
-
-
-def _all_commits(folder: Location, manifest: CacheManifest) -> list[ShardCommit]:
-    partitions, workers = range(manifest.num_partitions), 32 if isinstance(folder, ObjectPath) else 1
-    found = dict(in_threads(lambda partition: (partition, read_commit(folder, partition)), partitions, workers))
-    commits = [found[partition] for partition in partitions]
-    missing = [partition for partition, commit in enumerate(commits) if commit is None]
-    if missing:
-        raise CacheIncompleteError(
-            f"{folder / MANIFEST}: {len(missing)} of {len(commits)} partitions are not captured yet "
-            f"(first: {missing[0]}); run the same `pipeline cache-logits` command again to continue."
-        )
-    return [commit for commit in commits if commit is not None]

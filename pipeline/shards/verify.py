@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -11,9 +12,10 @@ from pipeline.files import hash_folder
 from pipeline.manifest import COPY, MANIFEST, TOKENIZER, CacheManifest
 from pipeline.parallel import available_cores, in_threads
 from pipeline.runs.commits import SHARDS, ShardCommit, commit_path, read_commit
-from pipeline.shards.containers import CONTAINERS
-from pipeline.shards.reader import layout_of_commit, shard_file
+from pipeline.shards.layout import ShardLayout, targets_of
+from pipeline.shards.reader import layout_of_commit, open_shard
 from pipeline.storage import Location
+from pipeline.targets import COLUMNS, SparseTargets
 
 BLOCK_TARGETS = 65_536
 """Targets that are read at a time."""
@@ -115,18 +117,16 @@ def _verify_partition(folder: Location, manifest: CacheManifest, partition: int)
 
 def _verify_shard(folder: Location, manifest: CacheManifest, commit: ShardCommit) -> np.ndarray:
     """The keys of a sound shard; raises CacheCorruptError."""
-    path = folder / SHARDS / commit.file
-    shard = CONTAINERS[manifest.container].open(shard_file(folder, commit), layout_of_commit(manifest, commit))
+    layout = layout_of_commit(manifest, commit)
     step = max(1, BLOCK_TARGETS * commit.num_sequences // max(commit.num_targets, 1))
     keys = []
-    try:
+    with closing(open_shard(folder, manifest, commit, check=True)) as shard:
         for start in range(0, commit.num_sequences, step):
             columns = shard.columns(start, min(start + step, commit.num_sequences))
-            for problem in _contradictions(columns, manifest):
-                raise CacheCorruptError(f"{path}: {problem}; `pipeline verify --repair` drops the shard.")
+            for problem in _contradictions(columns, layout, manifest.vocab_size):
+                where = folder / SHARDS / commit.file
+                raise CacheCorruptError(f"{where}: {problem}; `pipeline verify --repair` drops the shard.")
             keys.append(np.array(columns["key"]))
-    finally:
-        shard.close()
     return np.concatenate(keys)
 
 
@@ -145,40 +145,31 @@ def _duplicates(folder: Location, outcomes: list[_Outcome]) -> Iterator[tuple[in
         yield partition, f"{folder / SHARDS / commit.file}: sequence {key} is in partition {other} too."
 
 
-def _contradictions(columns: dict[str, np.ndarray], manifest: CacheManifest) -> list[str]:
+def _contradictions(columns: dict[str, np.ndarray], layout: ShardLayout, vocab_size: int) -> list[str]:
     """What the values of some sequences cannot be."""
-    count = len(columns["logsumexps"])
-    empty = {"ids": np.int32, "draws": np.int32, "logits": np.float32}
-    columns = columns | {name: np.zeros((count, 0), kind) for name, kind in empty.items() if name not in columns}
-    found = [] if _within(columns["token_ids"], manifest.vocab_size) else ["token ids outside the vocabulary"]
-    names = ("ids", "logits", "logsumexps", "tail_logprobs", "entropies", "draws")
-    for start in range(0, count, BLOCK_ROWS):
-        found += _contradictions_of_rows(*(columns[name][start : start + BLOCK_ROWS] for name in names), manifest)
+    found = [] if _within(columns["token_ids"], vocab_size) else ["token ids outside the vocabulary"]
+    names = [name for name in COLUMNS if name in columns]
+    for start in range(0, len(columns["entropies"]), BLOCK_ROWS):
+        rows = {name: columns[name][start : start + BLOCK_ROWS] for name in names}
+        with np.errstate(all="ignore"):  # of impossible values comes what is found to be so
+            found += _contradictions_of_rows(targets_of(rows, layout), vocab_size)
     return list(dict.fromkeys(found))
 
 
-def _contradictions_of_rows(
-    ids: np.ndarray,
-    logits: np.ndarray,
-    logsumexps: np.ndarray,
-    tail_logprobs: np.ndarray,
-    entropies: np.ndarray,
-    draws: np.ndarray,
-    manifest: CacheManifest,
-) -> list[str]:
+def _contradictions_of_rows(targets: SparseTargets, vocab_size: int) -> list[str]:
+    ids, draws, logits = targets.ids, targets.draws, targets.logits
     ordered = np.sort(ids, axis=1)
-    logits = logits.astype(np.float32)
     rules = {
-        "target ids outside the vocabulary": _within(ordered[:, [0, -1]] if ids.size else ids, manifest.vocab_size),
+        "target ids outside the vocabulary": _within(ordered[:, [0, -1]] if ids.size else ids, vocab_size),
         "target ids that repeat in a row": bool((ordered[:, 1:] != ordered[:, :-1]).all()),
         "logits that are not in falling order from 0": bool(
             (logits[:, :1] == 0).all() and (logits[:, 1:] <= logits[:, :-1]).all()
         ),
-        "a logsumexp that is not finite": bool(np.isfinite(logsumexps).all()),
-        "a tail mass above 1": bool((tail_logprobs <= 1e-3).all()),
-        "an entropy that is not finite": bool(np.isfinite(entropies).all()),
-        "probabilities that do not sum to 1": _sums_to_one(logits, logsumexps, tail_logprobs, manifest.temperatures),
-        "draws outside the vocabulary": _within(draws[(draws != -1).all(1)], manifest.vocab_size),
+        "a logsumexp that is not finite": bool(np.isfinite(targets.logsumexps).all()),
+        "a tail mass above 1": bool((targets.tail_logprobs <= 1e-3).all()),
+        "an entropy that is not finite": bool(np.isfinite(targets.entropies).all()),
+        "probabilities that do not sum to 1": _sums_to_one(targets),
+        "draws outside the vocabulary": _within(draws[(draws != -1).all(1)], vocab_size),
         "draws from the stored ids": not any((ids == column[:, None]).any() for column in draws.T),
     }
     return [problem for problem, holds in rules.items() if not holds]
@@ -188,12 +179,6 @@ def _within(ids: np.ndarray, vocab_size: int) -> bool:
     return ids.size == 0 or (int(ids.min()) >= 0 and int(ids.max()) < vocab_size)
 
 
-def _sums_to_one(
-    logits: np.ndarray, logsumexps: np.ndarray, tail_logprobs: np.ndarray, temperatures: tuple[float, ...]
-) -> bool:
-    for index, temperature in enumerate(temperatures):
-        head = np.exp(logits / np.float32(temperature) - logsumexps[:, index, None]).sum(axis=1)
-        total = head + np.exp(tail_logprobs[:, index].astype(np.float32))
-        if not np.allclose(total, 1.0, atol=5e-3):
-            return False
-    return True
+def _sums_to_one(targets: SparseTargets) -> bool:
+    totals = [targets.probs(T).sum(axis=1) + targets.tail_mass(T) for T in targets.temperatures]
+    return all(np.allclose(total, 1.0, atol=1e-3) for total in totals)

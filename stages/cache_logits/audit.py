@@ -11,7 +11,7 @@ from pipeline.corpus import TokenSequence
 from pipeline.errors import CacheMismatchError
 from pipeline.manifest import CacheManifest
 from pipeline.progress import Reporter
-from pipeline.shards.layout import CachedSequence, decode, encode
+from pipeline.shards.layout import CachedSequence, encode, targets_of
 from pipeline.shards.reader import Cache, open_cache
 from pipeline.targets import SparseTargets
 from stages.cache_logits.comparison import Difference, differences
@@ -26,8 +26,8 @@ size or another engine sums in another order."""
 NOISE_QUANTISED = 0.1
 MEAN_NOISE = 0.2
 """The mean over a sequence's positions may be this share of what a single one may be."""
-CODEC_MARGIN = 2.0
-"""The codec's own error is measured on the sample; an unlucky entry elsewhere may have this much more."""
+ROUNDING_MARGIN = 2.0
+"""What rounding costs is measured on the sample; an unlucky entry elsewhere may lose this much more."""
 
 
 @dataclass
@@ -36,8 +36,8 @@ class AuditReport:
 
     num_sequences: int = 0
     num_targets: int = 0
-    codec_error: float = 0.0
-    """Largest difference of a probability that the codec alone makes, on the sampled targets."""
+    rounding_error: float = 0.0
+    """Largest difference of a probability that rounding alone makes, on the sampled targets."""
     noise: float = 0.0
     largest: float = 0.0
     """Largest difference found."""
@@ -46,12 +46,12 @@ class AuditReport:
     @property
     def allowed(self) -> float:
         """Largest difference of a probability that is no disagreement."""
-        return CODEC_MARGIN * self.codec_error + self.noise
+        return ROUNDING_MARGIN * self.rounding_error + self.noise
 
     @property
     def allowed_mean(self) -> float:
         """Largest mean over a sequence of the positions' largest differences."""
-        return CODEC_MARGIN * self.codec_error + MEAN_NOISE * self.noise
+        return ROUNDING_MARGIN * self.rounding_error + MEAN_NOISE * self.noise
 
 
 def audit_cache(config: AuditConfig, reporter: Reporter | None = None) -> AuditReport:
@@ -112,11 +112,11 @@ def _compare(
         num_documents=len(sequence.document_lengths),
         num_targets=len(wanted),
     )
-    rounded = decode(encode(layout, sequence, wanted), manifest.temperatures, where).targets
+    rounded = targets_of(encode(layout, sequence, wanted), layout)
     found = []
     for temperature in manifest.temperatures:
-        codec = [difference.value for difference in differences(rounded, wanted, temperature)]
-        report.codec_error = max(report.codec_error, *codec)
+        lost = [difference.value for difference in differences(rounded, wanted, temperature)]
+        report.rounding_error = max(report.rounding_error, *lost)
         ours = differences(cached.targets, wanted, temperature)
         report.largest = max(report.largest, *(difference.value for difference in ours))
         found += [(where, difference) for difference in ours]

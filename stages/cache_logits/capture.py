@@ -14,11 +14,11 @@ from typing import Any
 
 from pipeline.corpus import Corpus, TokenSequence
 from pipeline.errors import CorpusError
-from pipeline.lifecycle.known import KnownSequence
+from pipeline.lifecycle.known import CopiedTargets
 from pipeline.manifest import CacheManifest
 from pipeline.runs.commits import ShardCommit, commit_shard, partial_shard_path
 from pipeline.shards.containers import CONTAINERS, ShardWriter
-from pipeline.shards.layout import ShardLayout, encode
+from pipeline.shards.layout import ShardLayout, encode, targets_of
 from pipeline.shards.statistics import TargetStatistics
 from pipeline.targets import SparseTargets
 from stages.cache_logits.engine import Engine, Request
@@ -175,12 +175,16 @@ class _Writer:
 
     def _fill(self, writer: ShardWriter, layout: ShardLayout, item: Any) -> TargetStatistics | None:
         """Write `item` and the rest of its shard's sequences; None if there are no more."""
-        statistics = TargetStatistics(self._manifest.temperatures)
+        statistics = TargetStatistics(layout)
         for remaining in reversed(range(layout.num_sequences)):
             sequence, targets = item
-            statistics.add(targets)
-            is_known = isinstance(sequence, KnownSequence)
-            writer.append(sequence.stored[0] if is_known else encode(layout, sequence, targets))
+            if isinstance(targets, CopiedTargets):
+                columns = targets.columns
+                statistics.add_copy(targets, targets.source)
+            else:
+                columns = encode(layout, sequence, targets)
+                statistics.add(targets, targets_of(columns, layout))
+            writer.append(columns)
             item = self._queue.get() if remaining else None
             if remaining and item is None:
                 return None

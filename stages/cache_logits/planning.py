@@ -89,7 +89,7 @@ def _manifest(config: CacheConfig, corpus: Corpus, teacher: Teacher, partitions:
         temperatures=config.temperatures,
         tail_samples=config.tail_samples,
         draw_temperature=config.resolved_draw_temperature if config.tail_samples else None,
-        codec=config.codec,
+        max_kl_error=config.max_kl_error,
         container=config.format,
         corpus=corpus.manifest.fingerprint,
         packing=corpus.manifest.packing,

@@ -30,7 +30,7 @@ class Row:
     def targets(self) -> SparseTargets | None:
         """The targets of the whole sequence once every document is there; read from its cache if it is known."""
         if isinstance(self.sequence, KnownSequence):
-            return self.sequence.stored[1]
+            return self.sequence.load()
         parts = [part for part in self.documents if part is not None]
         return concatenate(parts) if len(parts) == len(self.documents) else None
 

@@ -67,8 +67,13 @@ def exactness(results: DemoResults) -> str:
     errors = ", ".join(f"{error:.1e} at T={temperature:g}" for temperature, error in results.largest_error.items())
     return (
         f"Exactness: largest |p_T cached - p_T float64| over {results.num_audited:,} positions x "
-        f"{results.top_k} entries: {errors} ({results.codec} codec)."
+        f"{results.top_k} entries: {errors} ({_rounding(results)})."
     )
+
+
+def _rounding(results: DemoResults) -> str:
+    bound = results.max_kl_error
+    return f"rounded within {bound:g} nats of KL" if bound else "lossless"
 
 
 def storage(results: DemoResults) -> str:
@@ -76,7 +81,7 @@ def storage(results: DemoResults) -> str:
     means = ", ".join(f"{mass.mean():.3f} at T={temperature:g}" for temperature, mass in results.tail_masses.items())
     return (
         f"Storage: {results.cache_bytes / results.num_targets:.1f} bytes a token at k={results.top_k} "
-        f"({results.container}, {results.codec}). Teacher's mean tail mass outside the top k: {means}."
+        f"({results.container}, {_rounding(results)}). Teacher's mean tail mass outside the top k: {means}."
     )
 
 

@@ -52,7 +52,8 @@ class DemoResults:
     num_targets: int
     cache_bytes: int
     top_k: int
-    codec: str
+    max_kl_error: float
+    """Bound on the rounding's mean KL error, nats; 0 is lossless."""
     container: str
     seconds: dict[str, float]
     """Wall time of every step, start-up included."""
@@ -85,7 +86,7 @@ def read_results(folder: Path, teacher: Path, recipe: DemoRecipe, seconds: dict[
         num_targets=sum(cache.manifest.num_targets for cache in caches),
         cache_bytes=sum(commit.bytes for cache in caches for commit in cache.commits),
         top_k=held_out.manifest.top_k,
-        codec=held_out.manifest.codec,
+        max_kl_error=held_out.manifest.max_kl_error,
         container=held_out.manifest.container,
         seconds=seconds,
         rates=_rates(caches, students, recipe, seconds),

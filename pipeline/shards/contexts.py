@@ -1,0 +1,178 @@
+"""Ids as small numbers: what follows a token, and what comes with a most probable id, repeats itself.
+
+Shape suffixes: N positions, K stored entries of a position.
+
+A shard learns two kinds of tables from all of its ids: for a token, the ids that are stored where it
+is the last token of the text ("previous"); for an id, the ids that are stored where it is the most
+probable ("first"). Each lists its ids by falling count. A position uses the table of one kind, whichever
+makes it smaller, and an id's code is its place in that table, or TABLE_SIZE plus its place among all ids
+of the shard by falling count. The first id of a position always goes by the previous token.
+
+Decoding is one look-up in one array, the same for every entry: no entry waits for another one.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+TABLE_SIZE = 1024
+"""Longest table."""
+MIN_COUNT = 3
+"""How often an id must come up in a context to be in its table: each entry costs about 14 bits."""
+MIN_POSITIONS = 12
+"""How often a context must come up to have a table."""
+PREVIOUS, FIRST = 0, 1
+CACHED_ROWS = 1024
+
+
+@dataclass(frozen=True)
+class Tables:
+    """The tables of one kind, one after the other."""
+
+    tokens: np.ndarray
+    """int32 [tables], rising."""
+    sizes: np.ndarray
+    """int32 [tables]"""
+    entries: np.ndarray
+    """int32: places in the vocabulary, of all tables."""
+
+
+@dataclass(frozen=True)
+class ContextModel:
+    """What a shard knows about its ids."""
+
+    vocabulary: np.ndarray
+    """int32: every id of the shard, by falling count, then by id."""
+    tables: tuple[Tables, Tables]
+    """PREVIOUS and FIRST."""
+
+    def __post_init__(self) -> None:
+        entries = np.concatenate([self.vocabulary, *(self.vocabulary[kind.entries] for kind in self.tables)])
+        starts, begin = [], len(self.vocabulary)
+        for kind in self.tables:
+            starts.append(np.int32(begin) + np.cumsum(kind.sizes, dtype=np.int32) - kind.sizes)
+            begin += len(kind.entries)
+        object.__setattr__(self, "_flat", entries)
+        object.__setattr__(self, "_starts", tuple(starts))
+
+    def encode(self, ids_NK: np.ndarray, previous_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """int32 [N, K] codes, and uint8 [N] the kind of table that each position uses."""
+        places = _places_in(self.vocabulary, ids_NK)
+        codes, others = (self._codes(kind, places, context) for kind, context in enumerate((previous_N, ids_NK[:, 0])))
+        kinds = np.zeros(len(ids_NK), np.uint8)
+        for rows in row_blocks(len(ids_NK)):
+            kinds[rows] = _cost(others[rows]) < _cost(codes[rows])
+        is_first = kinds == FIRST
+        codes[is_first, 1:] = others[is_first, 1:]
+        return codes, kinds
+
+    def decode(self, codes_NK: np.ndarray, kinds_N: np.ndarray, previous_N: np.ndarray) -> np.ndarray:
+        """int32 [N, K]: the ids; IndexError or ValueError if the codes are none of this model."""
+        starts = self._starts_of(PREVIOUS, previous_N)
+        first = self._look_up(codes_NK[:, :1], starts[:, None])
+        starts[kinds_N == FIRST] = self._starts_of(FIRST, first[:, 0])[kinds_N == FIRST]
+        return np.hstack([first, self._look_up(codes_NK[:, 1:], starts[:, None])])
+
+    def _look_up(self, codes: np.ndarray, starts: np.ndarray) -> np.ndarray:
+        # Arithmetic with masks: np.where takes ten times as long.
+        return self._flat.take(codes + ((codes < TABLE_SIZE) * (starts + TABLE_SIZE) - TABLE_SIZE))
+
+    def _starts_of(self, kind: int, contexts_N: np.ndarray) -> np.ndarray:
+        """int32 [N]: where the table of every context begins in the flat entries; anywhere if it has none."""
+        tables = self.tables[kind]
+        if len(tables.tokens) == 0:
+            return np.zeros(len(contexts_N), np.int32)
+        found = np.minimum(np.searchsorted(tables.tokens, contexts_N), len(tables.tokens) - 1)
+        return self._starts[kind][found]
+
+    def _codes(self, kind: int, places_NK: np.ndarray, contexts_N: np.ndarray) -> np.ndarray:
+        tables = self.tables[kind]
+        codes = places_NK + np.int32(TABLE_SIZE)
+        inverse = np.arange(TABLE_SIZE, TABLE_SIZE + len(self.vocabulary), dtype=np.int32)
+        order = np.arange(TABLE_SIZE, dtype=np.int32)
+        listed = dict(zip(tables.tokens.tolist(), np.split(tables.entries, np.cumsum(tables.sizes)[:-1])))
+        for context, rows in _groups(contexts_N):
+            entries = listed.get(context)
+            if entries is not None:
+                inverse[entries] = order[: len(entries)]
+                codes[rows] = inverse.take(places_NK[rows])
+                inverse[entries] = entries + TABLE_SIZE
+        return codes
+
+
+def learn(ids_NK: np.ndarray, previous_N: np.ndarray) -> ContextModel:
+    """The model of a shard's ids and of the tokens before them."""
+    counts = np.zeros(int(ids_NK.max(initial=0)) + 1, np.int64)
+    for rows in row_blocks(len(ids_NK)):
+        counts += np.bincount(ids_NK[rows].ravel(), minlength=len(counts))
+    found = np.flatnonzero(counts)
+    vocabulary = found[np.argsort(-counts[found], kind="stable")].astype(np.int32)
+    places = _places_in(vocabulary, ids_NK)
+    return ContextModel(vocabulary, tuple(_learn_tables(places, context) for context in (previous_N, ids_NK[:, 0])))
+
+
+def row_blocks(num_rows: int) -> Iterator[slice]:
+    """All rows, in blocks that fit a CPU's cache."""
+    return (slice(start, start + CACHED_ROWS) for start in range(0, num_rows, CACHED_ROWS))
+
+
+def _cost(codes_NK: np.ndarray) -> np.ndarray:
+    """float32 [N]: about how many bits all but the first code of a position take."""
+    return np.log2(codes_NK[:, 1:] + np.float32(4)).sum(axis=1)
+
+
+def _learn_tables(places_NK: np.ndarray, contexts_N: np.ndarray) -> Tables:
+    tokens, entries = [], []
+    for context, rows in _groups(contexts_N):
+        if len(rows) < MIN_POSITIONS:
+            continue
+        frequent = _frequent(places_NK[rows].ravel())
+        if len(frequent):
+            tokens.append(context)
+            entries.append(frequent)
+    sizes = np.array([len(table) for table in entries], np.int32)
+    return Tables(np.array(tokens, np.int32), sizes, np.concatenate([np.zeros(0, np.int32), *entries]))
+
+
+def _frequent(places: np.ndarray) -> np.ndarray:
+    """The TABLE_SIZE most frequent values that come up MIN_COUNT times or more, by falling count, then rising."""
+    places.sort()
+    starts = np.flatnonzero(np.concatenate([[True], places[1:] != places[:-1]]))
+    counts = np.diff(starts, append=len(places))
+    kept = np.flatnonzero(counts >= MIN_COUNT)
+    kept = kept[np.argsort(-counts[kept], kind="stable")][:TABLE_SIZE]
+    return places[starts[kept]]
+
+
+def _groups(contexts_N: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """Every context, rising, and the positions that have it."""
+    order = np.argsort(contexts_N, kind="stable")
+    ordered = contexts_N[order]
+    bounds = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1], [True]]))
+    for start, stop in zip(bounds[:-1].tolist(), bounds[1:].tolist()):
+        yield int(ordered[start]), order[start:stop]
+
+
+def _places_in(vocabulary: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    """int32: the place of every id in the vocabulary, which has them all."""
+    places = np.zeros(int(vocabulary.max(initial=0)) + 1, np.int32)
+    places[vocabulary] = np.arange(len(vocabulary), dtype=np.int32)
+    return places[ids]
+
+
+def code_differences(codes_NK: np.ndarray, inside_NK: np.ndarray) -> np.ndarray:
+    """Codes that rise inside each run, each but a run's first less the one before it."""
+    differences = codes_NK.copy()
+    differences[:, 1:] -= codes_NK[:, :-1] * inside_NK[:, 1:]
+    return differences
+
+
+def sum_differences(differences_NK: np.ndarray, inside_NK: np.ndarray) -> np.ndarray:
+    """The codes of `code_differences`; `inside_NK` is False where a run begins."""
+    sums = np.cumsum(differences_NK, axis=1, dtype=np.int64 if differences_NK.shape[1] > MANY else np.int32)
+    return sums - np.maximum.accumulate((sums - differences_NK) * ~inside_NK, axis=1)
+
+
+MANY = 4096
+"""Entries of a position whose codes may add up to more than 2 ** 31."""

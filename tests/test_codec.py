@@ -1,0 +1,140 @@
+"""Rounding to a bound on the KL error, and coding ids against context: what they promise, on hard rows."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from pipeline.corpus import Corpus
+from pipeline.runs.commits import read_commit
+from pipeline.shards.codec import round_targets
+from pipeline.shards.contexts import learn
+from pipeline.shards.grid import FINEST_LEVEL, grid_of, tail_places, tail_values
+from pipeline.targets import SparseTargets, reconstruction_errors
+from stages.cache_logits.capture import capture
+from tests.small import FakeEngine, fake_manifest, make_cache
+
+VOCAB_SIZE, TOP_K = 2000, 32
+
+
+def random_targets(temperatures, num_rows=300, seed=0):
+    """Float64-exact targets of flat, peaked and two-headed rows, and a label for each; ids at random."""
+    random = np.random.default_rng(seed)
+    logits = random.normal(size=(num_rows, VOCAB_SIZE)) * random.uniform(0.2, 8, (num_rows, 1))
+    logits[::3, 0] += random.uniform(0, 40, len(logits[::3]))
+    logits[::5, 1] = logits[::5].max(axis=1) + random.uniform(0, 0.01, len(logits[::5]))
+    ids = np.argsort(-logits, axis=1, kind="stable")
+    logits = np.take_along_axis(logits, ids, axis=1)
+    logits -= logits[:, :1]
+    weights = [np.exp(logits / temperature) for temperature in temperatures]
+    probs = [weight / weight.sum(axis=1, keepdims=True) for weight in weights]
+    labels = random.integers(0, VOCAB_SIZE, num_rows)
+    label_logits = logits[np.arange(num_rows), np.argsort(ids, axis=1)[np.arange(num_rows), labels]]
+    columns = {
+        "logits": logits[:, :TOP_K],
+        "logsumexps": np.stack([np.log(weight.sum(axis=1)) for weight in weights], axis=1),
+        "tail_logprobs": np.stack([np.log(prob[:, TOP_K:].sum(axis=1)) for prob in probs], axis=1),
+        "entropies": np.stack([-(prob * np.log(prob + 1e-300)).sum(axis=1) for prob in probs], axis=1),
+        "label_logits": label_logits,
+    }
+    floats = {name: values.astype(np.float32) for name, values in columns.items()}
+    draws = np.zeros((num_rows, 0), np.int32)
+    targets = SparseTargets(temperatures=temperatures, ids=ids[:, :TOP_K].astype(np.int32), draws=draws, **floats)
+    return targets, labels.astype(np.int32), [prob[:, :TOP_K] for prob in probs]
+
+
+@pytest.mark.parametrize("max_kl_error", [1e-2, 1e-4, 1e-6])
+@pytest.mark.parametrize("temperatures", [(1.0,), (1.0, 2.0), (2.0, 0.5, 1.0), (4.0,)])
+def test_rounding_keeps_the_bound_against_float64(temperatures, max_kl_error):
+    exact, labels, probs = random_targets(temperatures)
+    stored, levels = round_targets(exact, labels, max_kl_error)
+    assert (np.sort(stored.ids) == np.sort(exact.ids)).all()
+    assert (stored.logits[:, 0] == 0).all()
+    assert (np.diff(stored.logits) <= 0).all()
+    order = np.argsort(stored.ids, axis=1)[np.arange(len(exact))[:, None], np.argsort(np.argsort(exact.ids, 1), 1)]
+    for temperature, p in zip(temperatures, probs):
+        q = np.take_along_axis(stored.probs(temperature).astype(np.float64), order, axis=1)
+        tails = 1 - p.sum(axis=1), stored.tail_mass(temperature).astype(np.float64)
+        assert np.abs(p - q).max() <= 1e-3
+        assert np.abs(tails[0] - tails[1]).max() <= 1e-3
+        both = [np.maximum(np.column_stack(pair), 1e-30) for pair in ((p, tails[0]), (q, tails[1]))]
+        kl = (both[0] * np.log(both[0] / both[1])).sum(axis=1)
+        assert kl.mean() <= max_kl_error * 1.01 + 1e-7
+        np.testing.assert_allclose(q.sum(axis=1) + tails[1], 1, atol=1e-5)
+    assert levels.max() <= FINEST_LEVEL
+
+
+def test_a_looser_bound_has_fewer_different_logits():
+    exact, labels, _ = random_targets((1.0, 2.0))
+    counts = [len(np.unique(round_targets(exact, labels, bound)[0].logits)) for bound in (1e-3, 1e-5, 1e-6)]
+    assert counts == sorted(counts)
+    assert counts[0] < counts[-1]
+
+
+def test_lossless_changes_nothing():
+    exact, labels, _ = random_targets((1.0, 2.0))
+    stored, _ = round_targets(exact, labels, 0.0)
+    assert stored is exact
+
+
+def test_measured_error_is_that_of_float64():
+    exact, labels, probs = random_targets((1.0,))
+    stored, _ = round_targets(exact, labels, 1e-4)
+    aligned = dataclasses.replace(stored, ids=exact.ids)  # by rank: inside a run of equals any order is right
+    kl, largest = reconstruction_errors(exact, aligned)
+    p, q = probs[0], aligned.probs(1.0).astype(np.float64)
+    tails = 1 - p.sum(axis=1), aligned.tail_mass(1.0).astype(np.float64)
+    true = (p * np.log(np.maximum(p, 1e-300) / q)).sum(axis=1) + tails[0] * np.log(
+        np.maximum(tails[0], 1e-300) / tails[1]
+    )
+    assert kl.mean() == pytest.approx(true.mean(), rel=0.02)
+    assert largest.max() == pytest.approx(max(np.abs(p - q).max(), np.abs(tails[0] - tails[1]).max()), rel=0.02)
+
+
+def test_every_level_of_the_grid_gives_its_places_back():
+    for temperatures in ((1.0, 2.0), (0.5,), (4.0,)):
+        grid = grid_of(temperatures)
+        for level, (start, size) in enumerate(zip(grid.starts, grid.sizes)):
+            values = grid.values[start : start + size]
+            assert (np.diff(values) < 0).all()
+            places = grid.exact_places(values[None], np.array([level]))
+            np.testing.assert_array_equal(places[0], np.arange(size))
+
+
+def test_tails_are_rounded_but_never_away():
+    places = np.arange(len(tail_values()))
+    np.testing.assert_array_equal(tail_places(tail_values()), places)
+    assert tail_places(np.array([-np.inf, -80.0, -1e-6, 0.0], np.float32)).tolist() == [0, 1, 2047, 2047]
+
+
+@pytest.mark.parametrize("num_rows", [1, 5, 2000])
+def test_context_model_gives_ids_back(num_rows):
+    random = np.random.default_rng(0)
+    previous = random.zipf(1.5, num_rows).astype(np.int32) % 500
+    ids = np.argsort(random.random((num_rows, 300)) * (1 + np.arange(300)), axis=1)[:, :20].astype(np.int32) * 7
+    model = learn(ids, previous)
+    codes, kinds = model.encode(ids, previous)
+    np.testing.assert_array_equal(model.decode(codes, kinds, previous), ids)
+
+
+def test_records_state_the_measured_error(tmp_path, corpus):
+    folder = make_cache(tmp_path / "cache", corpus, max_kl_error=1e-4)
+    statistics = read_commit(folder, 0).statistics
+    assert 0 < max(statistics["mean_kl_error"]) <= 1e-4
+    assert 0 < max(statistics["max_probability_error"]) <= 1e-3
+
+
+def test_shard_that_breaks_its_bound_is_never_committed(tmp_path, corpus, monkeypatch):
+    """The writer measures what it has stored; a codec that fails its promise stops the capture."""
+    rows = Corpus(corpus)
+    manifest = fake_manifest(rows, max_kl_error=1e-4)
+    for name in ("shards", "commits"):
+        (tmp_path / name).mkdir()
+    monkeypatch.setattr(
+        "pipeline.shards.layout.round_targets", lambda targets, labels, bound: round_targets(targets, labels, 1e-1)
+    )
+    monkeypatch.setattr("pipeline.shards.codec.MAX_PROBABILITY_ERROR", 1.0)
+    monkeypatch.setattr("pipeline.shards.grid.MAX_PROBABILITY_ERROR", 1.0)
+    with pytest.raises(RuntimeError, match="rounding cost"):
+        capture(FakeEngine(manifest), rows, manifest, tmp_path, range(manifest.num_partitions))
+    assert list((tmp_path / "commits").iterdir()) == []

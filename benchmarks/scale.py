@@ -2,7 +2,7 @@
 
     python -m benchmarks.scale --partitions 10000 --workers 256
 
-Runs the real code of plan, claims, leases, commit and status, with shards of a few bytes and without a
+Runs the real code of plan, claims, leases, commit and status, with shards that hold nothing and without a
 teacher, and counts the file operations of each part by name. The 256 workers take turns in one process:
 each has a partition in hand while the others go on, so that listings and leases are those of 256 at once.
 
@@ -36,6 +36,7 @@ from pipeline.runs.plan import plan_partitions
 from pipeline.runs.presence import WORKERS, Presence
 from pipeline.runs.rank import Rank
 from pipeline.runs.status import StatusReader
+from pipeline.shards.arrow import ArrowShardWriter
 from pipeline.tokenizer import TokenizerIdentity
 
 SEQUENCE_TOKENS = 2048
@@ -141,7 +142,7 @@ class SimulatedWorker:
         if self.in_hand is None:
             return False
         partial = partial_shard_path(self.folder, self.in_hand, ".arrow")
-        partial.write_bytes(b"shard")
+        ArrowShardWriter(partial, self.layout).close()
         with self.meter.part("commit"):
             commit_shard(self.folder, self.in_hand, partial, self.layout, {"seconds": 300.0})
         with self.meter.part("lease"):

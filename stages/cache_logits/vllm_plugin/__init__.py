@@ -27,6 +27,7 @@ def register() -> None:
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
     _die_with_front_end()
+    _wait_without_spinning()
     known = set(ModelRegistry.get_supported_archs())
     for architecture in known:
         twin = PREFIX + architecture
@@ -35,6 +36,19 @@ def register() -> None:
             ModelRegistry.register_model(twin, f"{__name__}.models:{twin}")
             if architecture in MODELS_CONFIG_MAP:  # settings that vLLM adjusts by the architecture's name
                 MODELS_CONFIG_MAP[twin] = MODELS_CONFIG_MAP[architecture]
+
+
+def _wait_without_spinning() -> None:
+    """On a CPU, let vLLM's processes sleep while they wait for each other.
+
+    They read their shared memory in a loop for a second after every message: a core that the forward pass needs.
+    """
+    from vllm.distributed.device_communicators import shm_broadcast
+    from vllm.platforms import current_platform
+
+    condition = getattr(shm_broadcast, "SpinCondition", None)
+    if current_platform.is_cpu() and condition is not None and condition.__init__.__defaults__ == (1,):
+        condition.__init__.__defaults__ = (0,)  # of `busy_loop_s`, the only one that has a default
 
 
 def _die_with_front_end() -> None:

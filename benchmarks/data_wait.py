@@ -23,7 +23,7 @@ from stages.train_student import train_student
 from stages.train_student.dataset import Collate
 from tests.small import llama_config, make_cache, make_corpus, random_sequences
 
-LENGTH, BATCH, WARM_UP = 256, 8, 3
+LENGTH, BATCH, LOG_STEPS, WARM_UP = 256, 8, 10, 3
 
 
 def make_inputs(folder: Path, top_k: int) -> tuple[Path, Path]:
@@ -57,7 +57,7 @@ def run(cache: Path, student: Path, out: Path, workers: int, steps: int) -> tupl
         out=out,
         max_steps=steps,
         batch_size=BATCH,
-        log_steps=10,
+        log_steps=LOG_STEPS,
         save_steps=10**6,
         loader_workers=workers,
     )
@@ -75,6 +75,8 @@ def main() -> None:
     parser.add_argument("--cache", type=Path)
     parser.add_argument("--student", type=Path)
     arguments = parser.parse_args()
+    if arguments.steps < LOG_STEPS * (WARM_UP + 1):
+        parser.error(f"--steps is {arguments.steps}; the first {LOG_STEPS * WARM_UP} are warm-up, give more.")
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         cache, student = arguments.cache, arguments.student

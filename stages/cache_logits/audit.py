@@ -66,7 +66,7 @@ def audit_cache(config: AuditConfig, reporter: Reporter | None = None) -> AuditR
     teacher = read_teacher(capture, cache.manifest)  # the manifest has all that is asked of a corpus's
     _require_same(teacher.identity(), cache.manifest, config)
     if capture.engine == "vllm":
-        require_vllm(teacher.architecture, teacher.folder)
+        require_vllm(teacher)
     noise = NOISE_QUANTISED if teacher.quantization != "none" else NOISE[teacher.dtype]
     report = AuditReport(noise=noise if config.noise is None else config.noise)
     reporter.log(f"{config.cache}: scoring {len(indexes)} of {len(cache):,} sequences again with {capture.engine}")

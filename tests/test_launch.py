@@ -59,6 +59,14 @@ def submitted(tmp_path, on: str, **settings: object) -> Job:
     return Job.of(SubmitConfig(launcher=on, write_only=True, **files | settings))
 
 
+@pytest.mark.parametrize("launcher", ["local", "slurm", "ray", "kubernetes"])
+def test_cache_in_an_object_store_is_refused(tmp_path, launcher):
+    path = tmp_path / "cache-logits.yaml"
+    path.write_text(json.dumps({"teacher": "teacher", "corpus": "corpus", "out": "s3://bucket/cache"}))
+    with pytest.raises(ConfigError, match="out is s3://bucket/cache; expected a folder"):
+        Job.of(SubmitConfig(launcher=launcher, cache_logits=path, image="image", volume="volume"))
+
+
 def test_kubernetes_accepts_the_manifests(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     job = submitted(tmp_path, "kubernetes", image="registry/pipeline:1", volume="models", workers=32, student_gpus=8)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.config import CacheConfig, SubmitConfig, TrainConfig, load_config
+from pipeline.errors import ConfigError
 from pipeline.progress import Reporter
 
 MODULES = {name: f"pipeline.runs.launch.{name}" for name in ("local", "slurm", "ray", "kubernetes")}
@@ -29,6 +30,11 @@ class Job:
     def of(cls, submit: SubmitConfig) -> "Job":
         """The job that the files of a submission describe; raises ConfigError before anything is started."""
         settings = load_config(CacheConfig, submit.cache_logits)
+        if not isinstance(settings.out, Path):
+            raise ConfigError(
+                f"{submit.cache_logits}: out is {settings.out}; expected a folder, through which status and gate see the "
+                "workers. Into an object store start them yourself: `pipeline cache-logits --worker I --workers N`."
+            )
         if submit.train_student is not None:
             load_config(TrainConfig, submit.train_student)
         return cls(submit, settings)

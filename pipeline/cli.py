@@ -5,7 +5,6 @@ user can mend, 75 drained after a signal; `status` has 3 and 4. Anything else ke
 command imports its stage inside its function, so that `--help` loads neither torch nor vllm.
 """
 
-import errno
 import os
 import sys
 import time
@@ -26,13 +25,10 @@ from pipeline.config import (
     TrainConfig,
     VerifyConfig,
 )
-from pipeline.errors import CacheCorruptError, Drained, PipelineError
+from pipeline.errors import MENDABLE, CacheCorruptError, Drained, PipelineError
 from pipeline.options import config_command
 from pipeline.progress import TerminalReporter
 from pipeline.runs.launch.processes import follow_parent
-
-MENDABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG}
-"""Operating-system errors that are the user's to mend: a full disk, a read-only folder."""
 
 SHOWN_PROBLEMS = 20
 """Disagreements that an audit lists; the rest is counted."""

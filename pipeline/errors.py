@@ -16,6 +16,12 @@ A message says where, what was found, what was expected and what to do. Anything
 a PipelineError is a bug of ours or a fault of the machine and keeps its traceback.
 """
 
+import errno
+
+MENDABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG}
+"""Operating-system errors that are the user's to mend, and that no other partition would be spared: a full disk, a
+read-only folder."""
+
 
 class PipelineError(Exception):
     """A mistake or a fault that the user can mend."""

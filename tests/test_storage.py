@@ -43,7 +43,7 @@ from stages.cache_logits.capture import capture
 from stages.cache_logits.store_worker import work_in_store
 from stages.train_student import train_student
 from tests.helpers import run
-from tests.small import FakeEngine, contents_of, fake_manifest, llama_config, make_cache
+from tests.small import FakeEngine, assert_equal_caches, fake_manifest, llama_config, make_cache
 
 ROOT = Path(__file__).parent.parent
 
@@ -120,14 +120,6 @@ def put_cache(folder: Path, url: ObjectPath) -> ObjectPath:
     return url
 
 
-def assert_equal(first: object, second: object) -> None:
-    ours, theirs = contents_of(first), contents_of(second)
-    assert list(ours) == list(theirs)
-    for key, arrays in ours.items():
-        for one, other in zip(arrays, theirs[key], strict=True):
-            np.testing.assert_array_equal(one, other)
-
-
 def test_object_path_is_like_a_path(url):
     assert str(url / "a" / "b.json") == f"{url}/a/b.json"
     assert (url / "b.tar.gz").name == "b.tar.gz"
@@ -176,11 +168,11 @@ def test_put_whose_answer_was_lost_has_won(server, url):
 
 def test_cache_is_read_from_the_store_and_then_from_its_copies(server, url, local):
     put_cache(local, url)
-    assert_equal(url, local)
+    assert_equal_caches(url, local)
     assert open_cache(str(url))[3].key == open_cache(local)[3].key
     assert verify_cache(url).problems == []
     server.fail(("500", "GET", "/shards/", 10_000))
-    assert_equal(url, local)
+    assert_equal_caches(url, local)
     assert server.met() == [0]
 
 
@@ -188,7 +180,7 @@ def test_cache_is_read_from_the_store_and_then_from_its_copies(server, url, loca
 def test_passing_faults_of_reads_are_retried(server, url, local, kind):
     put_cache(local, url)
     server.fail((kind, "GET", "/shards/", 3), (kind, "GET", "/commits/", 3), (kind, "GET", "manifest", 1))
-    assert_equal(url, local)
+    assert_equal_caches(url, local)
     assert server.met() == [3, 3, 1]
 
 
@@ -229,7 +221,7 @@ def test_damage_in_the_store_is_found_repaired_and_made_again(url, local, corpus
         open_cache(url)
     capture_into(url, corpus)
     assert verify_cache(url).problems == []
-    assert_equal(url, local)
+    assert_equal_caches(url, local)
 
 
 def capture_into(url: ObjectPath, corpus_folder: Path, **settings: object) -> None:
@@ -247,7 +239,7 @@ def test_capture_into_the_store_commits_each_partition_once_whatever_fails(serve
     capture_into(url, corpus)
     assert server.met() == [2, 2, 1]
     assert verify_cache(url).problems == []
-    assert_equal(url, local)
+    assert_equal_caches(url, local)
     assert len(list((url / SHARDS).iterdir())) == len(list((url / COMMITS).iterdir()))
     assert [path for path in copies.copies_folder().iterdir() if path.name.endswith(".partial")] == []
 
@@ -280,7 +272,7 @@ def test_two_writers_of_one_cache_commit_each_partition_once(url, corpus, local)
     [thread.start() for thread in threads]
     [thread.join() for thread in threads]
     assert failures == []
-    assert_equal(url, local)
+    assert_equal_caches(url, local)
     assert len(list((url / SHARDS).iterdir())) == manifest.num_partitions
 
 
@@ -296,9 +288,9 @@ def test_other_settings_and_foreign_folders_are_refused(url, corpus, local):
 def test_convert_merge_and_export_read_and_write_the_store(tmp_path, url, local, corpus):
     converted, merged = url.parent / "converted", url.parent / "merged"
     convert_cache(ConvertConfig(cache=local, format="zarr", out=converted, workers=2))
-    assert_equal(converted, local)
+    assert_equal_caches(converted, local)
     merge_caches(MergeConfig(caches=(converted, local), out=merged, workers=1))
-    assert_equal(merged, local)
+    assert_equal_caches(merged, local)
     export_cache(ExportConfig(cache=converted, out=tmp_path / "export", workers=1))
     assert len(list((tmp_path / "export").glob("*.parquet"))) == CacheManifest.read(local).num_partitions
 
@@ -307,7 +299,7 @@ def test_cache_logits_writes_to_the_store_and_reuses_from_it(url, teacher, corpu
     values = {"teacher": teacher, "corpus": corpus, "top_k": 8, "engine": "transformers", "shard_tokens": 500}
     cache_logits(CacheConfig(**values, out=url))
     cache_logits(CacheConfig(**values, out=url.parent / "again", reuse=(url,)))
-    assert_equal(url, url.parent / "again")
+    assert_equal_caches(url, url.parent / "again")
     assert verify_cache(url).problems == []
 
 

@@ -1,7 +1,6 @@
 """One worker of a run: takes partitions, captures them, accounts for every one of them."""
 
 import contextlib
-import errno
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -9,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.corpus import Corpus, TokenSequence
-from pipeline.errors import CorpusError, Drained, PartitionsFailedError, PipelineError
+from pipeline.errors import MENDABLE, CorpusError, Drained, PartitionsFailedError, PipelineError
 from pipeline.manifest import CacheManifest
 from pipeline.progress import Progress, Reporter, duration
 from pipeline.runs.claims import Claims
@@ -23,8 +22,6 @@ from pipeline.targets import SparseTargets
 from stages.cache_logits.capture import capture
 from stages.cache_logits.engine import Engine
 
-MENDABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG}
-"""Errors of a folder, which no other partition would be spared."""
 BAD_MACHINE = 3
 """After so many failures of different partitions, and no commit between them, a worker blames its machine."""
 

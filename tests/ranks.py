@@ -3,31 +3,51 @@
     python -m torch.distributed.run ... -m tests.ranks SETTINGS.yaml [RANK STEP WHERE]
 
 WHERE is what rank RANK does at step STEP: `step` or `save` (before a checkpoint gets its mark) kill it, `term` and
-`usr1` send it a signal, `nan` makes its loss nan. Writes to OUT/parameters.txt what kind of parameters it trains.
+`usr1` send it a signal, `nan` makes its loss nan. Writes to OUT/parameters.json what kinds of parameters are in which
+units of FSDP2, and the types of what its loss was computed from.
 """
 
+import json
 import os
 import signal
 import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch.distributed.fsdp import FSDPModule
+
 from pipeline.config import TrainConfig, load_config
 from pipeline.errors import Drained
-from stages.train_student import checkpoints, train_student
+from stages.train_student import checkpoints, head, train_student
 from stages.train_student.trainer import DistillationTrainer
+
+
+def parameters_of(model: torch.nn.Module) -> dict[str, list[str]]:
+    """Kinds of frozen and trained parameters, and the modules that are gathered one by one."""
+    kinds = {True: set(), False: set()}
+    for parameter in model.parameters():
+        kinds[parameter.requires_grad].add(type(parameter).__name__)
+    units = [type(module).__name__ for module in model.modules() if isinstance(module, FSDPModule)]
+    return {"trained": sorted(kinds[True]), "frozen": sorted(kinds[False]), "units": units}
 
 
 def main() -> int:
     """0 done, 75 drained."""
     config = load_config(TrainConfig, Path(sys.argv[1]))
     rank, step, where = (int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]) if len(sys.argv) > 2 else (-1, -1, "")
-    judge, write_json = DistillationTrainer.judge_step, checkpoints.write_json
+    judge, write_json, loss = DistillationTrainer.judge_step, checkpoints.write_json, head.fused_distillation_loss
+    loss_of: dict[str, str] = {}
+
+    def watched_loss(hidden_NH: torch.Tensor, head_weight_VH: torch.Tensor, **batch: Any) -> Any:
+        tensors = {"hidden": hidden_NH, "weight": head_weight_VH, "probs": batch["probs_NK"]}
+        loss_of.update({name: str(tensor.dtype) for name, tensor in tensors.items()})
+        return loss(hidden_NH, head_weight_VH, **batch)
 
     def judge_step(self: Any) -> None:
-        kinds = {type(parameter).__name__ for parameter in self.model_wrapped.parameters()}
         if self.args.process_index == 0:
-            (config.out / "parameters.txt").write_text(f"{type(self.model_wrapped).__name__} {sorted(kinds)}")
+            found = parameters_of(self.model_wrapped) | {"loss_of": loss_of}
+            (config.out / "parameters.json").write_text(json.dumps(found))
         if self.args.process_index == rank and self.state.global_step + 1 == step:
             if where == "step":
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -43,6 +63,7 @@ def main() -> int:
         return write_json(path, document)
 
     DistillationTrainer.judge_step, checkpoints.write_json = judge_step, mark
+    head.fused_distillation_loss = watched_loss
     try:
         train_student(config)
     except Drained as drained:

@@ -14,6 +14,7 @@ from pipeline.errors import ConfigError, PipelineError
 from stages.train_student import train_student
 from stages.train_student.agreement import dense_loss, require_agreement
 from stages.train_student.dataset import Collate
+from stages.train_student.evaluation import finish, measure_rows
 from stages.train_student.head import HeadLoss, attach_fused_loss
 from stages.train_student.lora import add_adapters, merged
 from stages.train_student.student import read_student
@@ -93,6 +94,23 @@ def test_gradients_of_every_kind_are_those_of_its_own_logits(tmp_path, cache, ki
     pairs = zip(torch.autograd.grad(out.loss, trained), torch.autograd.grad(expected, trained), strict=True)
     for ours, theirs in pairs:
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_documents_packed_into_a_sequence_do_not_see_each_other(tmp_path, cache, kind):
+    """All logits of a batch of packed and padded sequences are those of every document alone."""
+    student = read_student(student_folder(tmp_path, cache, kind), open_cache(cache).manifest)
+    model, batch = student.load(0).double(), batch_of(cache, indices := (3, 8, 1))
+    sequences = [open_cache(cache)[index] for index in indices]
+    assert max(len(sequence.document_lengths) for sequence in sequences) > 1
+    with torch.no_grad():
+        packed = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
+        for row, sequence in enumerate(sequences):
+            documents = torch.tensor(sequence.token_ids.astype(np.int64)).split(sequence.document_lengths.tolist())
+            alone = torch.cat([model(document[None]).logits[0] for document in documents])
+            torch.testing.assert_close(packed[row, : len(alone)], alone, rtol=1e-9, atol=1e-9)
+            crossing = model(torch.cat(documents)[None]).logits[0]
+            assert (len(documents) == 1) == torch.allclose(crossing, alone, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("on_head", [False, True])
@@ -199,6 +217,7 @@ def test_held_out_metrics_are_those_of_float64(tmp_path, cache):
             columns[f"kl_{temperature}"] += list(kl)
     values = {name: np.array(column, float) for name, column in columns.items()}
     bins = np.minimum((values["confidence"] * 15).astype(int), 14)
+    assert len(set(bins)) > 3
     gaps = [abs((values["confidence"] - values["correct"])[bins == number].sum()) for number in range(15)]
     expected = {
         "eval_cross_entropy": values["label"].mean(),
@@ -212,6 +231,31 @@ def test_held_out_metrics_are_those_of_float64(tmp_path, cache):
     for name, value in expected.items():
         assert metrics[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
     assert 0 < metrics["eval_acceptance_min"] < metrics["eval_acceptance_max"] < 1
+
+
+def test_calibration_error_of_known_confidences():
+    """Two rows a bin, one of them right: each bin's gap is its confidence less a half; certainty is in the last bin."""
+    confidences = torch.tensor([0.45, 0.62, 0.62, 0.81, 0.97, 1.0], dtype=torch.float64).repeat(2)
+    rest = (1 - confidences).clamp_min(1e-300) / 2
+    logits_MV = torch.stack([confidences, rest, rest], 1).log()
+    labels = torch.tensor([0] * 6 + [1] * 6)
+    ids, teacher = torch.zeros(12, 1, dtype=torch.long), (torch.full((12, 1), 0.7), torch.full((12,), 0.3))
+    found = finish(
+        measure_rows(
+            logits_MV,
+            torch.eye(3, dtype=torch.float64),
+            adapter=None,
+            labels_M=labels,
+            ids_MK=ids,
+            teachers={1.0: teacher},
+            head=HeadLoss(vocab_size=3),
+        )
+    )
+    gaps = [abs(confidence - 0.5) for confidence in (0.45, 0.62, 0.62, 0.81)] + [abs(0.97 + 1.0 - 1)]
+    assert found["calibration_error"] == pytest.approx(sum(gaps) / 6, rel=1e-12)
+    accepted = [min(0.7, confidence) for confidence in (0.45, 0.62, 0.62, 0.81, 0.97, 1.0)]
+    assert found["acceptance_min"] == pytest.approx(sum(accepted) / 6, rel=1e-6)
+    assert found["top1_agreement"] == 1.0
 
 
 def test_scheduled_alpha_and_wsd_learning_rate_are_logged(tmp_path, cache):
@@ -228,7 +272,5 @@ def test_scheduled_alpha_and_wsd_learning_rate_are_logged(tmp_path, cache):
     for entry in steps:
         alpha = entry["alpha"]
         assert entry["loss"] == pytest.approx((1 - alpha) * entry["cross_entropy"] + alpha * 4 * entry["kl"], rel=1e-5)
-    rates = [entry["learning_rate"] for entry in steps]
-    assert rates[3:7] == pytest.approx([1e-3] * 4)
-    assert rates[-1] < 3e-4
-    assert rates[0] < rates[1] < rates[2]
+    shares = [0, 1 / 3, 2 / 3, 1, 1, 1, 1, 1, 3 / 4, 2 / 4, 1 / 4]  # 3 steps up, 4 down
+    assert [entry["learning_rate"] for entry in steps] == pytest.approx([1e-3 * share for share in shares])

@@ -19,6 +19,9 @@ from stages.train_student import train_student
 from tests.small import llama_config, make_cache
 
 ROOT = Path(__file__).parent.parent
+UNITS = ["FSDPLlamaForCausalLM", "FSDPEmbedding", *["FSDPLlamaDecoderLayer"] * 2, "FSDPLlamaRMSNorm", "FSDPLinear"]
+ADAPTED_UNITS = ["FSDPPeftModelForCausalLM", *UNITS[1:4], "FSDPLinear"]
+ADAPTERS = {"lora_rank": 4, "lora_alpha": 8.0, "lora_head": True}
 
 
 @pytest.fixture(scope="module")
@@ -42,11 +45,12 @@ def whole(tmp_path_factory, base):
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory, base):
-    """What two ranks do that nothing happens to, by the kind of sharding."""
+    """What two ranks do that nothing happens to, by the kind of sharding, with adapters or without."""
 
     @functools.cache
-    def run(sharding):
-        config = two_ranks(base, tmp_path_factory.mktemp("undisturbed") / "run", sharding=sharding)
+    def run(sharding, adapted):
+        out = tmp_path_factory.mktemp("undisturbed") / "run"
+        config = two_ranks(base, out, sharding=sharding, **ADAPTERS if adapted else {})
         assert launch(config)[0] == 0
         return config
 
@@ -75,19 +79,56 @@ def trajectory(config):
     return [tuple(entry[name] for name in names) for entry in log if "loss" in entry]
 
 
+def parameters(config):
+    """What tests.ranks saw of the model, and the types of what its loss was computed from."""
+    found = json.loads((config.out / "parameters.json").read_text())
+    return found, {name: kind.removeprefix("torch.") for name, kind in found.pop("loss_of").items()}
+
+
+def assert_same_student(config, expected):
+    """Losses and weights but for the order of float32 sums, which two ranks add up otherwise than one."""
+    for ours, theirs in zip(trajectory(config), trajectory(expected), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5)
+    weights, known = (AutoModelForCausalLM.from_pretrained(run.out).state_dict() for run in (config, expected))
+    for (name, ours), theirs in zip(weights.items(), known.values(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5, msg=name)
+
+
 def test_sharded_ranks_have_the_losses_of_one_rank(tmp_path, base, whole):
     """Parameters are really sharded, checkpoints too; the student is written once, whole."""
     config = two_ranks(base, tmp_path / "run", sharding="fsdp2", eval_cache=base.cache)
     code, errors = launch(config)
     assert code == 0, errors
-    assert (config.out / "parameters.txt").read_text() == "FSDPLlamaForCausalLM ['DTensor']"
-    for ours, theirs in zip(trajectory(config), trajectory(whole), strict=True):
-        assert ours == pytest.approx(theirs, rel=1e-5)
+    assert parameters(config)[0] == {"trained": ["DTensor"], "frozen": [], "units": UNITS}
     shards = {path.name for path in (config.out / "checkpoints" / "checkpoint-6").rglob("*.distcp")}
     assert shards == {"__0_0.distcp", "__1_0.distcp"}
-    weights, expected = (AutoModelForCausalLM.from_pretrained(run.out).state_dict() for run in (config, whole))
-    for (name, ours), theirs in zip(weights.items(), expected.values(), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5, msg=name)
+    assert_same_student(config, whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sharding", ["none", "fsdp2"])
+def test_adapters_on_two_ranks_become_those_of_one(tmp_path, base, undisturbed, sharding):
+    """Low-rank adapters beside frozen weights; with FSDP2 both are sharded."""
+    alone = dataclasses.replace(base, out=tmp_path / "alone", **ADAPTERS)
+    train_student(alone)
+    config = undisturbed(sharding, True)
+    kind, units = {"none": ("Parameter", []), "fsdp2": ("DTensor", ADAPTED_UNITS)}[sharding]
+    assert parameters(config)[0] == {"trained": [kind], "frozen": [kind], "units": units}
+    assert_same_student(config, alone)
+
+
+@pytest.mark.slow
+def test_sharded_bfloat16_is_of_weights_and_products_and_not_of_the_batch_or_the_loss(tmp_path, base, whole):
+    config = two_ranks(base, tmp_path / "run", sharding="fsdp2", dtype="bfloat16", eval_cache=base.cache)
+    code, errors = launch(config)
+    assert code == 0, errors
+    found, loss_of = parameters(config)
+    assert found == {"trained": ["DTensor"], "frozen": [], "units": UNITS}
+    assert loss_of == {"hidden": "bfloat16", "weight": "bfloat16", "probs": "float32"}
+    losses, exact = ([step[1] for step in trajectory(run)] for run in (config, whole))
+    assert losses == pytest.approx(exact, rel=2**-8)  # a bfloat16 has 8 bits
+    assert all(torch.tensor(loss).bfloat16().item() != loss for loss in losses)
+    assert {weight.dtype for weight in AutoModelForCausalLM.from_pretrained(config.out).parameters()} == {torch.float32}
 
 
 def test_global_batch_may_be_shared_out_anew_but_not_changed(tmp_path, whole, base):
@@ -100,11 +141,11 @@ def test_global_batch_may_be_shared_out_anew_but_not_changed(tmp_path, whole, ba
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sharding", ["none", "fsdp2"])
-def test_ranks_killed_again_and_again_continue_to_the_bit(tmp_path, base, undisturbed, sharding):
+@pytest.mark.parametrize(("sharding", "adapted"), [("none", False), ("fsdp2", False), ("fsdp2", True)])
+def test_ranks_killed_again_and_again_continue_to_the_bit(tmp_path, base, undisturbed, sharding, adapted):
     """kill -9 of one rank in a step, then of the other while a checkpoint is saved."""
-    expected = undisturbed(sharding)
-    killed = two_ranks(base, tmp_path / "killed", sharding=sharding, save_steps=2)
+    expected = undisturbed(sharding, adapted)
+    killed = dataclasses.replace(expected, out=tmp_path / "killed", save_steps=2)
     for what_happens in ((1, 4, "step"), (0, 6, "save")):
         assert launch(killed, *what_happens)[0] != 0
         assert not (killed.out / "metrics.json").exists()
@@ -125,7 +166,7 @@ def test_signal_to_one_rank_saves_on_all_and_the_run_continues_to_the_bit(tmp_pa
     assert codes <= {"75", "-15"}, errors  # torchrun ends a rank that is still on its way out with SIGTERM
     assert (config.out / "checkpoints" / "checkpoint-5" / "whole.json").is_file()
     assert launch(config)[0] == 0
-    assert trajectory(config) == trajectory(undisturbed(sharding))
+    assert trajectory(config) == trajectory(undisturbed(sharding, False))
 
 
 @pytest.mark.slow

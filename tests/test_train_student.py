@@ -278,9 +278,13 @@ def test_log_and_spikes_of_a_resumed_run_are_those_of_an_undisturbed_one(tmp_pat
         patched.setattr(DistillationTrainer, "judge_step", dies)
         with pytest.raises(KeyboardInterrupt):
             train_student(config)
+    torn = shutil.copytree(config.out / "checkpoints" / "checkpoint-10", config.out / "checkpoints" / "checkpoint-11")
+    (torn / "whole.json").unlink()
+    (torn / "model.safetensors").write_bytes(b"")
     assert newest_whole_checkpoint(config.out / "checkpoints").name == "checkpoint-10"
     train_student(config)
     assert logged(config.out) == logged(whole.out)
+    assert not torn.exists()
 
 
 @pytest.mark.parametrize("action", ["skip", "stop"])

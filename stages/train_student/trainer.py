@@ -3,8 +3,9 @@
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
 from pipeline.runs.drain import Drain
@@ -14,6 +15,8 @@ from stages.train_student.loader import BatchLoader
 from stages.train_student.schedules import AlphaSchedule
 
 TERMS = ("loss", "cross_entropy", "kl")
+COMPUTED_IN = {"bf16": torch.bfloat16, "fp16": torch.float16}
+"""What accelerate calls the types of a computation."""
 
 
 class DistillationTrainer(Trainer):
@@ -53,15 +56,20 @@ class DistillationTrainer(Trainer):
         self.add_callback(_StepHooks(self))
 
     def create_accelerator_and_postprocess(self) -> None:
-        """accelerate honours FSDP for accelerators alone and silently takes DDP on a CPU: insist."""
-        super().create_accelerator_and_postprocess()
-        state = self.accelerator.state
-        if self.args.fsdp_plugin_args is not None and state.distributed_type == DistributedType.MULTI_CPU:
-            from accelerate.utils import FullyShardedDataParallelPlugin
+        """accelerate honours FSDP for accelerators alone and silently takes DDP on a CPU: insist.
 
-            state.distributed_type = DistributedType.FSDP
-            state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
-            self.is_fsdp_enabled = True
+        In mixed precision it would also round the batch, with the teacher's probabilities, the loss, and the sums of
+        gradients over the ranks; only the gathered weights are to be rounded.
+        """
+        super().create_accelerator_and_postprocess()
+        if self.args.fsdp_plugin_args is None:
+            return
+        state, plugin = self.accelerator.state, FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
+        if state.mixed_precision in COMPUTED_IN:
+            plugin.mixed_precision_policy = MixedPrecisionPolicy(
+                param_dtype=COMPUTED_IN[state.mixed_precision], reduce_dtype=torch.float32, cast_forward_inputs=False
+            )
+        state.distributed_type, state.fsdp_plugin, self.is_fsdp_enabled = DistributedType.FSDP, plugin, True
 
     def get_train_dataloader(self) -> Any:
         """The run's own loader: it knows ranks, and where a resumed run begins."""
@@ -84,7 +92,8 @@ class DistillationTrainer(Trainer):
         if num_items_in_batch is None:
             raise RuntimeError("the Trainer did not count the step's target tokens; the loss would be off by a factor")
         self._step_keys += inputs.pop("keys")
-        outputs = model(**inputs, num_items_in_batch=num_items_in_batch, alpha=self.alpha)
+        with self.accelerator.autocast():  # of sharded models accelerate does not see to it
+            outputs = model(**inputs, num_items_in_batch=num_items_in_batch, alpha=self.alpha)
         terms = torch.stack([getattr(outputs, name).detach() for name in TERMS])
         self._step_terms = terms if self._step_terms is None else self._step_terms + terms
         loss = outputs.loss * self.accelerator.num_processes  # gradients are averaged over ranks

@@ -8,6 +8,7 @@ Credentials and endpoint come from the environment (AWS_ACCESS_KEY_ID, AWS_ENDPO
 store's own tools read them. Dropped connections, server errors and throttling are retried for RETRY_S.
 """
 
+import contextlib
 import functools
 import itertools
 import os
@@ -158,7 +159,8 @@ class ObjectPath:
 
     def unlink(self, missing_ok: bool = False) -> None:
         """Delete the object, if it is there."""
-        self._call("delete", lambda store, key: _obstore().delete(store, key))
+        with contextlib.suppress(FileNotFoundError):  # Azure says so, S3 does not
+            self._call("delete", lambda store, key: _obstore().delete(store, key))
 
     def _call(self, verb: str, request: Callable[[Any, str], Result]) -> Result:
         """The answer to a request; what the store's client raises becomes a StorageError of one line."""

@@ -186,8 +186,9 @@ def test_duckdb_reads_arrow_shards(tmp_path, corpus):
     assert all(row[2] == 0.0 for row in found)
 
 
+@pytest.mark.slow
 def test_datasets_reads_arrow_shards(tmp_path, corpus):
-    datasets = pytest.importorskip("datasets", reason="datasets is not installed")
+    datasets = pytest.importorskip("datasets", reason="datasets is not installed; `make slow` does it")
     path, counts = arrow_shard(tmp_path, corpus)
     dataset = datasets.load_dataset("arrow", data_files=str(path), split="train", cache_dir=str(tmp_path / "hub"))
     assert [len(ids) for ids in dataset["ids"]] == counts

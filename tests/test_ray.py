@@ -16,7 +16,7 @@ from tests.launching import ROOT, small_job, wait_until
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed: pip install ray"),
+    pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed; `make slow` does it"),
 ]
 RAY = [sys.executable, "-m", "ray.scripts.scripts"]
 

@@ -1,162 +1,48 @@
 """Caches in an object store, against a real S3 server on loopback that fails on demand."""
 
-import json
-import multiprocessing
 import os
-import shutil
 import signal
-import subprocess
-import sys
-import threading
-import time
-import urllib.request
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from pipeline import copies, open_cache, storage
-from pipeline.config import CacheConfig, ConvertConfig, ExportConfig, MergeConfig, TrainConfig, load_config
+from pipeline.config import TrainConfig, load_config
 from pipeline.corpus import Corpus
 from pipeline.errors import (
-    CacheCorruptError,
-    CacheIncompleteError,
-    CacheMismatchError,
     ConfigError,
     Drained,
     StorageError,
 )
-from pipeline.files import hash_file, owner_name, read_json, write_json
-from pipeline.lifecycle.convert import convert_cache
-from pipeline.lifecycle.export import export_cache
-from pipeline.lifecycle.merge import merge_caches
-from pipeline.lifecycle.repair import repair_cache
-from pipeline.manifest import CacheManifest
+from pipeline.files import hash_file, owner_name, write_json
 from pipeline.progress import Reporter
-from pipeline.runs.commits import COMMITS, SHARDS, commit_path, list_commits, read_commit, remove_leftovers
+from pipeline.runs.commits import COMMITS, SHARDS, list_commits, remove_leftovers
 from pipeline.runs.folder import open_folder
 from pipeline.runs.rank import Rank
 from pipeline.shards.verify import verify_cache
 from pipeline.storage import ObjectPath
-from stages.cache_logits import cache_logits
-from stages.cache_logits.capture import capture
 from stages.cache_logits.store_worker import work_in_store
-from stages.train_student import train_student
 from tests.helpers import run
-from tests.small import FakeEngine, assert_equal_caches, fake_manifest, llama_config, make_cache
-
-ROOT = Path(__file__).parent.parent
-
-
-class Server:
-    """A running tests.s3_server."""
-
-    def __init__(self, address: str) -> None:
-        self.address = address
-
-    def fail(self, *faults: tuple[str, str, str, int]) -> None:
-        """Arm it with (kind, method, part of the path, count)."""
-        names = ("kind", "method", "path", "count")
-        self._ask("/_faults", "POST", json.dumps([dict(zip(names, fault)) for fault in faults]).encode())
-
-    def met(self) -> list[int]:
-        """How often each fault was met."""
-        return json.loads(self._ask("/_faults", "GET"))
-
-    def _ask(self, path: str, method: str, body: bytes | None = None) -> bytes:
-        request = urllib.request.Request(self.address + path, data=body, method=method)
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            return answer.read()
+from tests.small import FakeEngine, assert_equal_caches, fake_manifest, make_cache
+from tests.stores import capture_into, put_cache, s3_server
 
 
 @pytest.fixture(scope="module")
-def running(tmp_path_factory):
-    ready = tmp_path_factory.mktemp("s3") / "address"
-    process = subprocess.Popen([sys.executable, "-m", "tests.s3_server", str(ready)], cwd=ROOT)
-    deadline = time.monotonic() + 120
-    while not ready.exists():
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    server = Server(ready.read_text())
-    server._ask("/bucket", "PUT")
-    yield server
-    process.kill()
-    process.wait()
+def server(tmp_path_factory):
+    with s3_server(tmp_path_factory.mktemp("s3")) as running:
+        yield running
 
 
 @pytest.fixture
-def server(running, tmp_path, monkeypatch):
-    """The server, the environment that leads to it, and a folder of its own for copies."""
-    for name, value in {
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_REGION": "us-east-1",
-        "AWS_ENDPOINT_URL": running.address,
-        "AWS_ALLOW_HTTP": "true",
-        copies.COPIES: str(tmp_path / "copies"),
-    }.items():
-        monkeypatch.setenv(name, value)
-    running.fail()
-    return running
-
-
-@pytest.fixture
-def url(server, tmp_path):
-    """A prefix that no other test uses."""
-    return ObjectPath(f"s3://bucket/{tmp_path.name}/cache")
+def url(server, tmp_path, monkeypatch):
+    """A prefix that no other test uses, and nothing that fails."""
+    server.fail()
+    return server.enter(monkeypatch, tmp_path)
 
 
 @pytest.fixture(scope="module")
 def local(tmp_path_factory, corpus):
     return make_cache(tmp_path_factory.mktemp("local") / "cache", corpus)
-
-
-def put_cache(folder: Path, url: ObjectPath) -> ObjectPath:
-    """A copy of a cache, file by file."""
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            (url / str(path.relative_to(folder))).write_bytes(path.read_bytes())
-    return url
-
-
-def test_object_path_is_like_a_path(url):
-    assert str(url / "a" / "b.json") == f"{url}/a/b.json"
-    assert (url / "b.tar.gz").name == "b.tar.gz"
-    assert (url / "b.tar.gz").suffix == ".gz"
-    assert (url / "a").parent == url
-    assert not url.exists()
-    (url / "a" / "one").write_bytes(b"1")
-    (url / "two").write_bytes(b"22")
-    assert [path.name for path in url.iterdir()] == ["a", "two"]
-    assert url.is_dir()
-    assert not url.is_file()
-    assert (url / "two").stat().st_size == 2
-    assert (url / "two").read_bytes() == b"22"
-    (url / "two").unlink()
-    (url / "two").unlink(missing_ok=True)
-    with pytest.raises(FileNotFoundError):
-        (url / "two").read_bytes()
-    with pytest.raises(FileNotFoundError):
-        (url / "two").stat()
-    with pytest.raises(TypeError):
-        os.fspath(url)
-
-
-def test_first_writer_wins(url):
-    """If-None-Match: of many at once, one writes."""
-    path = url / "a.json"
-    wins = []
-
-    def write(number: int) -> None:
-        if write_json(path, {"winner": number}, first_wins=True):
-            wins.append(number)
-
-    threads = [threading.Thread(target=write, args=(number,)) for number in range(12)]
-    [thread.start() for thread in threads]
-    [thread.join() for thread in threads]
-    assert len(wins) == 1
-    assert read_json(path, CacheCorruptError) == {"winner": wins[0]}
 
 
 def test_put_whose_answer_was_lost_has_won(server, url):
@@ -200,39 +86,6 @@ def test_lasting_faults_are_one_clear_error(server, url, local, monkeypatch):
     assert server.met() == [1]
 
 
-def test_damage_in_the_store_is_found_repaired_and_made_again(url, local, corpus):
-    put_cache(local, url)
-    commits = [read_commit(local, partition) for partition in range(4)]
-    path = url / SHARDS / commits[0].file
-    path.write_bytes(path.read_bytes()[:-5])
-    contents = bytearray((url / SHARDS / commits[1].file).read_bytes())
-    contents[700] ^= 2
-    (url / SHARDS / commits[1].file).write_bytes(bytes(contents))
-    (url / SHARDS / commits[2].file).unlink()
-    commit_path(url, 3).write_bytes(b"{}")
-    (url / "tokenizer" / "tokenizer.json").write_bytes(b"{}")
-    with pytest.raises(CacheCorruptError, match="its checksum does not match"):
-        open_cache(url)
-    report = verify_cache(url)
-    assert report.damaged == [0, 1, 2, 3]
-    assert report.tokenizer_damaged
-    repair_cache(url, report)
-    with pytest.raises(CacheIncompleteError, match="4 of 6 partitions"):
-        open_cache(url)
-    capture_into(url, corpus)
-    assert verify_cache(url).problems == []
-    assert_equal_caches(url, local)
-
-
-def capture_into(url: ObjectPath, corpus_folder: Path, **settings: object) -> None:
-    """What is missing of a cache by FakeEngine."""
-    corpus = Corpus(corpus_folder)
-    manifest = fake_manifest(corpus, **settings)
-    open_folder(url, manifest, corpus_folder / "tokenizer")
-    todo = [part for part in range(manifest.num_partitions) if read_commit(url, part) is None]
-    capture(FakeEngine(manifest), corpus, manifest, url, todo)
-
-
 @pytest.mark.parametrize("kind", ["500", "drop", "lose"])
 def test_capture_into_the_store_commits_each_partition_once_whatever_fails(server, url, corpus, local, kind):
     server.fail((kind, "PUT", "/shards/", 2), (kind, "PUT", "/commits/", 2), (kind, "PUT", "manifest.json", 1))
@@ -253,54 +106,6 @@ def test_what_a_killed_writer_left_on_this_machine_goes(url, local):
     assert remove_leftovers(url) == 1
     assert not dead.exists()
     assert alive.exists()
-
-
-def test_two_writers_of_one_cache_commit_each_partition_once(url, corpus, local):
-    corpus_rows = Corpus(corpus)
-    manifest = fake_manifest(corpus_rows)
-    open_folder(url, manifest, corpus / "tokenizer")
-    failures = []
-
-    def write() -> None:
-        try:
-            parts = range(manifest.num_partitions)
-            capture(FakeEngine(manifest), Corpus(corpus), manifest, url, parts)
-        except BaseException as exc:
-            failures.append(exc)
-
-    threads = [threading.Thread(target=write) for _ in range(3)]
-    [thread.start() for thread in threads]
-    [thread.join() for thread in threads]
-    assert failures == []
-    assert_equal_caches(url, local)
-    assert len(list((url / SHARDS).iterdir())) == manifest.num_partitions
-
-
-def test_other_settings_and_foreign_folders_are_refused(url, corpus, local):
-    put_cache(local, url)
-    with pytest.raises(CacheMismatchError, match="top_k is 8, now 4"):
-        capture_into(url, corpus, top_k=4)
-    (url.parent / "other" / "thesis.tex").write_bytes(b"years of work")
-    with pytest.raises(CacheMismatchError, match=r"holds no cache but thesis\.tex"):
-        capture_into(url.parent / "other", corpus)
-
-
-def test_convert_merge_and_export_read_and_write_the_store(tmp_path, url, local, corpus):
-    converted, merged = url.parent / "converted", url.parent / "merged"
-    convert_cache(ConvertConfig(cache=local, format="zarr", out=converted, workers=2))
-    assert_equal_caches(converted, local)
-    merge_caches(MergeConfig(caches=(converted, local), out=merged, workers=1))
-    assert_equal_caches(merged, local)
-    export_cache(ExportConfig(cache=converted, out=tmp_path / "export", workers=1))
-    assert len(list((tmp_path / "export").glob("*.parquet"))) == CacheManifest.read(local).num_partitions
-
-
-def test_cache_logits_writes_to_the_store_and_reuses_from_it(url, teacher, corpus):
-    values = {"teacher": teacher, "corpus": corpus, "top_k": 8, "engine": "transformers", "shard_tokens": 500}
-    cache_logits(CacheConfig(**values, out=url))
-    cache_logits(CacheConfig(**values, out=url.parent / "again", reuse=(url,)))
-    assert_equal_caches(url, url.parent / "again")
-    assert verify_cache(url).problems == []
 
 
 class InterruptedEngine(FakeEngine):
@@ -332,24 +137,6 @@ def test_worker_of_a_store_begins_with_its_share_drains_and_ends_with_what_is_mi
     assert [sequence.key for sequence in open_cache(url)] == [sequence.key for sequence in whole.rows()]
 
 
-def test_student_trains_from_the_store_as_from_a_folder(tmp_path, url, local):
-    put_cache(local, url)
-    llama_config(open_cache(local).manifest.vocab_size, num_hidden_layers=1).save_pretrained(tmp_path / "student")
-    losses = []
-    for name, cache in (("local", local), ("store", url)):
-        train_student(
-            TrainConfig(student=tmp_path / "student", cache=cache, out=tmp_path / name, max_steps=2, log_steps=1)
-        )
-        losses.append(read_log(tmp_path / name / "log.jsonl"))
-    assert losses[0] == losses[1]
-    assert len(losses[0]) == 2
-    assert (tmp_path / "store" / "tokenizer.json").is_file()
-
-
-def read_log(path: Path) -> list[float]:
-    return [entry["loss"] for entry in map(json.loads, path.read_text().splitlines()) if "loss" in entry]
-
-
 def test_copies_keep_to_their_limit_and_the_longest_unused_goes_first(url, local, monkeypatch):
     put_cache(local, url)
     cache = open_cache(url)
@@ -379,15 +166,6 @@ def test_damaged_copy_is_fetched_again(url, local):
     assert hash_file(copy) == commit.xxh3_128
 
 
-def test_large_file_comes_in_ranges(tmp_path, url, monkeypatch):
-    monkeypatch.setattr(storage, "RANGE_BYTES", 1000)
-    contents = np.random.default_rng(0).bytes(12_345)
-    (tmp_path / "file").write_bytes(contents)
-    (url / "file").upload(tmp_path / "file")
-    (url / "file").download(tmp_path / "copy")
-    assert (tmp_path / "copy").read_bytes() == contents
-
-
 @pytest.mark.parametrize("kind", ["500", "throttle", "drop", "lose"])
 def test_faults_of_a_part_do_not_harm_a_large_upload(server, tmp_path, url, kind):
     contents = np.random.default_rng(0).bytes(12 << 20)  # three parts
@@ -400,22 +178,6 @@ def test_faults_of_a_part_do_not_harm_a_large_upload(server, tmp_path, url, kind
     assert (tmp_path / "copy").read_bytes() == contents
 
 
-def read_first(cache, queue) -> None:
-    queue.put(cache[0].key)
-
-
-def test_forked_worker_can_read(url, local):
-    """What a DataLoader does: the parent has opened the cache, whose client's threads a fork does not have."""
-    put_cache(local, url)
-    cache = open_cache(url)
-    context = multiprocessing.get_context("fork")
-    queue = context.Queue()
-    worker = context.Process(target=read_first, args=(cache, queue))
-    worker.start()
-    assert queue.get(timeout=120) == open_cache(local)[0].key
-    worker.join()
-
-
 def test_urls_are_settings_only_where_they_can_be(tmp_path):
     config = load_config(TrainConfig, None, {"student": "s", "cache": "s3://bucket/a/b/", "out": "o"})
     assert config.cache == ObjectPath("s3://bucket/a/b")
@@ -423,9 +185,3 @@ def test_urls_are_settings_only_where_they_can_be(tmp_path):
         load_config(TrainConfig, None, {"student": "s", "cache": "c", "out": "s3://bucket/o"})
     with pytest.raises(ConfigError, match=r"ftp://host/a: not the URL of an object store; expected s3://"):
         load_config(TrainConfig, None, {"student": "s", "cache": "ftp://host/a", "out": "o"})
-
-
-def test_missing_cache_is_the_same_error_as_in_a_folder(url):
-    with pytest.raises(CacheIncompleteError, match="no cache there"):
-        open_cache(url)
-    shutil.rmtree(copies.copies_folder())

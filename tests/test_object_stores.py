@@ -1,0 +1,216 @@
+"""What holds for caches in every object store: S3, and Azure's Blob Storage where its emulator is installed."""
+
+import json
+import multiprocessing
+import os
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipeline import open_cache, storage
+from pipeline.config import CacheConfig, ConvertConfig, ExportConfig, MergeConfig, TrainConfig
+from pipeline.corpus import Corpus
+from pipeline.errors import CacheCorruptError, CacheIncompleteError, CacheMismatchError
+from pipeline.files import read_json, write_json
+from pipeline.lifecycle.convert import convert_cache
+from pipeline.lifecycle.export import export_cache
+from pipeline.lifecycle.merge import merge_caches
+from pipeline.lifecycle.repair import repair_cache
+from pipeline.manifest import CacheManifest
+from pipeline.runs.commits import SHARDS, commit_path, read_commit
+from pipeline.runs.folder import open_folder
+from pipeline.shards.verify import verify_cache
+from stages.cache_logits import cache_logits
+from stages.cache_logits.capture import capture
+from stages.train_student import train_student
+from tests.small import FakeEngine, assert_equal_caches, fake_manifest, llama_config, make_cache
+from tests.stores import azure_server, capture_into, find_azurite, put_cache, s3_server
+
+SERVERS = {"s3": s3_server, "az": azure_server}
+needs_azurite = pytest.mark.skipif(find_azurite() is None, reason="Azurite is not installed; `make slow` does it")
+
+
+@pytest.fixture(scope="module", params=["s3", pytest.param("az", marks=[pytest.mark.slow, needs_azurite])])
+def server(request, tmp_path_factory):
+    with SERVERS[request.param](tmp_path_factory.mktemp("server")) as running:
+        yield running
+
+
+@pytest.fixture
+def url(server, tmp_path, monkeypatch):
+    """A prefix that no other test uses."""
+    return server.enter(monkeypatch, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory, corpus):
+    return make_cache(tmp_path_factory.mktemp("local") / "cache", corpus)
+
+
+def test_cache_is_read_from_the_store_and_then_from_its_copies(url, local):
+    put_cache(local, url)
+    assert_equal_caches(url, local)
+    for shard in (url / SHARDS).iterdir():
+        shard.unlink()
+    assert_equal_caches(url, local)
+
+
+def test_object_path_is_like_a_path(url):
+    assert str(url / "a" / "b.json") == f"{url}/a/b.json"
+    assert (url / "b.tar.gz").name == "b.tar.gz"
+    assert (url / "b.tar.gz").suffix == ".gz"
+    assert (url / "a").parent == url
+    assert not url.exists()
+    (url / "a" / "one").write_bytes(b"1")
+    (url / "two").write_bytes(b"22")
+    assert [path.name for path in url.iterdir()] == ["a", "two"]
+    assert url.is_dir()
+    assert not url.is_file()
+    assert (url / "two").stat().st_size == 2
+    assert (url / "two").read_bytes() == b"22"
+    (url / "two").unlink()
+    (url / "two").unlink(missing_ok=True)
+    with pytest.raises(FileNotFoundError):
+        (url / "two").read_bytes()
+    with pytest.raises(FileNotFoundError):
+        (url / "two").stat()
+    with pytest.raises(TypeError):
+        os.fspath(url)
+
+
+def test_first_writer_wins(url):
+    """If-None-Match: of many at once, one writes."""
+    path = url / "a.json"
+    wins = []
+
+    def write(number: int) -> None:
+        if write_json(path, {"winner": number}, first_wins=True):
+            wins.append(number)
+
+    threads = [threading.Thread(target=write, args=(number,)) for number in range(12)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    assert len(wins) == 1
+    assert read_json(path, CacheCorruptError) == {"winner": wins[0]}
+
+
+def test_damage_in_the_store_is_found_repaired_and_made_again(url, local, corpus):
+    put_cache(local, url)
+    commits = [read_commit(local, partition) for partition in range(4)]
+    path = url / SHARDS / commits[0].file
+    path.write_bytes(path.read_bytes()[:-5])
+    contents = bytearray((url / SHARDS / commits[1].file).read_bytes())
+    contents[700] ^= 2
+    (url / SHARDS / commits[1].file).write_bytes(bytes(contents))
+    (url / SHARDS / commits[2].file).unlink()
+    commit_path(url, 3).write_bytes(b"{}")
+    (url / "tokenizer" / "tokenizer.json").write_bytes(b"{}")
+    with pytest.raises(CacheCorruptError, match="its checksum does not match"):
+        open_cache(url)
+    report = verify_cache(url)
+    assert report.damaged == [0, 1, 2, 3]
+    assert report.tokenizer_damaged
+    repair_cache(url, report)
+    with pytest.raises(CacheIncompleteError, match="4 of 6 partitions"):
+        open_cache(url)
+    capture_into(url, corpus)
+    assert verify_cache(url).problems == []
+    assert_equal_caches(url, local)
+
+
+def test_two_writers_of_one_cache_commit_each_partition_once(url, corpus, local):
+    corpus_rows = Corpus(corpus)
+    manifest = fake_manifest(corpus_rows)
+    open_folder(url, manifest, corpus / "tokenizer")
+    failures = []
+
+    def write() -> None:
+        try:
+            parts = range(manifest.num_partitions)
+            capture(FakeEngine(manifest), Corpus(corpus), manifest, url, parts)
+        except BaseException as exc:
+            failures.append(exc)
+
+    threads = [threading.Thread(target=write) for _ in range(3)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    assert failures == []
+    assert_equal_caches(url, local)
+    assert len(list((url / SHARDS).iterdir())) == manifest.num_partitions
+
+
+def test_other_settings_and_foreign_folders_are_refused(url, corpus, local):
+    put_cache(local, url)
+    with pytest.raises(CacheMismatchError, match="top_k is 8, now 4"):
+        capture_into(url, corpus, top_k=4)
+    (url.parent / "other" / "thesis.tex").write_bytes(b"years of work")
+    with pytest.raises(CacheMismatchError, match=r"holds no cache but thesis\.tex"):
+        capture_into(url.parent / "other", corpus)
+
+
+def test_convert_merge_and_export_read_and_write_the_store(tmp_path, url, local, corpus):
+    converted, merged = url.parent / "converted", url.parent / "merged"
+    convert_cache(ConvertConfig(cache=local, format="zarr", out=converted, workers=2))
+    assert_equal_caches(converted, local)
+    merge_caches(MergeConfig(caches=(converted, local), out=merged, workers=1))
+    assert_equal_caches(merged, local)
+    export_cache(ExportConfig(cache=converted, out=tmp_path / "export", workers=1))
+    assert len(list((tmp_path / "export").glob("*.parquet"))) == CacheManifest.read(local).num_partitions
+
+
+def test_cache_logits_writes_to_the_store_and_reuses_from_it(url, teacher, corpus):
+    values = {"teacher": teacher, "corpus": corpus, "top_k": 8, "engine": "transformers", "shard_tokens": 500}
+    cache_logits(CacheConfig(**values, out=url))
+    cache_logits(CacheConfig(**values, out=url.parent / "again", reuse=(url,)))
+    assert_equal_caches(url, url.parent / "again")
+    assert verify_cache(url).problems == []
+
+
+def test_student_trains_from_the_store_as_from_a_folder(tmp_path, url, local):
+    put_cache(local, url)
+    llama_config(open_cache(local).manifest.vocab_size, num_hidden_layers=1).save_pretrained(tmp_path / "student")
+    losses = []
+    for name, cache in (("local", local), ("store", url)):
+        train_student(
+            TrainConfig(student=tmp_path / "student", cache=cache, out=tmp_path / name, max_steps=2, log_steps=1)
+        )
+        losses.append(read_log(tmp_path / name / "log.jsonl"))
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 2
+    assert (tmp_path / "store" / "tokenizer.json").is_file()
+
+
+def read_log(path: Path) -> list[float]:
+    return [entry["loss"] for entry in map(json.loads, path.read_text().splitlines()) if "loss" in entry]
+
+
+def test_large_file_goes_in_parts_and_comes_in_ranges(tmp_path, url, monkeypatch):
+    monkeypatch.setattr(storage, "RANGE_BYTES", 1_000_000)
+    contents = np.random.default_rng(0).bytes(12 << 20)
+    (tmp_path / "file").write_bytes(contents)
+    (url / "file").upload(tmp_path / "file")
+    (url / "file").download(tmp_path / "copy")
+    assert (tmp_path / "copy").read_bytes() == contents
+
+
+def read_first(cache, queue) -> None:
+    queue.put(cache[0].key)
+
+
+def test_forked_worker_can_read(url, local):
+    """What a DataLoader does: the parent has opened the cache, whose client's threads a fork does not have."""
+    put_cache(local, url)
+    cache = open_cache(url)
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    worker = context.Process(target=read_first, args=(cache, queue))
+    worker.start()
+    assert queue.get(timeout=120) == open_cache(local)[0].key
+    worker.join()
+
+
+def test_missing_cache_is_the_same_error_as_in_a_folder(url):
+    with pytest.raises(CacheIncompleteError, match="no cache there"):
+        open_cache(url)

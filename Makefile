@@ -35,7 +35,7 @@ $(INSTALLED): pyproject.toml requirements/cpu.txt
 
 # Peers and emulators that only slow tests run; the one of Azure's storage is npm's, and its tests skip without.
 $(INSTALLED_SLOW): $(INSTALLED) requirements/slow.txt
-	@echo "installing what slow tests need: 1 to 2 minutes, 1 GB"
+	@echo "installing what slow tests need: under a minute, 1.6 GB"
 	$(PIP) install --quiet --no-deps -r requirements/slow.txt
 	npm install --silent --ignore-scripts --no-save --before 2026-11-01 --prefix $(VENV)/azurite azurite@3.35.0 || true
 	@touch $@

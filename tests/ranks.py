@@ -12,8 +12,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import TrainConfig, load_config
+from pipeline.config import TrainConfig
 from pipeline.errors import Drained
+from pipeline.settings import load_config
 from stages.train_student import checkpoints, train_student
 from stages.train_student.trainer import DistillationTrainer
 

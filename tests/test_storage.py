@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from pipeline import copies, open_cache, storage
-from pipeline.config import CacheConfig, ConvertConfig, ExportConfig, MergeConfig, TrainConfig, load_config
+from pipeline.config import CacheConfig, ConvertConfig, ExportConfig, MergeConfig, TrainConfig
 from pipeline.corpus import Corpus
 from pipeline.errors import (
     CacheCorruptError,
@@ -36,6 +36,7 @@ from pipeline.progress import Reporter
 from pipeline.runs.commits import COMMITS, SHARDS, commit_path, list_commits, read_commit, remove_leftovers
 from pipeline.runs.folder import open_folder
 from pipeline.runs.rank import Rank
+from pipeline.settings import load_config
 from pipeline.shards.verify import verify_cache
 from pipeline.storage import ObjectPath
 from stages.cache_logits import cache_logits

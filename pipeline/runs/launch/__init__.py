@@ -11,9 +11,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.config import CacheConfig, SubmitConfig, TrainConfig, load_config
+from pipeline.config import CacheConfig, SubmitConfig, TrainConfig
 from pipeline.errors import ConfigError
 from pipeline.progress import Reporter
+from pipeline.settings import load_config
 
 MODULES = {name: f"pipeline.runs.launch.{name}" for name in ("local", "slurm", "ray", "kubernetes")}
 

@@ -17,6 +17,7 @@ from pipeline.config import (
     CacheConfig,
     ConvertConfig,
     DemoConfig,
+    EstimateConfig,
     ExportConfig,
     MergeConfig,
     PrepareConfig,
@@ -81,6 +82,16 @@ def cache_logits_command(config: CacheConfig) -> None:
     from stages.cache_logits import cache_logits
 
     cache_logits(config, TerminalReporter())
+
+
+@main.command("estimate")
+@config_command(EstimateConfig)
+def estimate_command(config: EstimateConfig) -> None:
+    """Say what a capture and a training will take: GPU hours, memory, storage. Needs no GPU and no weights."""
+    from pipeline.estimate import describe, estimate
+
+    found = estimate(config)
+    click.echo(found.to_json() if config.json else "\n".join(describe(found)))
 
 
 @main.command("submit")

@@ -249,7 +249,7 @@ class SubmitConfig(_Config):
 class StatusConfig(_Config):
     """Settings of `pipeline status`."""
 
-    cache: Path = required("Folder that `pipeline cache-logits` writes.", argument=True)
+    cache: Location = required("Folder or URL that `pipeline cache-logits` writes to.", argument=True)
     watch: bool = setting(False, "Show it again and again until nothing is left to do.")
     json: bool = setting(False, "One JSON document instead of text.")
     interval_s: float = setting(10.0, "Seconds between two looks with --watch.", flag="--interval")

@@ -185,7 +185,6 @@ def test_worker_on_a_bad_machine_gives_up_before_it_has_failed_every_partition(c
 
 
 def test_partition_with_which_workers_vanish_is_set_aside(cache, rows):
-    (cache / LEASES).mkdir()
     (cache / LEASES / "00005.10").write_text("elsewhere.1.1")
     os.utime(cache / LEASES / "00005.10", (0, 0))
     with pytest.raises(PartitionsFailedError, match="5 by 10 workers vanished"):

@@ -9,7 +9,6 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from pipeline.runs.commits import is_committed, list_commits
 from pipeline.runs.drain import Drain
@@ -17,6 +16,7 @@ from pipeline.runs.failures import Failure, list_failures, record_failure
 from pipeline.runs.leases import Leases, list_leases
 from pipeline.runs.presence import Presence
 from pipeline.runs.rank import Rank
+from pipeline.storage import Location
 
 SUSPECT_GENERATION = 3
 """From this generation of its lease on, two workers have vanished with a partition."""
@@ -40,7 +40,7 @@ class Claims:
 
     def __init__(
         self,
-        folder: Path,
+        folder: Location,
         num_partitions: int,
         rank: Rank,
         presence: Presence,
@@ -152,9 +152,9 @@ class Claims:
         return self._take_expired(suspects)
 
     def _take_expired(self, leases: list[tuple[int, int]]) -> int | None:
-        if not leases:
+        now = self._presence.server_time() if leases else None
+        if now is None:
             return None
-        now = self._presence.server_time()
         for partition, generation in leases:
             if not self._leases.expired(partition, generation, now):
                 continue

@@ -229,6 +229,9 @@ class SubmitConfig(_Config):
     address: str | None = setting(None, "Ray: address of the cluster; none starts one on this machine.")
     image: str | None = setting(None, "Kubernetes: container image in which this package is installed.")
     volume: str | None = setting(None, "Kubernetes: persistent volume claim with teacher, corpus and cache.")
+    secret: str | None = setting(
+        None, "Kubernetes: secret whose entries become environment variables, such as an object store's credentials."
+    )
     mount: Path = setting(Path("/data"), "Kubernetes: where the volume appears in the containers.")
     write_only: bool = setting(False, "Write the scripts and submit nothing.")
 

@@ -112,7 +112,7 @@ def status_command(config: StatusConfig) -> None:
 
     reader = StatusReader(config.cache)
     while True:
-        status = reader.read()
+        status = reader.read(config.events)
         if config.watch and sys.stdout.isatty():
             click.clear()
         click.echo(status.to_json() if config.json else "\n".join(describe(status)))

@@ -10,12 +10,13 @@ from pipeline.errors import CacheMismatchError
 from pipeline.files import partial_path, publish, sync_folder
 from pipeline.manifest import MANIFEST, TOKENIZER, CacheManifest
 from pipeline.runs.commits import COMMITS, SHARDS
+from pipeline.runs.events import EVENTS
 from pipeline.runs.failures import FAILURES
 from pipeline.runs.leases import LEASES
 from pipeline.runs.presence import WORKERS
 from pipeline.storage import Location, ObjectPath
 
-PLACES = (SHARDS, COMMITS, LEASES, FAILURES, WORKERS)
+PLACES = (SHARDS, COMMITS, LEASES, FAILURES, WORKERS, EVENTS)
 """Folders of a run."""
 
 

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from pipeline.files import owner_is_dead, owner_name
+from pipeline.runs.events import EventLog
 from pipeline.runs.leases import Leases
 from pipeline.runs.notes import NOT_WRITTEN, notes_in
 from pipeline.runs.rank import Rank
@@ -63,10 +64,11 @@ class Presence:
         self.owner = owner or owner_name()
         self.lease_s = lease_s
         self.leases = Leases(folder, self.owner, lease_s)
+        self.events = EventLog(folder, rank.worker, self.owner)
         self._rank = rank
         self._notes = notes_in(folder / WORKERS)
         self._name = f"{rank.worker:04d}-{self.owner}.json"
-        self._state, self._reason = "loading", ""
+        self._state, self._reason, self._said = "loading", "", ""
         self._num_partitions, self._num_tokens, self._bytes = 0, 0, 0
         self._started = self._advanced = time.monotonic()
         self._recent = deque([(self._started, 0)], maxlen=RATE_BEATS + 1)
@@ -79,6 +81,7 @@ class Presence:
             prefix, _, owner = name.removesuffix(".json").partition("-")
             if prefix == f"{self._rank.worker:04d}" and owner_is_dead(owner):
                 self._notes.remove(name)
+        self.events.note("started", workers=self._rank.workers)
         self._write()  # here an error is the caller's: a folder in which nothing can be written
         self._thread.start()
         return self
@@ -93,10 +96,14 @@ class Presence:
             self.leases.release_all()
         with contextlib.suppress(*NOT_WRITTEN):
             self._write()
+        self.events.note("ended", state=self._state, reason=self._reason)
+        self.events.close()
 
     def say(self, state: str) -> None:
         """Change the state; the record follows at the next beat, or at once if it is the last state."""
-        self._state = state
+        if state not in (self._said, *ENDED):
+            self.events.note(state)
+        self._state = self._said = state
         self._advanced = time.monotonic()
 
     def advance(self, num_tokens: int) -> None:
@@ -125,6 +132,7 @@ class Presence:
                     self.leases.renew()
             with contextlib.suppress(*NOT_WRITTEN):
                 self._write()
+            self.events.flush()
 
     def _write(self) -> None:
         with self._lock:

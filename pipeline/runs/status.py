@@ -11,12 +11,13 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pipeline.files import owner_is_dead, owner_name
 from pipeline.manifest import MANIFEST, CacheManifest
 from pipeline.progress import duration
 from pipeline.runs.commits import commit_path, list_commits, read_commit
+from pipeline.runs.events import describe_event, read_events
 from pipeline.runs.failures import list_failures, read_failure
 from pipeline.runs.leases import list_leases, read_lease
 from pipeline.runs.notes import NOT_WRITTEN, notes_in
@@ -71,6 +72,8 @@ class RunStatus:
     tokens_per_s_so_far: float
     eta_s: float | None
     workers: list[WorkerStatus]
+    events: list[dict[str, Any]]
+    """The last ones, as many as were asked for."""
 
     @property
     def exit_code(self) -> int:
@@ -91,8 +94,8 @@ class StatusReader:
         self._max_failures = self.manifest.settings.get("max_failures", 3)
         self._commits: dict[int, tuple[int, int, float]] = {}
 
-    def read(self) -> RunStatus:
-        """The status now. Raises CacheCorruptError if a record is damaged."""
+    def read(self, num_events: int = 0) -> RunStatus:
+        """The status now, with the last so many events. Raises CacheCorruptError if a record is damaged."""
         manifest, now = self.manifest, self._server_time()
         leases = list_leases(self.folder)
         done = list_commits(self.folder)
@@ -120,6 +123,7 @@ class StatusReader:
             tokens_per_s_so_far=round(self._speed_so_far(commits, now if running else None), 1),
             eta_s=round((manifest.num_tokens - tokens) / speed, 1) if speed and left else None,
             workers=workers,
+            events=read_events(self.folder, num_events) if num_events else [],
         )
 
     def _server_time(self) -> float:
@@ -216,6 +220,7 @@ def describe(status: RunStatus) -> list[str]:
     lines += _named("retrying", status.retrying)
     lines += _named("failed", status.failed)
     lines += _workers_named(status)
+    lines += map(describe_event, status.events)
     return lines
 
 

@@ -155,7 +155,7 @@ class _Worker:
         self._reporter.log(f"draining: {len(held)} partitions in hand, {duration(seconds)} at most; again to drop them")
 
     def _on_commit(self, partition: int, commit: ShardCommit | None) -> None:
-        self._claims.settle(partition)
+        self._claims.settle(partition, won=commit is not None)
         self._blamed.clear()
         if commit is not None:
             self._bytes += commit.bytes

@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import time
+from random import Random
 
 import pytest
 
@@ -20,6 +22,7 @@ from pipeline.shards.reader import open_cache
 from pipeline.shards.verify import verify_cache
 from tests.helpers import run
 from tests.object_store import end_of_store_worker, start_store_worker
+from tests.small import FakeEngine
 from tests.test_workers import COUNT, AllergicEngine, HangingEngine, SlowEngine, wait_until
 from tests.workers import ALONE, new_cache, run_worker, tiny_corpus
 
@@ -212,6 +215,44 @@ def test_worker_leaves_a_store_that_does_not_answer(server, url, monkeypatch):
     assert min(server.met()) > 1
     server.fail()
     assert list_leases(url) == {5: 1, 6: 1}
+
+
+class SlowerEngine(FakeEngine):
+    """Two answers a second."""
+
+    def score(self, requests):
+        for answer in super().score(requests):
+            time.sleep(0.5)
+            yield answer
+
+
+@pytest.mark.slow
+def test_chaos(url, tmp_path):
+    """Workers of several hosts that are killed and suspended for longer than a lease, two to a rank."""
+    count, random = 80, Random(0)
+    rows = tiny_corpus(tmp_path / "corpus", count)
+    cache = new_cache(url, rows)
+
+    def start(slot):
+        host = f"node{slot}"
+        return start_store_worker(cache, rows, Rank(slot % 2, 2), SlowerEngine, lease_s=LEASE_S, host=host)
+
+    workers = {slot: start(slot) for slot in range(4)}
+    for _ in range(12):
+        time.sleep(random.uniform(0.5, 1.5))
+        slot = random.choice([slot for slot, worker in workers.items() if worker.is_alive()])  # none: raise the count
+        if random.random() < 0.25:
+            os.kill(workers[slot].pid, signal.SIGSTOP)
+            time.sleep(1.5 * LEASE_S)
+            os.kill(workers[slot].pid, signal.SIGCONT)
+        else:
+            os.kill(workers[slot].pid, signal.SIGKILL)
+            end_of_store_worker(workers[slot])
+            workers[slot] = start(slot)
+    assert [end_of_store_worker(worker) for worker in workers.values()] == [0] * 4
+    assert verify_cache(cache).problems == []
+    assert [sequence.key for sequence in open_cache(cache)] == [sequence.key for sequence in Corpus(rows).rows()]
+    assert list_leases(cache) == {}
 
 
 def test_status_is_that_of_a_folder(cache, rows):

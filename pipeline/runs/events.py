@@ -13,12 +13,12 @@ import json
 import os
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
 
 from pipeline.files import list_names
+from pipeline.parallel import in_threads
 from pipeline.runs.notes import NOT_WRITTEN, PATIENCE_S
 from pipeline.storage import Location, ObjectPath
 
@@ -26,6 +26,7 @@ EVENTS = "events"
 OBJECT_BYTES = 256 << 10
 """An object of this size grows no more."""
 READERS = 16
+"""Logs that are read at the same time."""
 SHOWN_APART = ("time", "worker", "owner", "what")
 
 
@@ -124,8 +125,7 @@ class _Objects:
 def read_events(folder: Location, count: int) -> list[dict[str, Any]]:
     """The last `count` (1 or more) events of all workers by their own clocks, the oldest first."""
     place = folder / EVENTS
-    with ThreadPoolExecutor(READERS) as pool:
-        contents = list(pool.map(lambda name: (place / name).read_bytes(), list_names(place)))
+    contents = in_threads(lambda name: (place / name).read_bytes(), list_names(place), READERS)
     events = [event for lines in contents for line in lines.splitlines() if (event := _event(line)) is not None]
     return sorted(events, key=lambda event: event["time"])[-count:]
 

@@ -229,7 +229,7 @@ class SlowerEngine(FakeEngine):
 @pytest.mark.slow
 def test_chaos(url, tmp_path):
     """Workers of several hosts that are killed and suspended for longer than a lease, two to a rank."""
-    count, random = 80, Random(0)
+    count, kills, random = 160, 0, Random(0)
     rows = tiny_corpus(tmp_path / "corpus", count)
     cache = new_cache(url, rows)
 
@@ -238,9 +238,9 @@ def test_chaos(url, tmp_path):
         return start_store_worker(cache, rows, Rank(slot % 2, 2), SlowerEngine, lease_s=LEASE_S, host=host)
 
     workers = {slot: start(slot) for slot in range(4)}
-    for _ in range(12):
+    while len(list_commits(cache)) < count // 2:
         time.sleep(random.uniform(0.5, 1.5))
-        slot = random.choice([slot for slot, worker in workers.items() if worker.is_alive()])  # none: raise the count
+        slot = random.randrange(4)
         if random.random() < 0.25:
             os.kill(workers[slot].pid, signal.SIGSTOP)
             time.sleep(1.5 * LEASE_S)
@@ -249,6 +249,8 @@ def test_chaos(url, tmp_path):
             os.kill(workers[slot].pid, signal.SIGKILL)
             end_of_store_worker(workers[slot])
             workers[slot] = start(slot)
+            kills += 1
+    assert kills > 0
     assert [end_of_store_worker(worker) for worker in workers.values()] == [0] * 4
     assert verify_cache(cache).problems == []
     assert [sequence.key for sequence in open_cache(cache)] == [sequence.key for sequence in Corpus(rows).rows()]

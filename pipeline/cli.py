@@ -99,8 +99,8 @@ def estimate_command(config: EstimateConfig) -> None:
 def submit_command(config: SubmitConfig) -> None:
     """Start many workers of `cache-logits`, and `train-student` once the cache is whole.
 
-    'local' and 'ray' stay until all is done; 'slurm' and 'kubernetes' write scripts next to the cache and
-    hand them to the cluster.
+    'local' and 'ray' stay until all is done; 'slurm' and 'kubernetes' write scripts next to the cache (or, for one
+    in an object store, next to its settings) and hand them to the cluster.
     """
     from pipeline.runs.launch import Job, launcher
 
@@ -115,7 +115,7 @@ def submit_command(config: SubmitConfig) -> None:
 @main.command("status")
 @config_command(StatusConfig)
 def status_command(config: StatusConfig) -> None:
-    """Say how a run stands, from its folder CACHE alone: while workers work and after they have died.
+    """Say how a run stands, from its folder or URL CACHE alone: while workers work and after they have died.
 
     Exit code 0: complete. 3: not yet. 4: all that is left was set aside after failures.
     """
@@ -123,7 +123,7 @@ def status_command(config: StatusConfig) -> None:
 
     reader = StatusReader(config.cache)
     while True:
-        status = reader.read()
+        status = reader.read(config.events)
         if config.watch and sys.stdout.isatty():
             click.clear()
         click.echo(status.to_json() if config.json else "\n".join(describe(status)))

@@ -165,6 +165,9 @@ class SubmitConfig(Settings):
     address: str | None = setting(None, "Ray: address of the cluster; none starts one on this machine.")
     image: str | None = setting(None, "Kubernetes: container image in which this package is installed.")
     volume: str | None = setting(None, "Kubernetes: persistent volume claim with teacher, corpus and cache.")
+    secret: str | None = setting(
+        None, "Kubernetes: secret whose entries become environment variables, such as an object store's credentials."
+    )
     mount: Path = setting(Path("/data"), "Kubernetes: where the volume appears in the containers.")
     write_only: bool = setting(False, "Write the scripts and submit nothing.")
 
@@ -209,12 +212,14 @@ class EstimateConfig(Settings):
 class StatusConfig(Settings):
     """Settings of `pipeline status`."""
 
-    cache: Path = required("Folder that `pipeline cache-logits` writes.", argument=True)
+    cache: Location = required("Folder or URL that `pipeline cache-logits` writes to.", argument=True)
     watch: bool = setting(False, "Show it again and again until nothing is left to do.")
     json: bool = setting(False, "One JSON document instead of text.")
+    events: int = setting(0, "The last so many events of all workers too.")
     interval_s: float = setting(10.0, "Seconds between two looks with --watch.", flag="--interval")
 
     def check(self) -> None:
+        self.at_least("events", 0)
         self.positive("interval_s", (self.interval_s,))
 
 

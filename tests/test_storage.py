@@ -4,12 +4,7 @@ import json
 import multiprocessing
 import os
 import shutil
-import signal
-import subprocess
-import sys
 import threading
-import time
-import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +18,6 @@ from pipeline.errors import (
     CacheIncompleteError,
     CacheMismatchError,
     ConfigError,
-    Drained,
     StorageError,
 )
 from pipeline.files import hash_file, owner_name, read_json, write_json
@@ -32,80 +26,16 @@ from pipeline.lifecycle.export import export_cache
 from pipeline.lifecycle.merge import merge_caches
 from pipeline.lifecycle.repair import repair_cache
 from pipeline.manifest import CacheManifest
-from pipeline.progress import Reporter
-from pipeline.runs.commits import COMMITS, SHARDS, commit_path, list_commits, read_commit, remove_leftovers
+from pipeline.runs.commits import COMMITS, SHARDS, commit_path, read_commit, remove_leftovers
 from pipeline.runs.folder import open_folder
-from pipeline.runs.rank import Rank
 from pipeline.settings import load_config
 from pipeline.shards.verify import verify_cache
 from pipeline.storage import ObjectPath
 from stages.cache_logits import cache_logits
 from stages.cache_logits.capture import capture
-from stages.cache_logits.store_worker import work_in_store
 from stages.train_student import train_student
 from tests.helpers import run
 from tests.small import FakeEngine, assert_equal_caches, fake_manifest, llama_config, make_cache
-
-ROOT = Path(__file__).parent.parent
-
-
-class Server:
-    """A running tests.s3_server."""
-
-    def __init__(self, address: str) -> None:
-        self.address = address
-
-    def fail(self, *faults: tuple[str, str, str, int]) -> None:
-        """Arm it with (kind, method, part of the path, count)."""
-        names = ("kind", "method", "path", "count")
-        self._ask("/_faults", "POST", json.dumps([dict(zip(names, fault)) for fault in faults]).encode())
-
-    def met(self) -> list[int]:
-        """How often each fault was met."""
-        return json.loads(self._ask("/_faults", "GET"))
-
-    def _ask(self, path: str, method: str, body: bytes | None = None) -> bytes:
-        request = urllib.request.Request(self.address + path, data=body, method=method)
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            return answer.read()
-
-
-@pytest.fixture(scope="module")
-def running(tmp_path_factory):
-    ready = tmp_path_factory.mktemp("s3") / "address"
-    process = subprocess.Popen([sys.executable, "-m", "tests.s3_server", str(ready)], cwd=ROOT)
-    deadline = time.monotonic() + 120
-    while not ready.exists():
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    server = Server(ready.read_text())
-    server._ask("/bucket", "PUT")
-    yield server
-    process.kill()
-    process.wait()
-
-
-@pytest.fixture
-def server(running, tmp_path, monkeypatch):
-    """The server, the environment that leads to it, and a folder of its own for copies."""
-    for name, value in {
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_REGION": "us-east-1",
-        "AWS_ENDPOINT_URL": running.address,
-        "AWS_ALLOW_HTTP": "true",
-        copies.COPIES: str(tmp_path / "copies"),
-    }.items():
-        monkeypatch.setenv(name, value)
-    running.fail()
-    return running
-
-
-@pytest.fixture
-def url(server, tmp_path):
-    """A prefix that no other test uses."""
-    return ObjectPath(f"s3://bucket/{tmp_path.name}/cache")
 
 
 @pytest.fixture(scope="module")
@@ -302,35 +232,6 @@ def test_cache_logits_writes_to_the_store_and_reuses_from_it(url, teacher, corpu
     cache_logits(CacheConfig(**values, out=url.parent / "again", reuse=(url,)))
     assert_equal_caches(url, url.parent / "again")
     assert verify_cache(url).problems == []
-
-
-class InterruptedEngine(FakeEngine):
-    """Asks its process to drain once it has answered a few requests."""
-
-    def score(self, requests):
-        for number, answer in enumerate(super().score(requests)):
-            yield answer
-            if number == 5:
-                os.kill(os.getpid(), signal.SIGTERM)
-
-
-def test_worker_of_a_store_begins_with_its_share_drains_and_ends_with_what_is_missing(url, corpus):
-    whole = Corpus(corpus)
-    manifest = fake_manifest(whole)
-    open_folder(url, manifest, corpus / "tokenizer")
-    rank = Rank(1, 2)
-
-    def work(engine):
-        work_in_store(url, whole, manifest, lambda: engine(manifest), rank=rank, reporter=Reporter())
-
-    with pytest.raises(Drained, match="run the same command again"):
-        work(InterruptedEngine)
-    committed = list_commits(url)
-    assert committed
-    assert committed < set(rank.share(manifest.num_partitions))
-    work(FakeEngine)
-    assert len(list_commits(url)) == manifest.num_partitions
-    assert [sequence.key for sequence in open_cache(url)] == [sequence.key for sequence in whole.rows()]
 
 
 def test_student_trains_from_the_store_as_from_a_folder(tmp_path, url, local):

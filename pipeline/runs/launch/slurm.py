@@ -1,7 +1,8 @@
 """Workers as a Slurm job array, a gate that starts it again, and the training behind the gate.
 
-Four scripts are written next to the cache: submit.sh, capture.sbatch, gate.sbatch, student.sbatch. What
-`pipeline submit` does is to run the first. Slurm's accounting is not needed.
+Four scripts are written next to the cache, or next to the settings of one in an object store: submit.sh,
+capture.sbatch, gate.sbatch, student.sbatch. What `pipeline submit` does is to run the first. Slurm's accounting is
+not needed.
 """
 
 import shlex
@@ -53,7 +54,8 @@ if [ $state -eq 0 ]; then
     exec @pipeline verify @cache    # with 0 the student starts
 fi
 
-now=$(ls @cache/commits | wc -l)
+now=$(@pipeline status @cache --json | sed -n 's/^ "num_done": //p' | tr -d ,)
+now=${now:-$before}
 if [ $now -gt $before ]; then attempt=1; else attempt=$((attempt + 1)); fi
 if [ $state -ne 3 ] || [ $attempt -gt @attempts ]; then
     echo "the gate stays shut: state $state, attempt $attempt of @attempts"

@@ -155,9 +155,6 @@ def _resolves(name: str) -> bool:
 
 
 @pytest.mark.skipif(not _resolves("n1"), reason="needs `127.0.0.1 n1 n2` in /etc/hosts")
-@pytest.mark.xfail(
-    strict=False, reason="passes alone; behind the test of a dead node the requeued job may end at its start"
-)
 def test_student_on_two_nodes_continues_after_a_rank_was_killed(slurm, tmp_path):
     job = small_job(tmp_path, sequences=20, max_steps=60)
     submit(slurm, job, "--student-nodes", 2, student=True)

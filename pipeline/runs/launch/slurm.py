@@ -83,7 +83,9 @@ STUDENT = """#!/bin/bash
 cd @cwd
 @setup
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-port=$((29000 + SLURM_JOB_ID % 1000))
+# Of its own for every start: what the last one left behind may not have ended yet.
+start=$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}
+port=$((29000 + (SLURM_JOB_ID + 499 * ${SLURM_RESTART_COUNT:-0}) % 1000))
 # The warning reaches every process of the step: a launcher ignores it, the training saves a checkpoint and leaves.
 srun --cpus-per-task=$SLURM_CPUS_ON_NODE --kill-on-bad-exit=1 bash -c 'trap "" USR1; exec "$@@"' student \\
     @student
@@ -97,7 +99,7 @@ exit $code
 """
 
 SEVERAL_NODES = """@python -m torch.distributed.run --nnodes @nodes --nproc-per-node @processes \\
-    --rdzv-backend c10d --rdzv-id $SLURM_JOB_ID --rdzv-endpoint $head:$port @module"""
+    --rdzv-backend c10d --rdzv-id $start --rdzv-endpoint $head:$port @module"""
 
 SUBMIT = """#!/bin/bash
 # What `pipeline submit --on slurm` runs. Run it again at any time: what is done stays done.

@@ -1,17 +1,21 @@
 """What leases, commits and status cost a partition, with many workers on one folder.
 
     python -m benchmarks.scale --partitions 10000 --workers 256
+    python -m benchmarks.scale --partitions 1000 --workers 64 --store
 
 Runs the real code of plan, claims, leases, commit and status, with shards that hold nothing and without a
 teacher, and counts the file operations of each part by name. The 256 workers take turns in one process:
 each has a partition in hand while the others go on, so that listings and leases are those of 256 at once.
 
 Milliseconds are this machine's, on a local file system. Operations are the same everywhere; what they would
-take on a parallel file system (1 ms each, a listing 1 ms for 1,000 names) and cost on S3 (a conditional PUT,
-a LIST of 1,000 keys or a PUT 5e-6 dollars, a GET or HEAD 4e-7) is computed from them.
+take on a parallel file system (1 ms each, a listing 1 ms for 1,000 names) is computed from them.
+
+With --store the cache lies in tests.s3_server on loopback, and the requests of each part are counted. What they
+would cost on S3 is computed: a PUT, or 1,000 names of a listing, 5e-6 dollars, a GET or HEAD 4e-7, a delete nothing.
 """
 
 import argparse
+import contextlib
 import os
 import platform
 import shutil
@@ -19,33 +23,37 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import obstore
 
+from pipeline.files import list_names
 from pipeline.manifest import CacheManifest
 from pipeline.runs.claims import Claims
-from pipeline.runs.commits import COMMITS, SHARDS, commit_shard, partial_shard_path
-from pipeline.runs.failures import FAILURES
-from pipeline.runs.leases import LEASES
+from pipeline.runs.commits import COMMITS, commit_shard, partial_shard_path
+from pipeline.runs.folder import make_places
 from pipeline.runs.plan import plan_partitions
-from pipeline.runs.presence import WORKERS, Presence
+from pipeline.runs.presence import Presence
 from pipeline.runs.rank import Rank
 from pipeline.runs.status import StatusReader
 from pipeline.shards.arrow import ArrowShardWriter
+from pipeline.storage import Location, ObjectPath
 from pipeline.tokenizer import TokenizerIdentity
+from tests.object_store import running
 
 SEQUENCE_TOKENS = 2048
 SEQUENCES = 512
 """A partition of a million tokens."""
-COUNTED = ("open", "listdir", "stat", "link", "replace", "unlink", "utime", "fsync", "mkdir")
-WRITES = ("open for writing", "link", "replace", "utime")
+FILES = ("open", "listdir", "stat", "link", "replace", "unlink", "utime", "fsync", "mkdir")
+REQUESTS = ("put", "get", "head", "list_with_delimiter", "delete")
+LISTING = "names listed"
 MS_PARALLEL = 1.0
-DOLLARS_WRITE, DOLLARS_READ = 5e-6, 4e-7
+DOLLARS = {"put": 5e-6, "get": 4e-7, "head": 4e-7}
+DOLLARS_PAGE = 5e-6
 
 
 @dataclass
@@ -57,31 +65,33 @@ class Cost:
 
 
 class Meter:
-    """Counts file operations and time, by the part of the run that is named at the moment."""
+    """Counts file operations or requests, and time, by the part of the run that is named at the moment."""
 
-    def __init__(self) -> None:
+    def __init__(self, module: Any, names: tuple[str, ...]) -> None:
         self.costs: dict[str, Cost] = {}
         self._part: str | None = None
-        self._originals = {name: getattr(os, name) for name in COUNTED}
+        self._module = module
+        self._originals = {name: getattr(module, name) for name in names}
         self._open = open
 
-    @contextmanager
+    @contextlib.contextmanager
     def counting(self) -> Iterator[None]:
         """Count from here."""
         import builtins
         import io
 
         for name, original in self._originals.items():
-            setattr(os, name, self._counted(name, original))
-        builtins.open = io.open = self._counted("open", self._open)
+            setattr(self._module, name, self._counted(name, original))
+        if "open" in self._originals:
+            builtins.open = io.open = self._counted("open", self._open)
         try:
             yield
         finally:
             for name, original in self._originals.items():
-                setattr(os, name, original)
+                setattr(self._module, name, original)
             builtins.open = io.open = self._open
 
-    @contextmanager
+    @contextlib.contextmanager
     def part(self, name: str) -> Iterator[None]:
         """What happens inside belongs to this part."""
         outer, self._part = self._part, name
@@ -95,12 +105,13 @@ class Meter:
 
     def _counted(self, name: str, original: Any) -> Any:
         def run(*args: Any, **kwargs: Any) -> Any:
+            operations = Counter() if self._part is None else self.costs[self._part].operations
+            operations[_kind(name, args, kwargs)] += 1  # one that fails costs as much
             result = original(*args, **kwargs)
-            if self._part is not None:
-                operations = self.costs[self._part].operations
-                operations[_kind(name, args, kwargs)] += 1
-                if name == "listdir":
-                    operations["names listed"] += len(result)
+            if name == "listdir":
+                operations[LISTING] += len(result)
+            elif name == "list_with_delimiter":
+                operations[LISTING] += len(result["objects"]) + len(result["common_prefixes"])
             return result
 
         return run
@@ -117,7 +128,7 @@ def _kind(name: str, args: tuple, kwargs: dict) -> str:
 class SimulatedWorker:
     """A worker with its own view, leases and record, whose teacher takes `pace` turns for a partition."""
 
-    def __init__(self, folder: Path, manifest: CacheManifest, rank: Rank, pace: int, meter: Meter) -> None:
+    def __init__(self, folder: Location, manifest: CacheManifest, rank: Rank, pace: int, meter: Meter) -> None:
         self.folder, self.meter, self.pace = folder, meter, pace
         self.presence = Presence(folder, rank, 180.0, owner=f"node{rank.worker}.1.1")
         nobody = SimpleNamespace(requested=False, sleep=lambda seconds: None)
@@ -146,18 +157,20 @@ class SimulatedWorker:
         with self.meter.part("commit"):
             commit_shard(self.folder, self.in_hand, partial, self.layout, {"seconds": 300.0})
         with self.meter.part("lease"):
-            self.claims.settle(self.in_hand)
+            self.claims.settle(self.in_hand, won=True)
             self.in_hand = next(self.stream, None)
         with self.meter.part("heartbeat"):
             self.presence._write()
             self.presence.leases.renew()
+            self.presence.events.flush()
         return True
 
 
-def manifest_of(folder: Path, num_partitions: int, meter: Meter) -> CacheManifest:
+def manifest_of(folder: Location, num_partitions: int, meter: Meter) -> CacheManifest:
     """The plan, written."""
-    for name in (SHARDS, COMMITS, LEASES, FAILURES, WORKERS):
-        (folder / name).mkdir(parents=True)
+    if isinstance(folder, Path):
+        folder.mkdir()
+    make_places(folder)
     tokens = np.full(num_partitions * SEQUENCES, SEQUENCE_TOKENS)
     with meter.part("plan"):
         partitions = plan_partitions(tokens, SEQUENCES * SEQUENCE_TOKENS)
@@ -191,7 +204,7 @@ def fake_manifest(partitions: tuple[int, ...], num_tokens: int) -> CacheManifest
     )
 
 
-def simulate(folder: Path, num_partitions: int, num_workers: int, meter: Meter) -> None:
+def simulate(folder: Location, num_partitions: int, num_workers: int, meter: Meter) -> None:
     """A whole run, and its status when half of it is done."""
     manifest = manifest_of(folder, num_partitions, meter)
     paces = np.random.default_rng(0).integers(2, 5, num_workers)
@@ -207,7 +220,7 @@ def simulate(folder: Path, num_partitions: int, num_workers: int, meter: Meter) 
         for worker in workers:
             if turns % worker.pace == 0:
                 worker.turn()
-        if not looked and len(os.listdir(folder / COMMITS)) >= num_partitions / 2:
+        if not looked and len(list_names(folder / COMMITS)) >= num_partitions / 2:
             looked = True
             with meter.part("status, first look"):
                 reader.read()
@@ -218,25 +231,32 @@ def simulate(folder: Path, num_partitions: int, num_workers: int, meter: Meter) 
         assert workers[0].claims.unsettled() == []
 
 
-def report(meter: Meter, num_partitions: int, num_workers: int) -> None:
+def report(meter: Meter, num_partitions: int, num_workers: int, *, store: bool) -> None:
     """A row a part."""
     per = {"lease": num_partitions, "commit": num_partitions, "heartbeat": num_partitions}
     per |= {"start of a worker": num_workers}
     print(f"{num_partitions} partitions, {num_workers} workers; {processor()}, {os.cpu_count()} cores\n")
-    print(f"{'part':<24}{'of each':<12}{'ms':>8}{'on 1 ms':>9}{'S3 $/1e6':>10}  file operations")
+    print(
+        f"{'part':<24}{'of each':<12}{'ms':>8}{'$ / 1e6' if store else 'on 1 ms':>9}  {'requests' if store else 'operations'}"
+    )
     for name, cost in meter.costs.items():
         count = per.get(name, 1)
         operations = {kind: number / count for kind, number in cost.operations.items()}
-        listed = operations.pop("names listed", 0.0)
-        requests = sum(operations.values()) - operations.get("fsync", 0.0)
-        pages = listed / 1000
-        dollars = 1e6 * (pages + sum(operations.get(kind, 0.0) for kind in WRITES)) * DOLLARS_WRITE
-        dollars += 1e6 * sum(operations.get(kind, 0.0) for kind in ("open", "stat")) * DOLLARS_READ
+        listed = operations.pop(LISTING, 0.0)
+        price = _dollars(operations, listed) * 1e6 if store else _milliseconds(operations, listed)
         text = ", ".join(f"{number:.2f} {kind}" for kind, number in sorted(operations.items()))
         text += f", {listed:.0f} names listed" if listed else ""
         of_each = {num_partitions: "partition", num_workers: "worker"}.get(count, "run")
-        milliseconds, remote = 1e3 * cost.seconds / count, (requests + pages) * MS_PARALLEL
-        print(f"{name:<24}{of_each:<12}{milliseconds:>8.2f}{remote:>9.1f}{dollars:>10.1f}  {text}")
+        print(f"{name:<24}{of_each:<12}{1e3 * cost.seconds / count:>8.2f}{price:>9.1f}  {text}")
+
+
+def _milliseconds(operations: dict[str, float], listed: float) -> float:
+    return (sum(operations.values()) - operations.get("fsync", 0.0) + listed / 1000) * MS_PARALLEL
+
+
+def _dollars(operations: dict[str, float], listed: float) -> float:
+    pages = max(operations.get("list_with_delimiter", 0.0), listed / 1000)
+    return pages * DOLLARS_PAGE + sum(number * DOLLARS.get(kind, 0.0) for kind, number in operations.items())
 
 
 def processor() -> str:
@@ -251,15 +271,22 @@ def main() -> None:
     parser.add_argument("--partitions", type=int, default=10_000)
     parser.add_argument("--workers", type=int, default=256)
     parser.add_argument("--folder", type=Path, default=None)
+    parser.add_argument("--store", action="store_true", help="on tests.s3_server instead of in a folder")
     options = parser.parse_args()
     scratch = Path(tempfile.mkdtemp(dir=options.folder, prefix="scale-"))
-    meter = Meter()
+    meter = Meter(obstore, REQUESTS) if options.store else Meter(os, FILES)
     try:
-        with meter.counting():
-            simulate(scratch / "cache", options.partitions, options.workers, meter)
+        with contextlib.ExitStack() as stack:
+            folder: Location = scratch / "cache"
+            if options.store:
+                server = stack.enter_context(running(scratch))
+                os.environ.update(server.environment(scratch / "copies"))
+                folder = ObjectPath("s3://bucket/cache")
+            with meter.counting():
+                simulate(folder, options.partitions, options.workers, meter)
     finally:
         shutil.rmtree(scratch)
-    report(meter, options.partitions, options.workers)
+    report(meter, options.partitions, options.workers, store=options.store)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from pipeline.config import (
     CacheConfig,
     ConvertConfig,
     DemoConfig,
+    EstimateConfig,
     ExportConfig,
     MergeConfig,
     PrepareConfig,
@@ -83,13 +84,23 @@ def cache_logits_command(config: CacheConfig) -> None:
     cache_logits(config, TerminalReporter())
 
 
+@main.command("estimate")
+@config_command(EstimateConfig)
+def estimate_command(config: EstimateConfig) -> None:
+    """Say what a capture and a training will take: GPU hours, memory, storage. Needs no GPU and no weights."""
+    from pipeline.estimate import describe, estimate
+
+    found = estimate(config)
+    click.echo(found.to_json() if config.json else "\n".join(describe(found)))
+
+
 @main.command("submit")
 @config_command(SubmitConfig)
 def submit_command(config: SubmitConfig) -> None:
     """Start many workers of `cache-logits`, and `train-student` once the cache is whole.
 
-    'local' and 'ray' stay until all is done; 'slurm' and 'kubernetes' write scripts next to the cache and
-    hand them to the cluster.
+    'local' and 'ray' stay until all is done; 'slurm' and 'kubernetes' write scripts next to the cache (or, for one
+    in an object store, next to its settings) and hand them to the cluster.
     """
     from pipeline.runs.launch import Job, launcher
 
@@ -104,7 +115,7 @@ def submit_command(config: SubmitConfig) -> None:
 @main.command("status")
 @config_command(StatusConfig)
 def status_command(config: StatusConfig) -> None:
-    """Say how a run stands, from its folder CACHE alone: while workers work and after they have died.
+    """Say how a run stands, from its folder or URL CACHE alone: while workers work and after they have died.
 
     Exit code 0: complete. 3: not yet. 4: all that is left was set aside after failures.
     """
@@ -112,7 +123,7 @@ def status_command(config: StatusConfig) -> None:
 
     reader = StatusReader(config.cache)
     while True:
-        status = reader.read()
+        status = reader.read(config.events)
         if config.watch and sys.stdout.isatty():
             click.clear()
         click.echo(status.to_json() if config.json else "\n".join(describe(status)))

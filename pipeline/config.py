@@ -1,23 +1,12 @@
-"""The settings of every command: one frozen dataclass a command, checked before any work starts.
+"""The settings of every command: one frozen dataclass a command, checked before any work starts."""
 
-A field made by `setting` is at the same time a YAML key, a flag of the command line and a row
-of its `--help`. The order of precedence is flag, YAML file, default.
-"""
-
-import dataclasses
-import difflib
-import math
-import types
-import typing
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
 
-import yaml
-
+from pipeline.devices import DEVICES
 from pipeline.errors import ConfigError
-from pipeline.storage import Location, ObjectPath, location
+from pipeline.settings import Settings, required, setting
+from pipeline.storage import Location
 
 ENGINES = ("vllm", "transformers")
 CONTAINERS = ("arrow", "zarr")
@@ -33,62 +22,9 @@ SHARDINGS = ("none", "fsdp2")
 BAD_LOSS_ACTIONS = ("stop", "skip")
 LAUNCHERS = ("local", "slurm", "ray", "kubernetes")
 
-Config = TypeVar("Config", bound="_Config")
-_REQUIRED: Any = object()
-
-
-def setting(
-    default: Any,
-    help: str,
-    *,
-    choices: tuple[str, ...] = (),
-    flag: str = "",
-    argument: bool = False,
-    words: Mapping[str, Any] = types.MappingProxyType({}),
-) -> Any:
-    """A field of a config class. `flag` names its option where that differs from the field's name.
-
-    `words` are names that may be given for certain values. A folder that may also be the URL of an object
-    store is a Location.
-    """
-    metadata = {"help": help, "choices": choices, "flag": flag, "argument": argument, "words": words}
-    metadata["required"] = default is _REQUIRED
-    return field(default=None if default is _REQUIRED else default, metadata=metadata)
-
-
-def required(help: str, *, choices: tuple[str, ...] = (), flag: str = "", argument: bool = False) -> Any:
-    """A setting without a default."""
-    return setting(_REQUIRED, help, choices=choices, flag=flag, argument=argument)
-
 
 @dataclass(frozen=True, kw_only=True)
-class _Config:
-    def __post_init__(self) -> None:
-        for spec in dataclasses.fields(self):
-            value = getattr(self, spec.name)
-            if value is None and spec.metadata["required"]:
-                raise ConfigError(f"{flag_of(spec)} is missing; give it as a flag or as `{spec.name}:` in the file.")
-            choices = spec.metadata["choices"]
-            if choices and value is not None and value not in choices:
-                raise ConfigError(f"{spec.name} is {value!r}; choose one of: {', '.join(choices)}.")
-        self.check()
-
-    def check(self) -> None:
-        """Raise ConfigError if the values do not make sense, alone or together."""
-
-    def _at_least(self, name: str, minimum: float) -> None:
-        value = getattr(self, name)
-        if value is not None and not (value >= minimum and math.isfinite(value)):
-            raise ConfigError(f"{name} is {value}; it must be at least {minimum}.")
-
-    def _positive(self, name: str, values: tuple[float, ...]) -> None:
-        for value in values:
-            if not (value > 0 and math.isfinite(value)):
-                raise ConfigError(f"{name} is {value}; a {name.rstrip('s')} must be a finite number above 0.")
-
-
-@dataclass(frozen=True, kw_only=True)
-class PrepareConfig(_Config):
+class PrepareConfig(Settings):
     """Settings of `pipeline prepare`."""
 
     inputs: tuple[Path, ...] = required(
@@ -110,12 +46,12 @@ class PrepareConfig(_Config):
     def check(self) -> None:
         if not self.inputs:
             raise ConfigError("no input was given; name at least one file or folder.")
-        self._at_least("sequence_length", 2)
-        self._at_least("partition_tokens", 1)
+        self.at_least("sequence_length", 2)
+        self.at_least("partition_tokens", 1)
 
 
 @dataclass(frozen=True, kw_only=True)
-class CacheConfig(_Config):
+class CacheConfig(Settings):
     """Settings of `pipeline cache-logits`."""
 
     teacher: Path = required("Folder of the teacher: config.json, weights, tokenizer.")
@@ -163,19 +99,19 @@ class CacheConfig(_Config):
     retry_failed: bool = setting(False, "Try again what was set aside.")
 
     def check(self) -> None:
-        self._at_least("top_k", 0)
-        self._at_least("tail_samples", 0)
+        self.at_least("top_k", 0)
+        self.at_least("tail_samples", 0)
         if self.top_k + self.tail_samples == 0:
             raise ConfigError("top_k is 0 and tail_samples is 0; keep at least one entry of a position.")
         for name in ("shard_tokens", "tensor_parallel", "pipeline_parallel", "batch_tokens", "row_chunk"):
-            self._at_least(name, 1)
-        self._at_least("max_failures", 1)
-        self._positive("lease_s", (self.lease_s,))
+            self.at_least(name, 1)
+        self.at_least("max_failures", 1)
+        self.positive("lease_s", (self.lease_s,))
         if not 0 <= self.worker < self.workers:
             raise ConfigError(f"worker is {self.worker} of {self.workers} workers; count from 0.")
         if not self.temperatures:
             raise ConfigError("temperatures is empty; give at least one, such as --temperature 2.0.")
-        self._positive("temperatures", self.temperatures)
+        self.positive("temperatures", self.temperatures)
         if len(set(self.temperatures)) != len(self.temperatures):
             raise ConfigError(f"temperatures is {list(self.temperatures)}; each may be given once.")
         if self.draw_temperature is not None and self.draw_temperature not in self.temperatures:
@@ -192,7 +128,7 @@ class CacheConfig(_Config):
 
 
 @dataclass(frozen=True, kw_only=True)
-class VerifyConfig(_Config):
+class VerifyConfig(Settings):
     """Settings of `pipeline verify`."""
 
     cache: Location = required("Folder or URL that `pipeline cache-logits` wrote to.", argument=True)
@@ -202,11 +138,11 @@ class VerifyConfig(_Config):
     workers: int | None = setting(None, "Shards that are read at the same time; none takes one a core.")
 
     def check(self) -> None:
-        self._at_least("workers", 1)
+        self.at_least("workers", 1)
 
 
 @dataclass(frozen=True, kw_only=True)
-class SubmitConfig(_Config):
+class SubmitConfig(Settings):
     """Settings of `pipeline submit`."""
 
     launcher: str = required("What starts the workers: this machine, or a cluster.", choices=LAUNCHERS, flag="--on")
@@ -229,14 +165,17 @@ class SubmitConfig(_Config):
     address: str | None = setting(None, "Ray: address of the cluster; none starts one on this machine.")
     image: str | None = setting(None, "Kubernetes: container image in which this package is installed.")
     volume: str | None = setting(None, "Kubernetes: persistent volume claim with teacher, corpus and cache.")
+    secret: str | None = setting(
+        None, "Kubernetes: secret whose entries become environment variables, such as an object store's credentials."
+    )
     mount: Path = setting(Path("/data"), "Kubernetes: where the volume appears in the containers.")
     write_only: bool = setting(False, "Write the scripts and submit nothing.")
 
     def check(self) -> None:
         for name in ("workers", "student_nodes", "attempts", "drain_s"):
-            self._at_least(name, 1)
+            self.at_least(name, 1)
         for name in ("gpus_per_worker", "student_gpus"):
-            self._at_least(name, 0)
+            self.at_least(name, 0)
         if self.launcher == "kubernetes" and (self.image is None or self.volume is None):
             raise ConfigError("launcher is 'kubernetes'; give --image and --volume too.")
         if self.student_nodes > 1 and self.launcher != "slurm":
@@ -246,20 +185,46 @@ class SubmitConfig(_Config):
 
 
 @dataclass(frozen=True, kw_only=True)
-class StatusConfig(_Config):
-    """Settings of `pipeline status`."""
+class EstimateConfig(Settings):
+    """Settings of `pipeline estimate`."""
 
-    cache: Path = required("Folder that `pipeline cache-logits` writes.", argument=True)
-    watch: bool = setting(False, "Show it again and again until nothing is left to do.")
+    cache_logits: Path = required("YAML file with the settings of `pipeline cache-logits`.")
+    train_student: Path | None = setting(None, "YAML file with the settings of `pipeline train-student`.")
+    device: str = setting("h100", "GPU that both stages run on.", choices=tuple(DEVICES))
+    utilization: float = setting(0.4, "Share of the GPU's peak that is reached, 0 to 1.")
+    workers: int = setting(1, "Workers that share the cache, each with tensor_parallel x pipeline_parallel GPUs.")
+    student_devices: int = setting(1, "GPUs of the student's training, all nodes together.")
+    tokens: int | None = setting(None, "Tokens of the corpus; none takes the prepared corpus.")
+    sequence_length: int = setting(2048, "Longest sequence, in tokens; counts with --tokens.")
+    price: float | None = setting(None, "Price of a GPU and hour.")
     json: bool = setting(False, "One JSON document instead of text.")
-    interval_s: float = setting(10.0, "Seconds between two looks with --watch.", flag="--interval")
 
     def check(self) -> None:
-        self._positive("interval_s", (self.interval_s,))
+        for name in ("workers", "student_devices", "tokens"):
+            self.at_least(name, 1)
+        self.at_least("sequence_length", 2)
+        self.at_least("price", 0)
+        if not 0 < self.utilization <= 1:
+            raise ConfigError(f"utilization is {self.utilization}; it must lie in (0, 1].")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConvertConfig(_Config):
+class StatusConfig(Settings):
+    """Settings of `pipeline status`."""
+
+    cache: Location = required("Folder or URL that `pipeline cache-logits` writes to.", argument=True)
+    watch: bool = setting(False, "Show it again and again until nothing is left to do.")
+    json: bool = setting(False, "One JSON document instead of text.")
+    events: int = setting(0, "The last so many events of all workers too.")
+    interval_s: float = setting(10.0, "Seconds between two looks with --watch.", flag="--interval")
+
+    def check(self) -> None:
+        self.at_least("events", 0)
+        self.positive("interval_s", (self.interval_s,))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertConfig(Settings):
     """Settings of `pipeline convert`."""
 
     cache: Location = required("Folder or URL of a finished cache.", argument=True)
@@ -268,11 +233,11 @@ class ConvertConfig(_Config):
     workers: int | None = setting(None, "Shards that are converted at the same time; none takes one a core.")
 
     def check(self) -> None:
-        self._at_least("workers", 1)
+        self.at_least("workers", 1)
 
 
 @dataclass(frozen=True, kw_only=True)
-class MergeConfig(_Config):
+class MergeConfig(Settings):
     """Settings of `pipeline merge`."""
 
     caches: tuple[Location, ...] = required(
@@ -283,13 +248,13 @@ class MergeConfig(_Config):
     workers: int | None = setting(None, "Shards that are copied at the same time; none takes one a core.")
 
     def check(self) -> None:
-        self._at_least("workers", 1)
+        self.at_least("workers", 1)
         if len(self.caches) < 2:
             raise ConfigError(f"caches names {len(self.caches)} folder; a merge needs two or more.")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExportConfig(_Config):
+class ExportConfig(Settings):
     """Settings of `pipeline export`."""
 
     cache: Location = required("Folder or URL of a finished cache.", argument=True)
@@ -304,12 +269,12 @@ class ExportConfig(_Config):
     workers: int | None = setting(None, "Files that are written at the same time; none takes one a core.")
 
     def check(self) -> None:
-        self._positive("temperature", (self.temperature,))
-        self._at_least("workers", 1)
+        self.positive("temperature", (self.temperature,))
+        self.at_least("workers", 1)
 
 
 @dataclass(frozen=True, kw_only=True)
-class AuditConfig(_Config):
+class AuditConfig(Settings):
     """Settings of `pipeline audit`. What is not given is as it was in the capture."""
 
     cache: Location = required("Folder or URL of a finished cache.", argument=True)
@@ -331,14 +296,14 @@ class AuditConfig(_Config):
 
     def check(self) -> None:
         for name in ("sequences", "tensor_parallel", "pipeline_parallel", "batch_tokens"):
-            self._at_least(name, 1)
-        self._at_least("noise", 0)
+            self.at_least(name, 1)
+        self.at_least("noise", 0)
         if not 0 <= self.fraction <= 1:
             raise ConfigError(f"fraction is {self.fraction}; it must lie in [0, 1].")
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(_Config):
+class TrainConfig(Settings):
     """Settings of `pipeline train-student`."""
 
     student: Path = required("Folder of the student, or a config.json for one that starts from random weights.")
@@ -400,16 +365,16 @@ class TrainConfig(_Config):
 
     def check(self) -> None:
         for name in ("max_steps", "batch_size", "gradient_accumulation", "log_steps", "save_steps", "eval_steps"):
-            self._at_least(name, 1)
+            self.at_least(name, 1)
         for name in ("weight_decay", "max_grad_norm"):
-            self._at_least(name, 0)
-        self._positive("temperature", (self.temperature,))
-        self._positive("learning_rate", (self.learning_rate,))
-        self._positive("epochs", (self.epochs,))
-        self._at_least("keep_checkpoints", 1)
-        self._at_least("loader_workers", 0)
-        self._at_least("lora_rank", 1)
-        self._positive("lora_alpha", (self.lora_alpha,))
+            self.at_least(name, 0)
+        self.positive("temperature", (self.temperature,))
+        self.positive("learning_rate", (self.learning_rate,))
+        self.positive("epochs", (self.epochs,))
+        self.at_least("keep_checkpoints", 1)
+        self.at_least("loader_workers", 0)
+        self.at_least("lora_rank", 1)
+        self.positive("lora_alpha", (self.lora_alpha,))
         if self.lora_head and self.lora_rank is None:
             raise ConfigError("lora_head is set without lora_rank; give --lora-rank, such as 16.")
         if self.divergence != "forward" and self.tail != "ghost":
@@ -424,111 +389,9 @@ class TrainConfig(_Config):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DemoConfig(_Config):
+class DemoConfig(Settings):
     """Settings of `pipeline demo`."""
 
     work: Path = setting(Path("data/demo"), "Folder for everything that the demo makes; finished steps are reused.")
     engine: str = setting("vllm", "What runs the teacher.", choices=ENGINES)
     format: str = setting("arrow", "Container of the shards.", choices=CONTAINERS)
-
-
-def load_config(config_class: type[Config], path: Path | None, overrides: Mapping[str, Any] | None = None) -> Config:
-    """The settings in the YAML file at `path`, with `overrides` (field names to values) on top."""
-    values = _read_yaml(path) if path is not None else {}
-    specs = {spec.name: spec for spec in dataclasses.fields(config_class)}
-    for key in values:
-        if key not in specs:
-            raise ConfigError(f"{path}: unknown key {key!r}; {_nearest(key, specs)}")
-    values |= {key: value for key, value in (overrides or {}).items() if value is not None}
-    hints = typing.get_type_hints(config_class)
-    where = str(path) if path is not None else "command line"
-    values = {key: _meaning(specs[key], value) for key, value in values.items()}
-    return config_class(**{key: _convert(f"{where}: {key}", value, hints[key]) for key, value in values.items()})
-
-
-def resolved(config: _Config) -> dict[str, Any]:
-    """The settings as plain YAML and JSON values."""
-    return {spec.name: _plain(getattr(config, spec.name)) for spec in dataclasses.fields(config)}
-
-
-def flag_of(spec: dataclasses.Field[Any]) -> str:
-    """The option or argument that sets a field."""
-    if spec.metadata["argument"]:
-        return spec.name.upper()
-    return spec.metadata["flag"] or f"--{spec.name.replace('_', '-')}"
-
-
-def value_type(annotation: Any) -> tuple[type, bool]:
-    """The scalar type of a field's annotation, and whether the field takes several."""
-    if typing.get_origin(annotation) is tuple:
-        return typing.get_args(annotation)[0], True
-    if isinstance(annotation, types.UnionType) and annotation != Location:
-        kinds = [arg for arg in typing.get_args(annotation) if arg is not type(None)]
-        return (Location if ObjectPath in kinds else kinds[0]), False
-    return annotation, False
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Location):
-        return str(value)
-    return [_plain(item) for item in value] if isinstance(value, tuple) else value
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise ConfigError(f"{path}: no such file; give the path of a YAML file with the command's settings.")
-    try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as exc:
-        raise ConfigError(f"{path}: not YAML: {' '.join(str(exc).split())}") from exc
-    if document is None:
-        return {}
-    if not isinstance(document, dict):
-        raise ConfigError(f"{path}: found a {type(document).__name__}; expected `key: value` lines.")
-    return document
-
-
-def _nearest(key: Any, specs: Mapping[str, Any]) -> str:
-    close = difflib.get_close_matches(str(key).replace("-", "_"), specs, n=1, cutoff=0.5)
-    return f"did you mean {close[0]!r}?" if close else f"valid keys are: {', '.join(specs)}."
-
-
-def _meaning(spec: dataclasses.Field[Any], value: Any) -> Any:
-    return spec.metadata["words"].get(value, value) if isinstance(value, str) else value
-
-
-def _convert(where: str, value: Any, annotation: Any) -> Any:
-    kind, several = value_type(annotation)
-    if value is None and type(None) in typing.get_args(annotation):
-        return None
-    if several:
-        items = value if isinstance(value, list | tuple) else [value]
-        return tuple(_scalar(where, item, kind) for item in items)
-    return _scalar(where, value, kind)
-
-
-def _scalar(where: str, value: Any, kind: type) -> Any:
-    if kind is bool or isinstance(value, bool):
-        fits = kind is bool and isinstance(value, bool)
-    elif kind is Location and isinstance(value, str | Location):
-        return location(str(value))
-    elif kind in (Path, Location):
-        fits, kind = isinstance(value, str | Path), Path
-        if "://" in str(value):
-            raise ConfigError(f"{where} is {value}; this must be a path on this machine, not a URL.")
-    elif kind in (int, float):
-        value, fits = _number(value, kind)
-    else:
-        fits = isinstance(value, kind)
-    if not fits:
-        raise ConfigError(f"{where} is {value!r}; expected a value of type {kind.__name__.lower()}.")
-    return kind(value)
-
-
-def _number(value: Any, kind: type) -> tuple[Any, bool]:
-    """YAML reads 1e-4 as a string: take any spelling of a number, but no fraction for an integer."""
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        return value, False
-    return (number, True) if kind is float else (int(number) if number.is_integer() else value, number.is_integer())

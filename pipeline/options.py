@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from pipeline.config import flag_of, load_config, value_type
+from pipeline.settings import flag_of, load_config, value_type
 from pipeline.storage import Location
 
 

@@ -32,18 +32,22 @@ RANGE_BYTES = 16 << 20
 """Bytes of a file that are asked for at a time."""
 SCHEMES = ("s3", "s3a", "gs", "az", "abfs", "abfss")
 
+Version = dict[str, str]
+"""What tells the states of an object apart, as the store calls it."""
 Result = TypeVar("Result")
 
 
 class ObjectPath:
     """An object, or the common prefix of several, used like a pathlib.Path."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, patience_s: float | None = None) -> None:
+        """`patience_s` takes the place of RETRY_S, for this path and those below it."""
         scheme, _, rest = url.partition("://")
         bucket, _, key = rest.partition("/")
         if scheme not in SCHEMES or not bucket:
             raise ConfigError(f"{url}: not the URL of an object store; expected {'://..., '.join(SCHEMES)}://...")
         self._root, self._key = f"{scheme}://{bucket}", posixpath.normpath(key).strip("/") if key else ""
+        self._patience_s = patience_s
 
     def __str__(self) -> str:
         return f"{self._root}/{self._key}"
@@ -61,7 +65,7 @@ class ObjectPath:
         return str(self) < str(other)
 
     def __truediv__(self, name: str) -> "ObjectPath":
-        return ObjectPath(f"{self}/{name}")
+        return ObjectPath(f"{self}/{name}", self._patience_s)
 
     @property
     def name(self) -> str:
@@ -109,23 +113,43 @@ class ObjectPath:
         """The whole object; raises FileNotFoundError."""
         return self._call("read", lambda store, key: bytes(_obstore().get(store, key).bytes()))
 
+    def read_dated(self) -> tuple[bytes, float]:
+        """The whole object, and the store's time of its last change; raises FileNotFoundError."""
+
+        def get(store: Any, key: str) -> tuple[bytes, float]:
+            found = _obstore().get(store, key)
+            return bytes(found.bytes()), found.meta["last_modified"].timestamp()
+
+        return self._call("read", get)
+
     def read_range(self, start: int, stop: int) -> bytes:
         """Bytes `start` to `stop`."""
         return self._call("read", lambda store, key: bytes(_obstore().get_range(store, key, start=start, end=stop)))
 
     def write_bytes(self, contents: bytes, *, first_wins: bool = False) -> bool:
-        """Write the object; False if `first_wins` and another has been first.
+        """Write the object; False if `first_wins` and another has been first."""
+        if first_wins:
+            return self.swap(contents, None) is not None
+        self._call("write", lambda store, key: _obstore().put(store, key, contents))
+        return True
 
-        A PUT whose answer was lost is tried again and then meets its own object: equal contents are ours.
+    def swap(self, contents: bytes, version: Version | None) -> Version | None:
+        """Write the object if it is of that version, or, without one, if it is not there.
+
+        Returns its new version, or None if another was first. A PUT whose answer was lost is tried again and
+        then meets its own object: equal contents are ours.
         """
-        from obstore.exceptions import AlreadyExistsError
+        from obstore.exceptions import AlreadyExistsError, PreconditionError
 
-        def put(store: Any, key: str) -> bool:
+        def put(store: Any, key: str) -> Version | None:
             try:
-                _obstore().put(store, key, contents, mode="create" if first_wins else "overwrite")
-            except AlreadyExistsError:
-                return bytes(_obstore().get(store, key).bytes()) == contents
-            return True
+                return _version(_obstore().put(store, key, contents, mode=version or "create"))
+            except (AlreadyExistsError, PreconditionError):
+                try:
+                    found = _obstore().get(store, key)
+                    return _version(found.meta) if bytes(found.bytes()) == contents else None
+                except FileNotFoundError:
+                    return None
 
         return self._call("write", put)
 
@@ -168,10 +192,11 @@ class ObjectPath:
 
         if _is_forked():
             raise RuntimeError(f"{self}: asked for in a forked process; the client's threads do not live there")
-        deadline = time.monotonic() + RETRY_S
+        retry_s = RETRY_S if self._patience_s is None else min(self._patience_s, RETRY_S)
+        deadline = time.monotonic() + retry_s
         for attempt in itertools.count(1):
             try:
-                return request(_store(self._root, RETRY_S), self._key)
+                return request(_store(self._root, retry_s), self._key)
             except BaseError as exc:  # the client has tried again itself, but not where a body broke off
                 if not isinstance(exc, GenericError) or attempt == ATTEMPTS or time.monotonic() > deadline:
                     reason = " ".join(str(exc).split("\n\nDebug source")[0].split())
@@ -192,6 +217,10 @@ def _obstore() -> Any:
     import obstore
 
     return obstore
+
+
+def _version(answer: Any) -> Version:
+    return {name: answer[name] for name in ("e_tag", "version") if answer[name] is not None}
 
 
 @functools.lru_cache

@@ -9,8 +9,11 @@ from pathlib import Path
 
 from pipeline.corpus import Corpus
 from pipeline.runs.commits import SHARDS, list_commits
+from pipeline.runs.notes import notes_in
+from pipeline.runs.presence import WORKERS
 from pipeline.shards.reader import open_cache
 from pipeline.shards.verify import verify_cache
+from pipeline.storage import Location
 from tests.small import make_corpus, make_teacher, random_sequences
 
 ROOT = Path(__file__).parent.parent
@@ -23,10 +26,7 @@ class SmallJob:
     folder: Path
     corpus: Path
     partitions: int
-
-    @property
-    def cache(self) -> Path:
-        return self.folder / "cache"
+    cache: Location
 
     @property
     def student(self) -> Path:
@@ -45,7 +45,8 @@ class SmallJob:
 
     def worker_pids(self) -> list[int]:
         """Pids that workers have recorded, whether they live or not."""
-        return [json.loads(path.read_text())["pid"] for path in (self.cache / "workers").glob("*.json")]
+        notes = notes_in(self.cache / WORKERS)
+        return [json.loads(note.text)["pid"] for note in map(notes.read, notes.names()) if note is not None]
 
     def assert_whole(self) -> None:
         """Every sequence once and in order, every byte as it was written."""
@@ -56,14 +57,22 @@ class SmallJob:
         assert len(list((self.cache / SHARDS).iterdir())) >= self.partitions
 
 
-def small_job(folder: Path, sequences: int = 120, layers: int = 2, max_steps: int = 2, **changes: object) -> SmallJob:
+def small_job(
+    folder: Path,
+    sequences: int = 120,
+    layers: int = 2,
+    max_steps: int = 2,
+    cache: Location | None = None,
+    **changes: object,
+) -> SmallJob:
     """A job of one sequence a partition; `layers` sets how long each takes, `changes` are of the capture."""
+    cache = cache or folder / "cache"
     teacher = make_teacher(folder / "teacher", num_hidden_layers=layers)
     corpus = make_corpus(folder / "corpus", random_sequences(sequences, 300))
     capture = {
         "teacher": str(teacher),
         "corpus": str(corpus),
-        "out": str(folder / "cache"),
+        "out": str(cache),
         "engine": "transformers",
         "top_k": 8,
         "shard_tokens": 1,
@@ -72,13 +81,13 @@ def small_job(folder: Path, sequences: int = 120, layers: int = 2, max_steps: in
     }
     train = {
         "student": str(teacher),
-        "cache": str(folder / "cache"),
+        "cache": str(cache),
         "out": str(folder / "student"),
         "max_steps": max_steps,
     }
     (folder / "cache-logits.yaml").write_text(json.dumps(capture | changes))
     (folder / "train-student.yaml").write_text(json.dumps(train | {"batch_size": 2, "save_steps": 2}))
-    return SmallJob(folder, corpus, sequences)
+    return SmallJob(folder, corpus, sequences, cache)
 
 
 def run(command: list[str], **options: object) -> subprocess.CompletedProcess:

@@ -70,6 +70,8 @@ class SlurmCluster:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._forgotten: set[str] = set()
+        self._held: dict[str, float] = {}
+        """Tasks that wait after a requeue, and since when."""
         self.config = str(folder / "slurm.conf")
         self.environment = {**os.environ, "SLURM_CONF": self.config}
 
@@ -161,9 +163,16 @@ class SlurmCluster:
             time.sleep(0.2)
 
     def start_requeued(self) -> None:
-        """Let requeued tasks start without the two minutes for which Slurm holds them back."""
+        """Let requeued tasks start without the two minutes for which Slurm holds them back.
+
+        But not in the second in which they ended, where a node takes the new start for the old one ("Job
+        credential revoked") and the task fails for good.
+        """
         waiting = self.run("squeue", "--noheader", "--array", "--states=PD", "-o", "%i %r").splitlines()
-        for job_id in [line.split()[0] for line in waiting if line.split()[1] == "BeginTime"]:
+        held = {line.split()[0] for line in waiting if line.split()[1] == "BeginTime"}
+        now = time.monotonic()
+        self._held = {job_id: self._held.get(job_id, now) for job_id in held}
+        for job_id in [job_id for job_id, since in self._held.items() if now - since > 2.5]:
             with contextlib.suppress(AssertionError):
                 self.run("scontrol", "update", f"job={job_id}", "StartTime=now")
 

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline.config import CacheConfig, PrepareConfig, SubmitConfig, TrainConfig, load_config, resolved
+from pipeline.config import CacheConfig, PrepareConfig, SubmitConfig, TrainConfig
 from pipeline.errors import ConfigError
+from pipeline.settings import load_config, resolved
 
 EXAMPLES = Path(__file__).parent.parent / "data" / "examples"
 CLASSES = {

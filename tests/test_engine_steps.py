@@ -3,7 +3,8 @@
 import functools
 import multiprocessing
 import os
-from concurrent.futures import ProcessPoolExecutor
+import time
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,10 +16,13 @@ from pipeline.corpus import TokenSequence
 from stages.cache_logits import cache_logits
 from stages.cache_logits.engine import Request
 from stages.cache_logits.transformers_engine import _batches
+from stages.cache_logits.vllm_plugin import register
 from tests.small import make_corpus, random_sequences
 from tests.test_cache_logits import assert_exact, settings
 from tests.test_loss import LargestTensor
 from tests.test_teachers import HEAD_ROWS, make_family
+
+MESSAGES = 12
 
 
 @dataclass
@@ -124,3 +128,36 @@ def test_batches_of_transformers_hold_little_padding():
     assert max(padded) <= 1000
     assert sum(padded) < 1.1 * lengths.sum()
     assert [len(batch) for batch in _batches(requests[:1] * 3, budget_tokens=1)] == [1, 1, 1]
+
+
+@pytest.mark.vllm
+def test_messages_that_follow_each_other_at_once_are_not_slept_over(monkeypatch):
+    """vLLM drops a notification now and then; an idle reader would look again after 5 s."""
+    from vllm.distributed.device_communicators import shm_broadcast
+
+    monkeypatch.setattr(shm_broadcast.SpinCondition.__init__, "__defaults__", (1,))
+    monkeypatch.setattr(shm_broadcast, "SHM_READER_RECHECK_INTERVAL_MS", 5000)  # vLLM's own
+    register()
+    assert shm_broadcast.SpinCondition.__init__.__defaults__ == (0,)
+    there, back = shm_broadcast.MessageQueue(1, 1), shm_broadcast.MessageQueue(1, 1)
+
+    def echo() -> None:
+        queue = shm_broadcast.MessageQueue.create_from_handle(there.export_handle(), 0)
+        for ready in (queue, back):
+            ready.wait_until_ready()
+        for _ in range(MESSAGES):
+            back.enqueue(queue.dequeue(indefinite=True))
+
+    with ThreadPoolExecutor(1) as pool:
+        answered = pool.submit(echo)
+        queue = shm_broadcast.MessageQueue.create_from_handle(back.export_handle(), 0)
+        for ready in (there, queue):
+            ready.wait_until_ready()
+        seconds = []
+        for number in range(MESSAGES):
+            sent = time.monotonic()
+            there.enqueue(number)
+            assert queue.dequeue(indefinite=True) == number
+            seconds.append(time.monotonic() - sent)
+        answered.result()
+    assert max(seconds) < 4

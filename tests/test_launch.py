@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import subprocess
+from pathlib import Path
 
 import kubernetes_validate
 import psutil
@@ -17,6 +18,7 @@ from pipeline.errors import ConfigError
 from pipeline.runs.launch import Job
 from pipeline.runs.launch.kubernetes import write_manifests
 from pipeline.runs.launch.slurm import write_scripts
+from pipeline.storage import Location, ObjectPath
 from tests.launching import ROOT, run, small_job, wait_until
 
 
@@ -52,19 +54,59 @@ def test_killed_pool_leaves_no_process(tmp_path):
     assert os.listdir(job.cache / "leases") == []
 
 
-def submitted(tmp_path, on: str, **settings: object) -> Job:
+def submitted(tmp_path, on: str, cache: Location | None = None, **settings: object) -> Job:
     """A job as `pipeline submit` reads it."""
-    small = small_job(tmp_path, sequences=4)
+    small = small_job(tmp_path, sequences=4, cache=cache)
     files = {"cache_logits": small.folder / "cache-logits.yaml", "train_student": small.folder / "train-student.yaml"}
     return Job.of(SubmitConfig(launcher=on, write_only=True, **files | settings))
 
 
-@pytest.mark.parametrize("launcher", ["local", "slurm", "ray", "kubernetes"])
-def test_cache_in_an_object_store_is_refused(tmp_path, launcher):
-    path = tmp_path / "cache-logits.yaml"
-    path.write_text(json.dumps({"teacher": "teacher", "corpus": "corpus", "out": "s3://bucket/cache"}))
-    with pytest.raises(ConfigError, match="out is s3://bucket/cache; expected a folder"):
-        Job.of(SubmitConfig(launcher=launcher, cache_logits=path, image="image", volume="volume"))
+STORE = ObjectPath("s3://bucket/runs/cache")
+
+
+def test_cache_in_an_object_store_keeps_scripts_and_logs_next_to_its_settings(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    small_job(tmp_path / "settings", sequences=4, cache=STORE)
+    files = {"cache_logits": Path("settings/cache-logits.yaml"), "image": "registry/pipeline:1", "volume": "models"}
+    for launcher, parent in (("local", "settings"), ("slurm", "settings"), ("ray", "settings"), ("kubernetes", ".")):
+        job = Job.of(SubmitConfig(launcher=launcher, **files))
+        assert (job.cache, job.folder) == (STORE, (tmp_path / parent / "cache.jobs").resolve())
+
+
+def test_slurm_asks_the_store_how_the_run_stands(tmp_path):
+    job = submitted(tmp_path, "slurm", cache=STORE)
+    write_scripts(job)
+    gate = (job.folder / "gate.sbatch").read_text()
+    assert f"pipeline.cli status {STORE}\n" in gate
+    assert f"pipeline.cli verify {STORE} " in gate
+
+
+def test_kubernetes_takes_the_credentials_of_the_store_from_a_secret(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    job = submitted(tmp_path, "kubernetes", cache=STORE, image="pipeline:1", volume="models", secret="store")
+    write_manifests(job)
+    for name, kind in (("capture", "containers"), ("student", "containers"), ("student", "initContainers")):
+        document = yaml.safe_load((job.folder / f"{name}.yaml").read_text())
+        kubernetes_validate.validate(document, "1.31", strict=True)
+        (container,) = document["spec"]["template"]["spec"][kind]
+        assert container["envFrom"] == [{"secretRef": {"name": "store"}}]
+        if kind == "initContainers":
+            assert container["command"][-2:] == ["verify", str(STORE)]
+
+
+def test_local_pool_fills_a_cache_in_an_object_store(tmp_path, url):
+    job = small_job(tmp_path, sequences=60, layers=6, cache=url)
+    pool = subprocess.Popen(job.command("local", "--workers", 2), cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    wait_until(lambda: job.num_done() >= 3)
+    os.kill(job.worker_pids()[0], signal.SIGKILL)
+    _, errors = pool.communicate(timeout=400)
+    assert pool.returncode == 0, errors
+    assert "exit code -9, starting again" in errors
+    job.assert_whole()
+    assert sorted(path.name for path in (tmp_path / "cache.jobs" / "logs").iterdir()) == [
+        "capture-0.log",
+        "capture-1.log",
+    ]
 
 
 def test_kubernetes_accepts_the_manifests(tmp_path, monkeypatch):

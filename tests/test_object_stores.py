@@ -11,6 +11,7 @@ import pytest
 
 from pipeline import open_cache, storage
 from pipeline.config import CacheConfig, ConvertConfig, ExportConfig, MergeConfig, TrainConfig
+from pipeline.copies import COPIES
 from pipeline.corpus import Corpus
 from pipeline.errors import CacheCorruptError, CacheIncompleteError, CacheMismatchError
 from pipeline.files import read_json, write_json
@@ -22,26 +23,33 @@ from pipeline.manifest import CacheManifest
 from pipeline.runs.commits import SHARDS, commit_path, read_commit
 from pipeline.runs.folder import open_folder
 from pipeline.shards.verify import verify_cache
+from pipeline.storage import ObjectPath
 from stages.cache_logits import cache_logits
 from stages.cache_logits.capture import capture
 from stages.train_student import train_student
+from tests import azurite
+from tests.object_store import capture_into, put_cache
 from tests.small import FakeEngine, assert_equal_caches, fake_manifest, llama_config, make_cache
-from tests.stores import azure_server, capture_into, find_azurite, put_cache, s3_server
 
-SERVERS = {"s3": s3_server, "az": azure_server}
-needs_azurite = pytest.mark.skipif(find_azurite() is None, reason="Azurite is not installed; `make slow` does it")
+needs_azurite = pytest.mark.skipif(azurite.find() is None, reason="Azurite is not installed; `make slow` does it")
 
 
-@pytest.fixture(scope="module", params=["s3", pytest.param("az", marks=[pytest.mark.slow, needs_azurite])])
-def server(request, tmp_path_factory):
-    with SERVERS[request.param](tmp_path_factory.mktemp("server")) as running:
-        yield running
+@pytest.fixture(scope="module")
+def running_azurite():
+    with azurite.running() as environment:
+        yield environment
 
 
-@pytest.fixture
-def url(server, tmp_path, monkeypatch):
+@pytest.fixture(params=["s3", pytest.param("az", marks=[pytest.mark.slow, needs_azurite])])
+def url(request, tmp_path, monkeypatch):
     """A prefix that no other test uses."""
-    return server.enter(monkeypatch, tmp_path)
+    if request.param == "s3":
+        request.getfixturevalue("server")
+    else:
+        monkeypatch.setenv(COPIES, str(tmp_path / "copies"))
+        for name, value in request.getfixturevalue("running_azurite").items():
+            monkeypatch.setenv(name, value)
+    return ObjectPath(f"{request.param}://bucket/{tmp_path.name}/cache")
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +102,19 @@ def test_first_writer_wins(url):
     [thread.join() for thread in threads]
     assert len(wins) == 1
     assert read_json(path, CacheCorruptError) == {"winner": wins[0]}
+
+
+def test_swap_is_of_the_version_that_it_names(url):
+    """What leases are made of: of many that have seen the same version, one changes it."""
+    path, wins = url / "lease", []
+    seen = path.swap(b"0", None)
+    threads = [threading.Thread(target=lambda n=n: wins.append(path.swap(b"%d" % n, seen))) for n in range(1, 9)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    (newest,) = [version for version in wins if version]
+    assert path.swap(b"lost", seen) is None
+    assert path.swap(b"again", newest)
+    assert path.read_bytes() == b"again"
 
 
 def test_damage_in_the_store_is_found_repaired_and_made_again(url, local, corpus):

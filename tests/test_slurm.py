@@ -31,10 +31,10 @@ def slurm(tmp_path_factory):
         yield cluster
 
 
-def submit(slurm: SlurmCluster, job: SmallJob, *options: object, student: bool = False) -> None:
-    """Submit two workers that take a node each."""
+def submit(slurm: SlurmCluster, job: SmallJob, *options: object, student: bool = False, **variables: str) -> None:
+    """Submit two workers that take a node each; `variables` are of the environment."""
     fixed = ("--workers", 2, "--gpus-per-worker", 8, "--drain-seconds", 55, *options)
-    run(job.command("slurm", *fixed, student=student), env=slurm.environment)
+    run(job.command("slurm", *fixed, student=student), env=slurm.environment | variables)
 
 
 def states(slurm: SlurmCluster, what: str) -> list[str]:
@@ -71,6 +71,20 @@ def test_gate_starts_killed_workers_again_and_then_the_student(slurm, tmp_path):
     job = small_job(tmp_path, sequences=300, layers=6)
     submit(slurm, job, student=True)
     slurm.wait_until(lambda: job.cache.is_dir() and len(job.worker_pids()) == 2 and job.num_done() >= 2)
+    for pid in job.worker_pids():
+        os.kill(pid, signal.SIGKILL)
+    slurm.wait_until(lambda: ended(slurm, "student"))
+    assert states(slurm, "capture") == ["FAILED", "FAILED", "COMPLETED", "COMPLETED"], log(job, "*")
+    assert states(slurm, "gate") == ["COMPLETED", "COMPLETED"]
+    assert states(slurm, "student") == ["COMPLETED"]
+    job.assert_whole()
+    assert json.loads((job.student / "metrics.json").read_text())["steps"] == 2
+
+
+def test_gate_of_a_cache_in_an_object_store_does_the_same(slurm, server, url, tmp_path):
+    job = small_job(tmp_path, sequences=100, layers=6, cache=url)
+    submit(slurm, job, student=True, **server.environment(tmp_path / "copies"))
+    slurm.wait_until(lambda: len(job.worker_pids()) == 2 and job.num_done() >= 2)
     for pid in job.worker_pids():
         os.kill(pid, signal.SIGKILL)
     slurm.wait_until(lambda: ended(slurm, "student"))
@@ -141,9 +155,6 @@ def _resolves(name: str) -> bool:
 
 
 @pytest.mark.skipif(not _resolves("n1"), reason="needs `127.0.0.1 n1 n2` in /etc/hosts")
-@pytest.mark.xfail(
-    strict=False, reason="passes alone; behind the test of a dead node the requeued job may end at its start"
-)
 def test_student_on_two_nodes_continues_after_a_rank_was_killed(slurm, tmp_path):
     job = small_job(tmp_path, sequences=20, max_steps=60)
     submit(slurm, job, "--student-nodes", 2, student=True)

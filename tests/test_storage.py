@@ -1,43 +1,24 @@
 """Caches in an object store, against a real S3 server on loopback that fails on demand."""
 
 import os
-import signal
 
 import numpy as np
 import pytest
 
 from pipeline import copies, open_cache, storage
-from pipeline.config import TrainConfig, load_config
-from pipeline.corpus import Corpus
+from pipeline.config import TrainConfig
 from pipeline.errors import (
     ConfigError,
-    Drained,
     StorageError,
 )
 from pipeline.files import hash_file, owner_name, write_json
-from pipeline.progress import Reporter
-from pipeline.runs.commits import COMMITS, SHARDS, list_commits, remove_leftovers
-from pipeline.runs.folder import open_folder
-from pipeline.runs.rank import Rank
+from pipeline.runs.commits import COMMITS, SHARDS, remove_leftovers
+from pipeline.settings import load_config
 from pipeline.shards.verify import verify_cache
 from pipeline.storage import ObjectPath
-from stages.cache_logits.store_worker import work_in_store
 from tests.helpers import run
-from tests.small import FakeEngine, assert_equal_caches, fake_manifest, make_cache
-from tests.stores import capture_into, put_cache, s3_server
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    with s3_server(tmp_path_factory.mktemp("s3")) as running:
-        yield running
-
-
-@pytest.fixture
-def url(server, tmp_path, monkeypatch):
-    """A prefix that no other test uses, and nothing that fails."""
-    server.fail()
-    return server.enter(monkeypatch, tmp_path)
+from tests.object_store import capture_into, put_cache
+from tests.small import assert_equal_caches, make_cache
 
 
 @pytest.fixture(scope="module")
@@ -106,35 +87,6 @@ def test_what_a_killed_writer_left_on_this_machine_goes(url, local):
     assert remove_leftovers(url) == 1
     assert not dead.exists()
     assert alive.exists()
-
-
-class InterruptedEngine(FakeEngine):
-    """Asks its process to drain once it has answered a few requests."""
-
-    def score(self, requests):
-        for number, answer in enumerate(super().score(requests)):
-            yield answer
-            if number == 5:
-                os.kill(os.getpid(), signal.SIGTERM)
-
-
-def test_worker_of_a_store_begins_with_its_share_drains_and_ends_with_what_is_missing(url, corpus):
-    whole = Corpus(corpus)
-    manifest = fake_manifest(whole)
-    open_folder(url, manifest, corpus / "tokenizer")
-    rank = Rank(1, 2)
-
-    def work(engine):
-        work_in_store(url, whole, manifest, lambda: engine(manifest), rank=rank, reporter=Reporter())
-
-    with pytest.raises(Drained, match="run the same command again"):
-        work(InterruptedEngine)
-    committed = list_commits(url)
-    assert committed
-    assert committed < set(rank.share(manifest.num_partitions))
-    work(FakeEngine)
-    assert len(list_commits(url)) == manifest.num_partitions
-    assert [sequence.key for sequence in open_cache(url)] == [sequence.key for sequence in whole.rows()]
 
 
 def test_copies_keep_to_their_limit_and_the_longest_unused_goes_first(url, local, monkeypatch):

@@ -17,10 +17,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from pipeline import open_cache
-from pipeline.config import TAILS, TrainConfig, resolved
+from pipeline.config import TAILS, TrainConfig
 from pipeline.errors import CacheIncompleteError, CacheMismatchError, ConfigError, PipelineError
 from pipeline.files import write_json
 from pipeline.runs.commits import COMMITS
+from pipeline.settings import resolved
 from stages.cache_logits.draws import reduce_rows
 from stages.cache_logits.engine import unpack
 from stages.cache_logits.reduction import Reduction

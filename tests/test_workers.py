@@ -13,7 +13,7 @@ from pipeline.corpus import PARTITIONS, Corpus
 from pipeline.errors import ConfigError, PartitionsFailedError
 from pipeline.runs.commits import list_commits
 from pipeline.runs.failures import FAILURES, list_failures, read_failure
-from pipeline.runs.leases import LEASES, Leases, list_leases
+from pipeline.runs.leases import LEASES, Leases
 from pipeline.runs.rank import Rank, rank_from_environment
 from pipeline.shards.reader import open_cache
 from pipeline.shards.verify import verify_cache
@@ -185,7 +185,6 @@ def test_worker_on_a_bad_machine_gives_up_before_it_has_failed_every_partition(c
 
 
 def test_partition_with_which_workers_vanish_is_set_aside(cache, rows):
-    (cache / LEASES).mkdir()
     (cache / LEASES / "00005.10").write_text("elsewhere.1.1")
     os.utime(cache / LEASES / "00005.10", (0, 0))
     with pytest.raises(PartitionsFailedError, match="5 by 10 workers vanished"):
@@ -231,24 +230,6 @@ def test_full_disk_and_read_only_folder_stop_every_worker_and_lose_nothing(disk,
     remount(disk, "size=8m,rw")
     run_worker(cache, rows)
     assert_whole(cache, rows)
-
-
-def test_leases_have_one_holder_and_pass_on_by_generations(tmp_path):
-    (tmp_path / LEASES).mkdir()
-    ours, theirs = Leases(tmp_path, "here.1.1", 5.0), Leases(tmp_path, "elsewhere.1.1", 5.0)
-    assert ours.acquire(7)
-    assert not theirs.acquire(7)
-    lease = tmp_path / LEASES / "00007.1"
-    now = lease.stat().st_mtime
-    assert not theirs.expired(7, 1, now + 4)
-    assert theirs.expired(7, 1, now + 6)
-    assert theirs.acquire(7, 2)
-    assert list_leases(tmp_path) == {7: 2}
-    ours.release(7)  # woken up again: gives back what it had
-    assert list_leases(tmp_path) == {7: 2}
-    theirs.release(7)
-    assert list_leases(tmp_path) == {}
-    ours.renew()
 
 
 def test_lease_of_a_dead_process_of_this_host_is_free_at_once(tmp_path):

@@ -11,16 +11,18 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.corpus import Corpus, TokenSequence
+from pipeline.corpus import TOKENIZER, Corpus, TokenSequence
 from pipeline.errors import Drained, PipelineError
 from pipeline.manifest import CacheManifest
 from pipeline.progress import Reporter
+from pipeline.runs.folder import open_folder
 from pipeline.runs.plan import plan_partitions
 from pipeline.runs.rank import Rank
+from pipeline.storage import Location
 from pipeline.targets import SparseTargets
 from stages.cache_logits.engine import Engine, Request
 from stages.cache_logits.worker import work
-from tests.small import FakeEngine, make_corpus, prepare_folder
+from tests.small import FakeEngine, fake_manifest, make_corpus
 
 LEASE_S = 1.0
 ALONE = Rank(0, 1)
@@ -36,9 +38,11 @@ def tiny_corpus(folder: Path, count: int) -> Path:
     )
 
 
-def new_cache(folder: Path, corpus: Path) -> Path:
+def new_cache(folder: Location, corpus: Path) -> Location:
     """A plan with one sequence a partition."""
-    return prepare_folder(folder, corpus, partitions=plan_partitions(Corpus(corpus).lengths()[0], 1))
+    rows = Corpus(corpus)
+    open_folder(folder, fake_manifest(rows, partitions=plan_partitions(rows.lengths()[0], 1)), corpus / TOKENIZER)
+    return folder
 
 
 class UnevenEngine(FakeEngine):
@@ -56,11 +60,12 @@ class UnevenEngine(FakeEngine):
 
 
 def run_worker(
-    folder: Path,
+    folder: Location,
     corpus: Path,
     rank: Rank = ALONE,
     make_engine: Callable[[CacheManifest], Engine] = FakeEngine,
     reporter: Reporter | None = None,
+    lease_s: float = LEASE_S,
 ) -> None:
     """A worker in this process."""
     manifest = CacheManifest.read(folder)
@@ -70,7 +75,7 @@ def run_worker(
         manifest,
         lambda: make_engine(manifest),
         rank=rank,
-        lease_s=LEASE_S,
+        lease_s=lease_s,
         max_failures=3,
         reporter=reporter or Reporter(),
     )
@@ -92,11 +97,12 @@ def start_worker(
             socket.gethostname = lambda: host
         true_time = time.time
         time.time = lambda: true_time() + skew_s
-        os._exit(_exit_code(lambda: run_worker(folder, corpus, rank, make_engine)))
+        os._exit(exit_code_of(lambda: run_worker(folder, corpus, rank, make_engine)))
     return pid
 
 
-def _exit_code(run: Callable[[], None]) -> int:
+def exit_code_of(run: Callable[[], None]) -> int:
+    """As of the command line."""
     try:
         run()
     except Drained as drained:

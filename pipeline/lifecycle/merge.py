@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import xxhash
 
-from pipeline.config import MergeConfig, resolved
+from pipeline.config import MergeConfig
 from pipeline.errors import CacheMismatchError
 from pipeline.files import canonical_json
 from pipeline.lifecycle.copying import copy_shard
@@ -21,6 +21,7 @@ from pipeline.parallel import available_cores, in_processes, in_threads
 from pipeline.progress import Reporter
 from pipeline.runs.commits import ShardCommit, read_commit, remove_leftovers
 from pipeline.runs.folder import open_folder
+from pipeline.settings import resolved
 from pipeline.shards.reader import Cache, open_cache, open_shard
 from pipeline.storage import Location
 

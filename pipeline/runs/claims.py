@@ -9,14 +9,14 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from pipeline.runs.commits import is_committed, list_commits
 from pipeline.runs.drain import Drain
 from pipeline.runs.failures import Failure, list_failures, record_failure
-from pipeline.runs.leases import Leases, list_leases
+from pipeline.runs.leases import list_leases
 from pipeline.runs.presence import Presence
 from pipeline.runs.rank import Rank
+from pipeline.storage import Location
 
 SUSPECT_GENERATION = 3
 """From this generation of its lease on, two workers have vanished with a partition."""
@@ -40,7 +40,7 @@ class Claims:
 
     def __init__(
         self,
-        folder: Path,
+        folder: Location,
         num_partitions: int,
         rank: Rank,
         presence: Presence,
@@ -50,12 +50,13 @@ class Claims:
     ) -> None:
         self._folder, self._num_partitions, self._rank = folder, num_partitions, rank
         self._presence, self._drain, self._max_failures = presence, drain, max_failures
-        self._leases: Leases = presence.leases
+        self._leases, self._events = presence.leases, presence.events
         self._own = rank.share(num_partitions)
         self._view = _View()
         self._free: deque[int] = deque()
         self._next: int | None = None
         self._alone = False
+        self._taken_at: dict[int, float] = {}
         # The tail of a run: idle workers look again now and then, all together a few times a second at most.
         self._poll_s = min(presence.lease_s / 4, 2 + rank.workers / 8, LONGEST_POLL_S)
 
@@ -83,10 +84,11 @@ class Claims:
             if not self._alone and not self._drain.requested:
                 self._next = self._take_sound()
 
-    def settle(self, partition: int) -> None:
+    def settle(self, partition: int, *, won: bool) -> None:
         """The partition is committed, by this worker or by another that was faster."""
-        self._view.done.add(partition)
-        self._leases.release(partition)
+        seconds = round(time.monotonic() - self._taken_at[partition], 3)
+        self._events.note("committed" if won else "lost", partition=partition, seconds=seconds)
+        self._is_done(partition)
 
     def fail(self, reason: str) -> None:
         """Count a failure against everything in hand and give it back."""
@@ -111,6 +113,8 @@ class Claims:
     def _fail(self, partition: int, reason: str, *, ordinal: int, alone: bool) -> None:
         failure = Failure(partition=partition, reason=reason, owner=self._presence.owner, alone=alone)
         record_failure(self._folder, failure, ordinal)
+        what = "set aside" if ordinal >= self._max_failures else "failed"
+        self._events.note(what, partition=partition, failures=ordinal, reason=reason)
         self._view.failures[partition] = ordinal
         self._leases.release(partition)
 
@@ -152,9 +156,9 @@ class Claims:
         return self._take_expired(suspects)
 
     def _take_expired(self, leases: list[tuple[int, int]]) -> int | None:
-        if not leases:
+        now = self._presence.server_time() if leases else None
+        if now is None:
             return None
-        now = self._presence.server_time()
         for partition, generation in leases:
             if not self._leases.expired(partition, generation, now):
                 continue
@@ -174,9 +178,16 @@ class Claims:
         if not self._leases.acquire(partition, generation):
             return False
         if is_committed(self._folder, partition):  # after taking the lease: its last holder commits, then releases
-            self.settle(partition)
+            self._is_done(partition)
             return False
+        what = "claimed" if partition in self._own else "stolen"
+        self._events.note(what, partition=partition, generation=generation)
+        self._taken_at[partition] = time.monotonic()
         return True
+
+    def _is_done(self, partition: int) -> None:
+        self._view.done.add(partition)
+        self._leases.release(partition)
 
     def _refresh_if_old(self) -> None:
         if time.monotonic() - self._view.read_at >= self._poll_s:

@@ -102,7 +102,7 @@ def list_commits(folder: Location) -> set[int]:
 
 def is_committed(folder: Location, partition: int) -> bool:
     """True if the partition has a record."""
-    return commit_path(folder, partition).exists()
+    return commit_path(folder, partition).is_file()
 
 
 def remove_leftovers(folder: Location) -> int:

@@ -6,10 +6,10 @@ reached the partition is set aside: no worker takes it until the records are gon
 
 import contextlib
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 from pipeline.errors import CacheCorruptError
 from pipeline.files import list_names, read_json, write_json
+from pipeline.storage import Location
 
 FAILURES = "failures"
 
@@ -26,12 +26,12 @@ class Failure:
     """Nothing else was in hand: the partition itself is to blame, or the machine."""
 
 
-def record_failure(folder: Path, failure: Failure, ordinal: int) -> None:
+def record_failure(folder: Location, failure: Failure, ordinal: int) -> None:
     """Note a failure; of several workers that note the same ordinal one wins."""
     write_json(_path(folder, failure.partition, ordinal), asdict(failure), first_wins=True)
 
 
-def list_failures(folder: Path) -> dict[int, int]:
+def list_failures(folder: Location) -> dict[int, int]:
     """How often each partition that ever failed has failed, from one listing."""
     failures: dict[int, int] = {}
     for name in list_names(folder / FAILURES):
@@ -40,17 +40,17 @@ def list_failures(folder: Path) -> dict[int, int]:
     return failures
 
 
-def read_failure(folder: Path, partition: int, ordinal: int) -> Failure:
+def read_failure(folder: Location, partition: int, ordinal: int) -> Failure:
     """A failure that `list_failures` has counted."""
     return Failure(**read_json(_path(folder, partition, ordinal), CacheCorruptError))
 
 
-def forget_failures(folder: Path) -> None:
+def forget_failures(folder: Location) -> None:
     """Let every partition be tried again."""
     for name in list_names(folder / FAILURES):
         with contextlib.suppress(FileNotFoundError):
             (folder / FAILURES / name).unlink()
 
 
-def _path(folder: Path, partition: int, ordinal: int) -> Path:
+def _path(folder: Location, partition: int, ordinal: int) -> Location:
     return folder / FAILURES / f"{partition:05d}.{ordinal}.json"

@@ -10,10 +10,14 @@ from pipeline.errors import CacheMismatchError
 from pipeline.files import partial_path, publish, sync_folder
 from pipeline.manifest import MANIFEST, TOKENIZER, CacheManifest
 from pipeline.runs.commits import COMMITS, SHARDS
+from pipeline.runs.events import EVENTS
 from pipeline.runs.failures import FAILURES
 from pipeline.runs.leases import LEASES
 from pipeline.runs.presence import WORKERS
 from pipeline.storage import Location, ObjectPath
+
+PLACES = (SHARDS, COMMITS, LEASES, FAILURES, WORKERS, EVENTS)
+"""Folders of a run."""
 
 
 def open_folder(folder: Location, manifest: CacheManifest, tokenizer: Location) -> None:
@@ -27,6 +31,13 @@ def open_folder(folder: Location, manifest: CacheManifest, tokenizer: Location) 
             _open_prefix(folder, manifest, source)
         else:
             _open_folder(folder, manifest, source)
+
+
+def make_places(folder: Location) -> None:
+    """Make the folders of a run; an object store needs none."""
+    if isinstance(folder, Path):
+        for name in PLACES:
+            (folder / name).mkdir(exist_ok=True)
 
 
 def _open_prefix(folder: ObjectPath, manifest: CacheManifest, tokenizer: Path) -> None:
@@ -60,8 +71,8 @@ def _create(folder: Path, manifest: CacheManifest, tokenizer: Path) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = partial_path(folder)
     shutil.rmtree(partial, ignore_errors=True)
-    for name in (SHARDS, COMMITS, LEASES, FAILURES, WORKERS):
-        (partial / name).mkdir(parents=True)
+    partial.mkdir()
+    make_places(partial)
     shutil.copytree(tokenizer, partial / TOKENIZER)
     manifest.write(partial)
     try:

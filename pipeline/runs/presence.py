@@ -1,7 +1,7 @@
 """A worker's record: that it lives, what it has in hand, how fast it is. Read by `pipeline status`.
 
 workers/<rank>-<owner>.json is replaced at every beat of a thread that also renews the leases. The
-record is advice, like the leases: it is not flushed to the disk, and a beat that fails is left out.
+record is advice, like the leases: a beat that fails is left out.
 """
 
 import contextlib
@@ -12,12 +12,14 @@ import threading
 import time
 from collections import deque
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-from pipeline.files import PARTIAL, list_names, owner_is_dead, owner_name
+from pipeline.files import owner_is_dead, owner_name
+from pipeline.runs.events import EventLog
 from pipeline.runs.leases import Leases
+from pipeline.runs.notes import NOT_WRITTEN, notes_in
 from pipeline.runs.rank import Rank
+from pipeline.storage import Location
 
 WORKERS = "workers"
 BEATS_A_LEASE = 8
@@ -58,13 +60,15 @@ class WorkerRecord:
 class Presence:
     """A context in which this worker beats: renews its leases and replaces its record."""
 
-    def __init__(self, folder: Path, rank: Rank, lease_s: float, owner: str | None = None) -> None:
+    def __init__(self, folder: Location, rank: Rank, lease_s: float, owner: str | None = None) -> None:
         self.owner = owner or owner_name()
         self.lease_s = lease_s
         self.leases = Leases(folder, self.owner, lease_s)
+        self.events = EventLog(folder, rank.worker, self.owner)
         self._rank = rank
-        self._path = folder / WORKERS / f"{rank.worker:04d}-{self.owner}.json"
-        self._state, self._reason = "loading", ""
+        self._notes = notes_in(folder / WORKERS)
+        self._name = f"{rank.worker:04d}-{self.owner}.json"
+        self._state, self._reason, self._said = "loading", "", ""
         self._num_partitions, self._num_tokens, self._bytes = 0, 0, 0
         self._started = self._advanced = time.monotonic()
         self._recent = deque([(self._started, 0)], maxlen=RATE_BEATS + 1)
@@ -73,10 +77,11 @@ class Presence:
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
 
     def __enter__(self) -> "Presence":
-        for name in list_names(self._path.parent):  # earlier lives of this worker
+        for name in self._notes.names():  # earlier lives of this worker
             prefix, _, owner = name.removesuffix(".json").partition("-")
             if prefix == f"{self._rank.worker:04d}" and owner_is_dead(owner):
-                (self._path.parent / name).unlink(missing_ok=True)
+                self._notes.remove(name)
+        self.events.note("started", workers=self._rank.workers)
         self._write()  # here an error is the caller's: a folder in which nothing can be written
         self._thread.start()
         return self
@@ -87,14 +92,18 @@ class Presence:
         if self._state not in ENDED:
             self._state = "failed" if exc_type is not None else "done"
             self._reason = one_line(exc) if exc is not None else ""
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(*NOT_WRITTEN):
             self.leases.release_all()
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(*NOT_WRITTEN):
             self._write()
+        self.events.note("ended", state=self._state, reason=self._reason)
+        self.events.close()
 
     def say(self, state: str) -> None:
         """Change the state; the record follows at the next beat, or at once if it is the last state."""
-        self._state = state
+        if state not in (self._said, *ENDED):
+            self.events.note(state)
+        self._state = self._said = state
         self._advanced = time.monotonic()
 
     def advance(self, num_tokens: int) -> None:
@@ -108,29 +117,26 @@ class Presence:
         self._bytes += num_bytes
         self._advanced = time.monotonic()
 
-    def server_time(self) -> float:
-        """The file server's clock: what it writes when this worker's record is touched."""
-        with self._lock:
-            os.utime(self._path)
-            return self._path.stat().st_mtime
+    def server_time(self) -> float | None:
+        """The clock of the file server or the store: the time of this worker's record; None if none is written."""
+        with contextlib.suppress(*NOT_WRITTEN):
+            self._write()
+            note = self._notes.read(self._name)
+            return note.time if note is not None else None
+        return None
 
     def _run(self) -> None:
         while not self._ended.wait(self.lease_s / BEATS_A_LEASE):
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(*NOT_WRITTEN):
                 if time.monotonic() - self._advanced < STALL_S or self._state == "loading":
                     self.leases.renew()
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(*NOT_WRITTEN):
                 self._write()
+            self.events.flush()
 
     def _write(self) -> None:
-        partial = self._path.with_name(self._path.name + PARTIAL)
         with self._lock:
-            try:
-                partial.write_text(json.dumps(asdict(self._record())), encoding="utf-8")
-                os.replace(partial, self._path)
-            except OSError:
-                partial.unlink(missing_ok=True)
-                raise
+            self._notes.replace(self._name, json.dumps(asdict(self._record())))
 
     def _record(self) -> WorkerRecord:
         now, tokens = time.monotonic(), self._num_tokens

@@ -8,17 +8,21 @@ import json
 import statistics
 import time
 from collections import Counter
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from typing import Any, TypeVar
 
-from pipeline.files import list_names, owner_is_dead, owner_name
+from pipeline.files import owner_is_dead, owner_name
 from pipeline.manifest import MANIFEST, CacheManifest
 from pipeline.progress import duration
 from pipeline.runs.commits import commit_path, list_commits, read_commit
+from pipeline.runs.events import describe_event, read_events
 from pipeline.runs.failures import list_failures, read_failure
-from pipeline.runs.leases import LEASES, lease_name, list_leases, read_lease
+from pipeline.runs.leases import list_leases, read_lease
+from pipeline.runs.notes import NOT_WRITTEN, notes_in
 from pipeline.runs.presence import BEATS_A_LEASE, ENDED, WORKERS, WorkerRecord
+from pipeline.storage import Location
 
 EXIT_CODES = {"complete": 0, "incomplete": 3, "failed": 4}
 """Of `pipeline status`. Failed: all that is left was set aside, and waits for a person."""
@@ -28,6 +32,9 @@ READERS = 16
 SHOWN = 12
 """Workers or partitions that the text names of each kind; the JSON names all."""
 
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerStatus:
@@ -35,7 +42,7 @@ class WorkerStatus:
 
     record: WorkerRecord
     age_s: float
-    """Since its last heartbeat, by the file server's clock."""
+    """Since its last heartbeat, by the server's clock."""
     state: str
     """As recorded, or 'vanished' if it did not say how it ended and is not heard of any more."""
     slow: bool
@@ -65,6 +72,8 @@ class RunStatus:
     tokens_per_s_so_far: float
     eta_s: float | None
     workers: list[WorkerStatus]
+    events: list[dict[str, Any]]
+    """The last ones, as many as were asked for."""
 
     @property
     def exit_code(self) -> int:
@@ -78,14 +87,15 @@ class RunStatus:
 class StatusReader:
     """Reads the status of one run again and again; what cannot change is read once."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Location) -> None:
         self.folder = folder
         self.manifest = CacheManifest.read(folder)
+        self._records = notes_in(folder / WORKERS)
         self._max_failures = self.manifest.settings.get("max_failures", 3)
         self._commits: dict[int, tuple[int, int, float]] = {}
 
-    def read(self) -> RunStatus:
-        """The status now. Raises CacheCorruptError if a record is damaged."""
+    def read(self, num_events: int = 0) -> RunStatus:
+        """The status now, with the last so many events. Raises CacheCorruptError if a record is damaged."""
         manifest, now = self.manifest, self._server_time()
         leases = list_leases(self.folder)
         done = list_commits(self.folder)
@@ -113,19 +123,19 @@ class StatusReader:
             tokens_per_s_so_far=round(self._speed_so_far(commits, now if running else None), 1),
             eta_s=round((manifest.num_tokens - tokens) / speed, 1) if speed and left else None,
             workers=workers,
+            events=read_events(self.folder, num_events) if num_events else [],
         )
 
     def _server_time(self) -> float:
-        """The file server's clock; where nothing can be written, this machine's."""
-        probe = self.folder / WORKERS / f".clock-{owner_name()}"
+        """The clock of the file server or the store; where nothing can be written, this machine's."""
+        probe = f".clock-{owner_name()}"
         try:
-            with contextlib.suppress(FileExistsError):
-                probe.touch()
-            now = probe.stat().st_mtime
-            probe.unlink()
-        except OSError:
+            self._records.replace(probe, "")
+            now = self._records.read(probe)
+            self._records.remove(probe)
+        except NOT_WRITTEN:
             return time.time()
-        return now
+        return now.time if now is not None else time.time()
 
     def _read_commits(self, done: set[int]) -> list[tuple[int, int, float]]:
         """Tokens, bytes and time of the commits of the partitions; each is read once."""
@@ -137,9 +147,13 @@ class StatusReader:
                 return None if commit is None else (partition, (commit.num_tokens, commit.bytes, written))
             return None
 
-        with ThreadPoolExecutor(READERS) as pool:
-            self._commits.update(filter(None, pool.map(read, sorted(done - self._commits.keys()))))
+        self._commits.update(filter(None, self._each(read, sorted(done - self._commits.keys()))))
         return [self._commits[partition] for partition in done if partition in self._commits]
+
+    def _each(self, read: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+        """What `read` makes of every item, in their order, several at a time."""
+        with ThreadPoolExecutor(READERS) as pool:
+            return list(pool.map(read, items))
 
     def _speed_so_far(self, commits: list[tuple[int, int, float]], now: float | None) -> float:
         """Tokens over the time since the plan was made, until the last commit or, if work goes on, until now."""
@@ -149,25 +163,22 @@ class StatusReader:
 
     def _leases(self, leases: dict[int, int], now: float) -> tuple[dict[int, float], dict[int, float]]:
         lease_s = self.manifest.settings.get("lease_s", 180.0)
+        found = self._each(lambda lease: (lease[0], read_lease(self.folder, *lease)), sorted(leases.items()))
         running, orphaned = {}, {}
-        for partition, generation in sorted(leases.items()):
-            lease = read_lease(self.folder / LEASES / lease_name(partition, generation))
+        for partition, lease in found:
             if lease is not None:
-                owner, touched = lease
-                age = round(max(now - touched, 0.0), 1)
-                (orphaned if age > lease_s or owner_is_dead(owner) else running)[partition] = age
+                age = round(max(now - lease.time, 0.0), 1)
+                (orphaned if age > lease_s or owner_is_dead(lease.text) else running)[partition] = age
         return running, orphaned
 
     def _reasons(self, failures: dict[int, int]) -> dict[int, str]:
-        return {part: read_failure(self.folder, part, failures[part]).reason for part in sorted(failures)}
+        return dict(
+            self._each(lambda part: (part, read_failure(self.folder, part, failures[part]).reason), sorted(failures))
+        )
 
     def _workers(self, now: float) -> list[WorkerStatus]:
-        found = []
-        for name in sorted(list_names(self.folder / WORKERS)):
-            path = self.folder / WORKERS / name
-            with contextlib.suppress(FileNotFoundError):
-                record = WorkerRecord(**json.loads(path.read_text(encoding="utf-8")))
-                found.append((record, max(now - path.stat().st_mtime, 0.0)))
+        notes = filter(None, self._each(self._records.read, sorted(self._records.names())))
+        found = [(WorkerRecord(**json.loads(note.text)), max(now - note.time, 0.0)) for note in notes]
         states = [_state(record, age) for record, age in found]
         speeds = [record.tokens_per_s for (record, _), state in zip(found, states) if state == "capturing"]
         limit = SLOW * statistics.median(speeds) if speeds else 0.0
@@ -209,6 +220,7 @@ def describe(status: RunStatus) -> list[str]:
     lines += _named("retrying", status.retrying)
     lines += _named("failed", status.failed)
     lines += _workers_named(status)
+    lines += map(describe_event, status.events)
     return lines
 
 

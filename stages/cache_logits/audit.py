@@ -6,11 +6,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from pipeline.config import AuditConfig, CacheConfig, load_config
+from pipeline.config import AuditConfig, CacheConfig
 from pipeline.corpus import TokenSequence
 from pipeline.errors import CacheMismatchError
 from pipeline.manifest import CacheManifest
 from pipeline.progress import Reporter
+from pipeline.settings import load_config
 from pipeline.shards.layout import CachedSequence, encode, targets_of
 from pipeline.shards.reader import Cache, open_cache
 from pipeline.targets import SparseTargets

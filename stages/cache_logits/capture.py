@@ -9,7 +9,6 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from pipeline.corpus import Corpus, TokenSequence
@@ -20,6 +19,7 @@ from pipeline.runs.commits import ShardCommit, commit_shard, partial_shard_path
 from pipeline.shards.containers import CONTAINERS, ShardWriter
 from pipeline.shards.layout import ShardLayout, encode, targets_of
 from pipeline.shards.statistics import TargetStatistics
+from pipeline.storage import Location
 from pipeline.targets import SparseTargets
 from stages.cache_logits.engine import Engine, Request
 from stages.cache_logits.scoring import Row
@@ -38,7 +38,7 @@ def capture(
     engine: Engine,
     corpus: Corpus,
     manifest: CacheManifest,
-    folder: Path,
+    folder: Location,
     partitions: Iterable[int],
     on_sequence: Callable[[TokenSequence, SparseTargets], None] = lambda sequence, targets: None,
     on_commit: _OnCommit = lambda partition, commit: None,
@@ -111,7 +111,7 @@ def _layout(manifest: CacheManifest, sequences: Sequence[TokenSequence]) -> Shar
 class _Writer:
     """Encodes and commits shards in a thread of its own, in the order in which they were begun."""
 
-    def __init__(self, folder: Path, manifest: CacheManifest, on_commit: _OnCommit) -> None:
+    def __init__(self, folder: Location, manifest: CacheManifest, on_commit: _OnCommit) -> None:
         self._folder, self._manifest, self._on_commit = folder, manifest, on_commit
         self._queue: queue.Queue[Any] = queue.Queue(maxsize=QUEUE_SEQUENCES)
         self._layouts: deque[tuple[int, ShardLayout]] = deque()

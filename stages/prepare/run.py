@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 import xxhash
 
-from pipeline.config import PrepareConfig, resolved
+from pipeline.config import PrepareConfig
 from pipeline.corpus import (
     MANIFEST,
     TOKENIZER,
@@ -26,6 +26,7 @@ from pipeline.corpus import (
 from pipeline.errors import ConfigError, CorpusError
 from pipeline.files import partial_path, publish
 from pipeline.progress import Progress, Reporter
+from pipeline.settings import resolved
 from pipeline.tokenizer import TokenizerIdentity, identify, load_tokenizer
 from stages.prepare.documents import Document, DocumentEncoder
 from stages.prepare.inputs import UNIT_BYTES, InputFile, InputFiles, describe, divide, find_inputs

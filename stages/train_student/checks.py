@@ -1,9 +1,10 @@
 """What is checked before a student is loaded."""
 
-from pipeline.config import TrainConfig, resolved
+from pipeline.config import TrainConfig
 from pipeline.errors import CacheMismatchError, ConfigError, PipelineError
 from pipeline.files import read_json, write_json
 from pipeline.manifest import CacheManifest
+from pipeline.settings import resolved
 from pipeline.targets import column_of
 from stages.train_student.ranks import rank
 from stages.train_student.row_targets import DRAWN_TAILS

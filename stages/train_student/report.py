@@ -6,9 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import TrainConfig, resolved
+from pipeline.config import TrainConfig
 from pipeline.pages import Table, axes, grid, html_table, svg, write_page
 from pipeline.progress import Reporter
+from pipeline.settings import resolved
 from stages.train_student.guards import BAD_STEPS
 
 REPORT = "report.html"

@@ -11,9 +11,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.config import CacheConfig, SubmitConfig, TrainConfig, load_config
-from pipeline.errors import ConfigError
+from pipeline.config import CacheConfig, SubmitConfig, TrainConfig
 from pipeline.progress import Reporter
+from pipeline.settings import load_config
+from pipeline.storage import Location
 
 MODULES = {name: f"pipeline.runs.launch.{name}" for name in ("local", "slurm", "ray", "kubernetes")}
 
@@ -30,24 +31,23 @@ class Job:
     def of(cls, submit: SubmitConfig) -> "Job":
         """The job that the files of a submission describe; raises ConfigError before anything is started."""
         settings = load_config(CacheConfig, submit.cache_logits)
-        if not isinstance(settings.out, Path):
-            raise ConfigError(
-                f"{submit.cache_logits}: out is {settings.out}; expected a folder, through which status and gate see the "
-                "workers. Into an object store start them yourself: `pipeline cache-logits --worker I --workers N`."
-            )
         if submit.train_student is not None:
             load_config(TrainConfig, submit.train_student)
         return cls(submit, settings)
 
     @property
-    def cache(self) -> Path:
-        return self.settings.out.absolute()
+    def cache(self) -> Location:
+        out = self.settings.out
+        return out.absolute() if isinstance(out, Path) else out
 
     @property
     def folder(self) -> Path:
-        """Scripts and logs: next to the cache, which holds nothing but the run."""
+        """Scripts and logs: next to the cache, which holds nothing but the run, or next to the settings of one in a store."""
         # A cache of Kubernetes lies on a volume that this machine may not see.
-        parent = Path.cwd() if self.submit.launcher == "kubernetes" else self.cache.parent
+        if self.submit.launcher == "kubernetes":
+            parent = Path.cwd()
+        else:
+            parent = self.cache.parent if isinstance(self.cache, Path) else self.submit.cache_logits.absolute().parent
         return parent / f"{self.name}.jobs"
 
     @property

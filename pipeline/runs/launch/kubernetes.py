@@ -1,7 +1,8 @@
 """Workers as a Kubernetes Indexed Job, and the training as a second, suspended Job.
 
 settings.yaml, capture.yaml, student.yaml and submit.sh are written into a folder of the working directory.
-Paths in the settings are those of the containers, absolute: teacher, corpus and cache lie on the volume.
+Paths in the settings are those of the containers, absolute: teacher, corpus and cache lie on the volume. A cache
+may lie in an object store instead, whose credentials come from a secret or from the pods' identity.
 The settings themselves travel as a ConfigMap.
 """
 
@@ -53,7 +54,7 @@ def launch(job: Job, reporter: Reporter) -> None:
 
 def write_manifests(job: Job) -> None:
     """Write submit.sh and what it applies."""
-    if not job.settings.out.is_absolute():
+    if isinstance(job.settings.out, Path) and not job.settings.out.is_absolute():
         raise ConfigError(f"out is {job.settings.out}; give the absolute path that it has in the containers.")
     job.prepare_folder()
     documents = {"settings.yaml": settings_manifest(job), "capture.yaml": capture_manifest(job)}
@@ -136,6 +137,7 @@ def _container(job: Job, name: str, command: list[str], gpus: int, environment: 
         "image": job.submit.image,
         "command": command,
         "env": environment,
+        "envFrom": [{"secretRef": {"name": job.submit.secret}}] if job.submit.secret else [],
         "volumeMounts": [
             {"name": "data", "mountPath": str(job.submit.mount)},
             {"name": "settings", "mountPath": str(SETTINGS)},

@@ -1,7 +1,8 @@
 """Workers as a Slurm job array, a gate that starts it again, and the training behind the gate.
 
-Four scripts are written next to the cache: submit.sh, capture.sbatch, gate.sbatch, student.sbatch. What
-`pipeline submit` does is to run the first. Slurm's accounting is not needed.
+Four scripts are written next to the cache, or next to the settings of one in an object store: submit.sh,
+capture.sbatch, gate.sbatch, student.sbatch. What `pipeline submit` does is to run the first. Slurm's accounting is
+not needed.
 """
 
 import shlex
@@ -53,7 +54,8 @@ if [ $state -eq 0 ]; then
     exec @pipeline verify @cache    # with 0 the student starts
 fi
 
-now=$(ls @cache/commits | wc -l)
+now=$(@pipeline status @cache --json | sed -n 's/^ "num_done": //p' | tr -d ,)
+now=${now:-$before}
 if [ $now -gt $before ]; then attempt=1; else attempt=$((attempt + 1)); fi
 if [ $state -ne 3 ] || [ $attempt -gt @attempts ]; then
     echo "the gate stays shut: state $state, attempt $attempt of @attempts"
@@ -81,7 +83,9 @@ STUDENT = """#!/bin/bash
 cd @cwd
 @setup
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-port=$((29000 + SLURM_JOB_ID % 1000))
+# Of its own for every start: what the last one left behind may not have ended yet.
+start=$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}
+port=$((29000 + (SLURM_JOB_ID + 499 * ${SLURM_RESTART_COUNT:-0}) % 1000))
 # The warning reaches every process of the step: a launcher ignores it, the training saves a checkpoint and leaves.
 srun --cpus-per-task=$SLURM_CPUS_ON_NODE --kill-on-bad-exit=1 bash -c 'trap "" USR1; exec "$@@"' student \\
     @student
@@ -95,7 +99,7 @@ exit $code
 """
 
 SEVERAL_NODES = """@python -m torch.distributed.run --nnodes @nodes --nproc-per-node @processes \\
-    --rdzv-backend c10d --rdzv-id $SLURM_JOB_ID --rdzv-endpoint $head:$port @module"""
+    --rdzv-backend c10d --rdzv-id $start --rdzv-endpoint $head:$port @module"""
 
 SUBMIT = """#!/bin/bash
 # What `pipeline submit --on slurm` runs. Run it again at any time: what is done stays done.

@@ -19,6 +19,8 @@ ROWS = "sparse_target_rows"
 FRONT_END = "PIPELINE_FRONT_END"
 """Environment variable with the `owner_name` of the process that drives the engine."""
 WATCH_INTERVAL_S = 1.0
+RECHECK_INTERVAL_MS = 2
+"""How often an idle process of vLLM looks for a message whose notification was lost, on a CPU."""
 
 
 def register() -> None:
@@ -42,6 +44,8 @@ def _wait_without_spinning() -> None:
     """On a CPU, let vLLM's processes sleep while they wait for each other.
 
     They read their shared memory in a loop for a second after every message: a core that the forward pass needs.
+    A notification that follows another at once is dropped now and then; then the reader looks again after its
+    recheck interval, which is 5 s in vLLM.
     """
     from vllm.distributed.device_communicators import shm_broadcast
     from vllm.platforms import current_platform
@@ -49,6 +53,7 @@ def _wait_without_spinning() -> None:
     condition = getattr(shm_broadcast, "SpinCondition", None)
     if current_platform.is_cpu() and condition is not None and condition.__init__.__defaults__ == (1,):
         condition.__init__.__defaults__ = (0,)  # of `busy_loop_s`, the only one that has a default
+        shm_broadcast.SHM_READER_RECHECK_INTERVAL_MS = RECHECK_INTERVAL_MS
 
 
 def _die_with_front_end() -> None:

@@ -7,8 +7,8 @@ import pytest
 
 from pipeline.corpus import Corpus
 from pipeline.runs.commits import read_commit
-from pipeline.shards.codec import round_targets
-from pipeline.shards.contexts import learn
+from pipeline.shards.codec import rising_in_runs, round_targets
+from pipeline.shards.contexts import code_differences, learn, sum_differences
 from pipeline.shards.grid import FINEST_LEVEL, grid_of, tail_places, tail_values
 from pipeline.targets import SparseTargets, reconstruction_errors
 from stages.cache_logits.capture import capture
@@ -115,6 +115,29 @@ def test_context_model_gives_ids_back(num_rows):
     model = learn(ids, previous)
     codes, kinds = model.encode(ids, previous)
     np.testing.assert_array_equal(model.decode(codes, kinds, previous), ids)
+
+
+@pytest.mark.parametrize("highest", [50, 120_000, 2**31 - 1])
+def test_differences_inside_runs_give_codes_back(highest):
+    """Also where their sum over all rows does not fit 32 bits."""
+    random = np.random.default_rng(0)
+    codes = random.integers(0, highest, (300, 40), endpoint=True).astype(np.int32)
+    inside = random.random(codes.shape) < random.random((300, 1))
+    inside[:, 0], inside[0], inside[1, 1:] = False, False, True
+    codes = np.where(inside, np.maximum.accumulate(codes, axis=1), codes)
+    differences = code_differences(codes, inside)
+    assert (differences[:, 1:][~inside[:, 1:]] == codes[:, 1:][~inside[:, 1:]]).all()
+    np.testing.assert_array_equal(sum_differences(differences.view(np.uint32), inside), codes)
+    assert sum_differences(differences[:0], inside[:0]).shape == (0, 40)
+
+
+def test_ids_are_sorted_inside_runs_alone():
+    random = np.random.default_rng(0)
+    for highest_id, highest_place in ((2**17, 2000), (2**17, 2**17), (2**31 - 1, 3)):
+        ids = random.integers(0, highest_id, (200, 30), endpoint=True).astype(np.int32)
+        places = np.cumsum(random.integers(0, 2, ids.shape) * random.integers(1, highest_place // 20 + 2), axis=1)
+        expected = np.take_along_axis(ids, np.lexsort((ids, places)), axis=1)
+        np.testing.assert_array_equal(rising_in_runs(ids, places.astype(np.int32)), expected)
 
 
 def test_records_state_the_measured_error(tmp_path, corpus):

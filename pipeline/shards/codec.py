@@ -54,21 +54,21 @@ def with_labels(rounded: SparseTargets, labels_N: np.ndarray) -> SparseTargets:
 
 def order_ties(targets: SparseTargets) -> SparseTargets:
     """The targets with the ids of equal logits in rising order, as they were before the logits were rounded."""
-    return replace(targets, ids=rising_in_runs(targets.ids, inside_runs(targets.logits)))
+    inside = np.zeros(targets.logits.shape, bool)
+    np.equal(targets.logits[:, 1:], targets.logits[:, :-1], out=inside[:, 1:])
+    return replace(targets, ids=rising_in_runs(targets.ids, run_numbers(inside)))
 
 
-def inside_runs(values_NK: np.ndarray) -> np.ndarray:
-    """bool [N, K]: whether an entry equals the one before it."""
-    inside = np.zeros(values_NK.shape, bool)
-    np.equal(values_NK[:, 1:], values_NK[:, :-1], out=inside[:, 1:])
-    return inside
+def run_numbers(inside_NK: np.ndarray) -> np.ndarray:
+    """int32 [N, K]: the number of every entry's run in its row; `inside_NK` says which entries go on a run."""
+    return np.cumsum(~inside_NK, axis=1, dtype=np.int32)
 
 
-def rising_in_runs(values_NK: np.ndarray, inside_NK: np.ndarray) -> np.ndarray:
-    """int32 values from 0, sorted inside each run of a row; `inside_NK` is False where a run begins."""
+def rising_in_runs(values_NK: np.ndarray, runs_NK: np.ndarray) -> np.ndarray:
+    """int32 values from 0, sorted inside each run of a row; `runs_NK` are numbers that rise from run to run."""
     bits = int(values_NK.max(initial=0)).bit_length()
-    narrow = bits + inside_NK.shape[1].bit_length() < 32
-    keys = np.cumsum(~inside_NK, axis=1, dtype=np.int32 if narrow else np.int64)
+    narrow = bits + int(runs_NK.max(initial=0)).bit_length() < 32
+    keys = runs_NK.astype(np.int32 if narrow else np.int64)
     keys <<= bits
     keys |= values_NK
     keys.sort(axis=1)

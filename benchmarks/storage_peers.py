@@ -4,12 +4,17 @@ Each takes exact targets and gives its bytes a token for ids and values, and wha
 back probabilities at all. None stores the normalisers that T=2 needs: they get the exact ones.
 """
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from unittest import mock
 
 import numpy as np
+from numcodecs import blosc
 
+from pipeline.shards import zarr
+from pipeline.shards.archive import ArchivedArray
 from pipeline.targets import SparseTargets, logsumexps_of
 
 ID_BITS = 17
@@ -74,7 +79,30 @@ def _sampled(targets: SparseTargets) -> tuple[float, None]:
     return float(np.mean(drawn)) * (ID_BITS + 4) / 8, None
 
 
-PEERS: dict[str, Callable[[SparseTargets], tuple[float, SparseTargets | None]]] = {
+@contextlib.contextmanager
+def without_pcodec() -> Iterator[None]:
+    """Our Zarr shards, but of the codecs that Zarr v3 itself specifies: zstd in blosc, the best of its shuffles."""
+    blosc.set_nthreads(1)
+    ours, read_ours = zarr._compress, ArchivedArray._chunk
+
+    def compress(values: np.ndarray) -> bytes:
+        if values.dtype.itemsize == 1:
+            return ours(values)
+        shuffles = {2: blosc.Blosc.BITSHUFFLE, 4: blosc.Blosc.SHUFFLE, 8: blosc.Blosc.SHUFFLE}
+        return blosc.Blosc("zstd", 9, shuffles[values.dtype.itemsize]).encode(values)
+
+    def read(array: ArchivedArray, start: int, stop: int, block: int) -> np.ndarray:
+        if array._dtype.itemsize == 1:
+            return read_ours(array, start, stop, block)
+        contents = blosc.decompress(array._checked(start, stop, f"chunk {block}"))
+        return np.frombuffer(contents, array._dtype).reshape(array._chunk_shape)
+
+    with mock.patch.object(zarr, "_compress", compress), mock.patch.object(ArchivedArray, "_chunk", read):
+        yield
+
+
+Peer = Callable[[SparseTargets], tuple[float, SparseTargets | None]]
+PEERS: dict[str, Peer] = {
     "int32 + float16": _raw,
     "17 bits + 8 bits": _packed,
     "DistillKit: 8 exact, deg 4, 4b": _polynomial(8, 4, 4),

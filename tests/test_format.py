@@ -2,7 +2,7 @@
 
 import json
 import warnings
-from pathlib import Path
+import zipfile
 
 import numpy as np
 import pyarrow as pa
@@ -184,13 +184,54 @@ def test_datasets_reads_arrow_shards(tmp_path, corpus):
     assert [len(ids) for ids in dataset["ids"]] == counts
 
 
-def test_zarr_reads_zarr_shards(tmp_path, corpus):
+def zarr_shard(tmp_path, corpus):
+    """Path of a Zarr shard."""
     folder = make_cache(tmp_path / "cache", corpus, container="zarr")
-    cache = open_cache(folder)
+    return folder / SHARDS / open_cache(folder).commits[0].file
+
+
+def test_zarr_reads_zarr_shards(tmp_path, corpus):
+    path = zarr_shard(tmp_path, corpus)
+    cache = open_cache(path.parent.parent)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        store = zarr.storage.ZipStore(Path(folder / SHARDS / cache.commits[0].file), mode="r")
-        group = zarr.open_group(store, mode="r")
+        group = zarr.open_group(zarr.storage.ZipStore(path, mode="r"), mode="r")
         np.testing.assert_array_equal(group["token_ids"][: len(cache[0].token_ids)], cache[0].token_ids)
         assert group["codes"].shape == (cache.commits[0].num_targets, 8)
         assert group["codes"].metadata.codecs[0].to_dict()["name"] == "sharding_indexed"
+
+
+@pytest.mark.slow
+def test_zarrs_reads_unzipped_zarr_shards(tmp_path, corpus):
+    zarrs = pytest.importorskip("zarrs", reason="zarrs is not installed")
+    path = zarr_shard(tmp_path, corpus)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # zarr's, on numcodecs' codecs
+        group = zarr.open_group(zarr.storage.ZipStore(path, mode="r"), mode="r")
+        expected = {name: array[:] for name, array in group.arrays()}
+        zipfile.ZipFile(path).extractall(tmp_path / "shard.zarr")
+        with zarr.config.set({"codec_pipeline.path": "zarrs.ZarrsCodecPipeline", "codec_pipeline.strict": True}):
+            found = dict(zarr.open_group(tmp_path / "shard.zarr", mode="r").arrays())
+            assert found.keys() == expected.keys()
+            for name, array in found.items():
+                assert isinstance(array.async_array.codec_pipeline, zarrs.ZarrsCodecPipeline)
+                np.testing.assert_array_equal(array[:], expected[name], err_msg=name)
+                np.testing.assert_array_equal(array[3:5], expected[name][3:5], err_msg=name)
+
+
+@pytest.mark.slow
+def test_tensorstore_reads_what_is_not_pcodec(tmp_path, corpus):
+    tensorstore = pytest.importorskip("tensorstore", reason="tensorstore is not installed")
+    path = zarr_shard(tmp_path, corpus)
+    store = {"driver": "zip", "base": {"driver": "file", "path": str(path)}}
+
+    def read(name):
+        spec = {"driver": "zarr3", "kvstore": store | {"path": f"{name}/"}}
+        return tensorstore.open(spec, read=True).result()[:].read().result()
+
+    cache = open_cache(path.parent.parent)
+    rows = [cache[index] for index in range(cache.commits[0].num_sequences)]
+    np.testing.assert_array_equal(read("loss_mask"), np.concatenate([row.loss_mask for row in rows]))
+    assert [key.tobytes() for key in read("key")] == [row.key for row in rows]
+    with pytest.raises(ValueError, match="pcodec"):
+        read("codes")

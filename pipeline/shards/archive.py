@@ -106,7 +106,7 @@ class ArchivedArray:
         columns = "/0" * (len(self.shape) - 1)
         bundles = range(-(-len(self) // bundle_rows))
         self.extents = [archive.extent(f"{name}/c/{bundle}{columns}") for bundle in bundles]
-        self._indexes: dict[int, np.ndarray] = {}
+        self._indexes: dict[int, list[list[int]]] = {}
         self._kept: OrderedDict[int, np.ndarray] = OrderedDict()
 
     def __len__(self) -> int:
@@ -130,7 +130,7 @@ class ArchivedArray:
             return self._kept[block]
         bundle, place = divmod(block, self._blocks_in_bundle)
         index = self._index(bundle)[place * self._across : (place + 1) * self._across]
-        chunks = [self._chunk(*extent, block) for extent in index.tolist()]
+        chunks = [self._chunk(start, stop, block) for start, stop in index]
         values = chunks[0] if len(chunks) == 1 else np.hstack(chunks)
         if len(self.shape) > 1 and values.shape[1] > self.shape[1]:
             values = values[:, : self.shape[1]]
@@ -150,15 +150,15 @@ class ArchivedArray:
                 raise ValueError(f"{self._name}: chunk {block} is not of type {self._dtype.name}")
         return values.reshape(self._chunk_shape)
 
-    def _index(self, bundle: int) -> np.ndarray:
-        """int64 [chunks, 2]: where every chunk of a bundle begins and ends in the file."""
+    def _index(self, bundle: int) -> list[list[int]]:
+        """Where every chunk of a bundle begins and ends in the file."""
         if bundle not in self._indexes:
             start, stop = self.extents[bundle]
             size = self._blocks_in_bundle * self._across * 16
             contents = self._checked(max(start, stop - size - CRC_BYTES), stop, f"index of bundle {bundle}")
             index = np.frombuffer(contents, "<u8").reshape(-1, 2).astype(np.int64)  # absent chunks become -1
             index[:, 1] += index[:, 0]
-            self._indexes[bundle] = np.where(index < 0, 0, index + start)
+            self._indexes[bundle] = np.where(index < 0, 0, index + start).tolist()
         return self._indexes[bundle]
 
     def _checked(self, start: int, stop: int, what: str) -> bytes:

@@ -184,6 +184,7 @@ def sum_differences(differences_NK: np.ndarray, inside_NK: np.ndarray) -> np.nda
     sums = np.cumsum(differences_NK.reshape(-1), dtype=np.int32)
     before = sums.take(np.flatnonzero(begins) - 1)
     before[:1] = 0
-    runs = np.cumsum(begins, dtype=np.int32) - 1
+    begins[:1] = False  # runs are numbered from 0
+    runs = np.cumsum(begins.astype(np.int32), dtype=np.int32)
     sums -= before.take(runs, mode="wrap")  # the fastest mode; none is outside
     return sums.reshape(differences_NK.shape)

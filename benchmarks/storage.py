@@ -17,6 +17,7 @@ import zipfile
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,7 +26,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 
 from benchmarks.storage_controls import CONTROLS
-from benchmarks.storage_peers import PEERS, Peer, floors, without_pcodec
+from benchmarks.storage_peers import PEERS, Peer, floors, with_blosc
 from benchmarks.storage_teacher import SEQUENCE, TEACHERS, TEMPERATURES, load_targets
 from pipeline.corpus import TokenSequence
 from pipeline.shards.containers import CONTAINERS
@@ -41,9 +42,10 @@ OURS: Schemes = {
     "ours: zarr, 1e-5": ("zarr", 1e-5, nullcontext),
     "ours: zarr, lossless": ("zarr", 0.0, nullcontext),
     "ours: arrow, 1e-4": ("arrow", 1e-4, nullcontext),
-    "zarr, 1e-4, without pcodec": ("zarr", 1e-4, without_pcodec),
+    "zarr, 1e-4, blosc, zstd 9": ("zarr", 1e-4, partial(with_blosc, 5)),
+    "zarr, 1e-4, blosc, zstd 22": ("zarr", 1e-4, partial(with_blosc, 9)),
 }
-BLOCK = 32
+BLOCK = 4
 """Sequences that are read at a time in order."""
 TARGET_ARRAYS = ("codes", "modes", "steps", "logits", "vocabulary", "table_")
 ROW = "| {:28} | {:>7} | {:>7} | {:>8} | {:>8} | {:>8} | {:>8} | {:>8} |"

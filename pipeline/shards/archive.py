@@ -131,7 +131,7 @@ class ArchivedArray:
         bundle, place = divmod(block, self._blocks_in_bundle)
         index = self._index(bundle)[place * self._across : (place + 1) * self._across]
         chunks = [self._chunk(start, stop, block) for start, stop in index]
-        values = chunks[0] if len(chunks) == 1 else np.hstack(chunks)
+        values = chunks[0] if len(chunks) == 1 else np.concatenate(chunks, axis=1)
         if len(self.shape) > 1 and values.shape[1] > self.shape[1]:
             values = values[:, : self.shape[1]]
         values.flags.writeable = False

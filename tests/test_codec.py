@@ -5,11 +5,13 @@ import dataclasses
 import numpy as np
 import pytest
 
-from pipeline.corpus import Corpus
+from pipeline.corpus import Corpus, TokenSequence
 from pipeline.runs.commits import read_commit
 from pipeline.shards.codec import rising_in_runs, round_targets
+from pipeline.shards.containers import CONTAINERS
 from pipeline.shards.contexts import code_differences, learn, sum_differences
 from pipeline.shards.grid import FINEST_LEVEL, grid_of, tail_places, tail_values
+from pipeline.shards.layout import ShardLayout, decode, encode
 from pipeline.targets import SparseTargets, reconstruction_errors
 from stages.cache_logits.capture import capture
 from tests.small import FakeEngine, fake_manifest, make_cache
@@ -161,3 +163,35 @@ def test_shard_that_breaks_its_bound_is_never_committed(tmp_path, corpus, monkey
     with pytest.raises(RuntimeError, match="rounding cost"):
         capture(FakeEngine(manifest), rows, manifest, tmp_path, range(manifest.num_partitions))
     assert list((tmp_path / "commits").iterdir()) == []
+
+
+@pytest.mark.parametrize("container", ["arrow", "zarr"])
+def test_zeros_of_either_sign_come_back_as_they_are_stored(tmp_path, container):
+    """An entropy and the logit of a label that ties with the largest, but is not among the ids."""
+    targets, _, _ = random_targets((1.0, 2.0), num_rows=60)
+    extremes = np.array([0.0, -0.0, -1e-6, -0.4, -1e4, -np.inf], np.float32)
+    entropies = np.array([0.0, -0.0, 1e-9, -1e-9, 0.5, 11.5], np.float32)
+    targets = dataclasses.replace(
+        targets, label_logits=np.tile(extremes, 10), entropies=np.tile(entropies[:, None], (10, 2))
+    )
+    token_ids = np.full(61, VOCAB_SIZE, np.int32)  # no label is among the ids
+    sequence = TokenSequence(
+        token_ids=token_ids, loss_mask=np.arange(61) > 0, document_lengths=np.array([61], np.int32)
+    )
+    sizes = {
+        "num_sequences": 1,
+        "num_tokens": 61,
+        "num_documents": 1,
+        "num_targets": 60,
+        "top_k": TOP_K,
+        "num_draws": 0,
+    }
+    layout = ShardLayout(**sizes, temperatures=(1.0, 2.0), max_kl_error=1e-4)
+    writer = CONTAINERS[container].create(tmp_path / "shard", layout)
+    writer.append(encode(layout, sequence, targets))
+    writer.close()
+    shard = CONTAINERS[container].open(tmp_path / "shard", layout)
+    stored = decode(shard.columns(0, 1), layout, "shard").targets
+    shard.close()
+    np.testing.assert_allclose(stored.label_logits, np.maximum(targets.label_logits, -64), atol=1e-3)
+    np.testing.assert_allclose(stored.entropies, targets.entropies, atol=1 / 128)

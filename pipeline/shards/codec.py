@@ -16,8 +16,8 @@ LOSSLESS = 0.0
 """The bound that stands for no rounding at all."""
 ENTROPY_STEP = 1 / 64
 """Nats."""
-LABEL_STEP = 1 / 1024
-"""Step of the logits of labels that are not among the stored ids, of which the deepest is -65,535 steps."""
+LABEL_STEP, DEEPEST_LABEL = 1 / 1024, 65_535
+"""Step of the logits of labels that are not among the stored ids, and how many of them the deepest one takes."""
 
 
 def is_lossless(max_kl_error: float) -> bool:
@@ -37,8 +37,9 @@ def round_targets(
     if is_lossless(max_kl_error) or targets.top_k == 0:
         return targets, np.zeros(len(targets), np.uint8)
     tails = tail_values()[tail_places(targets.tail_logprobs)]
-    entropies = np.rint(targets.entropies * np.float32(1 / ENTROPY_STEP)) * np.float32(ENTROPY_STEP)
-    labels = np.maximum(np.rint(targets.label_logits * np.float32(1 / LABEL_STEP)), -65_535) * np.float32(LABEL_STEP)
+    entropies = np.rint(np.abs(targets.entropies) * np.float32(1 / ENTROPY_STEP)) * np.float32(ENTROPY_STEP)
+    label_steps = np.minimum(np.rint(np.abs(targets.label_logits) * np.float32(1 / LABEL_STEP)), DEEPEST_LABEL)
+    labels = label_steps * np.float32(-LABEL_STEP)  # so that 0 is -0.0, as what is read back
     rounded = replace(targets, tail_logprobs=tails, entropies=entropies, label_logits=labels)
     rounded, levels = _on_grid(targets, rounded, max_kl_error)
     rounded = order_ties(rounded)

@@ -12,7 +12,7 @@ from pipeline.shards.containers import CONTAINERS
 from pipeline.shards.contexts import code_differences, learn, sum_differences
 from pipeline.shards.grid import FINEST_LEVEL, grid_of, tail_places, tail_values
 from pipeline.shards.layout import ShardLayout, decode, encode
-from pipeline.targets import SparseTargets, reconstruction_errors
+from pipeline.targets import SparseTargets, logsumexps_of, reconstruction_errors
 from stages.cache_logits.capture import capture
 from tests.small import FakeEngine, fake_manifest, make_cache
 
@@ -165,33 +165,64 @@ def test_shard_that_breaks_its_bound_is_never_committed(tmp_path, corpus, monkey
     assert list((tmp_path / "commits").iterdir()) == []
 
 
-@pytest.mark.parametrize("container", ["arrow", "zarr"])
-def test_zeros_of_either_sign_come_back_as_they_are_stored(tmp_path, container):
-    """An entropy and the logit of a label that ties with the largest, but is not among the ids."""
-    targets, _, _ = random_targets((1.0, 2.0), num_rows=60)
-    extremes = np.array([0.0, -0.0, -1e-6, -0.4, -1e4, -np.inf], np.float32)
-    entropies = np.array([0.0, -0.0, 1e-9, -1e-9, 0.5, 11.5], np.float32)
-    targets = dataclasses.replace(
-        targets, label_logits=np.tile(extremes, 10), entropies=np.tile(entropies[:, None], (10, 2))
+def stored_and_read(path, container, targets, labels, max_kl_error):
+    """The targets of one sequence as a shard gives them back."""
+    count = len(targets)
+    token_ids = np.concatenate([[0], labels]).astype(np.int32)
+    lengths = np.array([count + 1], np.int32)
+    sequence = TokenSequence(token_ids=token_ids, loss_mask=np.arange(count + 1) > 0, document_lengths=lengths)
+    layout = ShardLayout(
+        num_sequences=1,
+        num_tokens=count + 1,
+        num_documents=1,
+        num_targets=count,
+        top_k=targets.top_k,
+        num_draws=0,
+        temperatures=targets.temperatures,
+        max_kl_error=max_kl_error,
     )
-    token_ids = np.full(61, VOCAB_SIZE, np.int32)  # no label is among the ids
-    sequence = TokenSequence(
-        token_ids=token_ids, loss_mask=np.arange(61) > 0, document_lengths=np.array([61], np.int32)
-    )
-    sizes = {
-        "num_sequences": 1,
-        "num_tokens": 61,
-        "num_documents": 1,
-        "num_targets": 60,
-        "top_k": TOP_K,
-        "num_draws": 0,
-    }
-    layout = ShardLayout(**sizes, temperatures=(1.0, 2.0), max_kl_error=1e-4)
-    writer = CONTAINERS[container].create(tmp_path / "shard", layout)
+    writer = CONTAINERS[container].create(path, layout)
     writer.append(encode(layout, sequence, targets))
     writer.close()
-    shard = CONTAINERS[container].open(tmp_path / "shard", layout)
-    stored = decode(shard.columns(0, 1), layout, "shard").targets
-    shard.close()
+    shard = CONTAINERS[container].open(path, layout)
+    try:
+        return decode(shard.columns(0, 1), layout, "shard").targets
+    finally:
+        shard.close()
+
+
+@pytest.mark.parametrize("container", ["arrow", "zarr"])
+def test_zeros_of_either_sign_come_back_as_they_are_stored(tmp_path, container):
+    """Of entropies, and of labels that tie with the largest logit outside the ids."""
+    targets, _, _ = random_targets((1.0, 2.0), num_rows=60)
+    label_logits = np.array([0.0, -0.0, -1e-6, -0.4, -1e4, -np.inf], np.float32)
+    entropies = np.array([0.0, -0.0, 1e-9, -1e-9, 0.5, 11.5], np.float32)
+    targets = dataclasses.replace(
+        targets, label_logits=np.tile(label_logits, 10), entropies=np.tile(entropies[:, None], (10, 2))
+    )
+    stored = stored_and_read(tmp_path / "shard", container, targets, np.full(60, VOCAB_SIZE), 1e-4)
     np.testing.assert_allclose(stored.label_logits, np.maximum(targets.label_logits, -64), atol=1e-3)
     np.testing.assert_allclose(stored.entropies, targets.entropies, atol=1 / 128)
+
+
+@pytest.mark.parametrize("max_kl_error", [0.0, 1e-4, 1e-2])
+@pytest.mark.parametrize("top_k", [1, 2, 8, TOP_K])
+def test_tied_logits_come_back(tmp_path, top_k, max_kl_error):
+    """Coarse logits, as of a head in a narrow type: ties at the top, in the tail, across the last stored entry."""
+    exact, _, _ = random_targets((1.0, 2.0), num_rows=80)
+    logits = np.round(exact.logits * 2) / 2
+    logits[::7] = 0  # more ids tie for the first place than are stored
+    labels, tails = exact.ids[:, 10], np.full((80, 2), -1.0, np.float32)
+    targets = dataclasses.replace(
+        exact,
+        ids=exact.ids[:, :top_k],
+        logits=logits[:, :top_k],
+        logsumexps=logsumexps_of(logits[:, :top_k], tails, exact.temperatures),
+        tail_logprobs=tails,
+        label_logits=logits[:, 10],
+    )
+    stored = stored_and_read(tmp_path / "shard", "zarr", targets, labels, max_kl_error)
+    np.testing.assert_array_equal(np.sort(stored.ids), np.sort(targets.ids))
+    for temperature in (1.0, 2.0):
+        probs = (np.exp(each.label_logprobs(temperature)) for each in (stored, targets))
+        np.testing.assert_allclose(*probs, rtol=1e-6, atol=1e-3 if max_kl_error else 0)

@@ -108,7 +108,7 @@ class Grid:
             weighted = probs[:, 1:] * width
             spread = np.einsum("nk,nk->n", weighted, width) / (24 * temperature**2)
             largest = weighted.max(axis=1, initial=0) / (2 * temperature)
-            with np.errstate(divide="ignore"):
+            with np.errstate(divide="ignore", over="ignore"):  # rows without error may take any step
                 step = np.minimum(step, np.sqrt(EXPECTED * max_kl_error / spread))
                 step = np.minimum(step, 0.7 * MAX_PROBABILITY_ERROR / largest)
         levels = np.ceil(2 * np.log2(COARSEST_STEP / step))

@@ -55,7 +55,7 @@ class Archive:
     """A zip file of stored entries, mapped into memory."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path, self.zstd = path, zstandard.ZstdDecompressor()
         with path.open("rb") as file:
             self.contents = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         with zipfile.ZipFile(path) as archive:
@@ -143,7 +143,7 @@ class ArchivedArray:
     def _chunk(self, start: int, stop: int, block: int) -> np.ndarray:
         contents = self._checked(start, stop, f"chunk {block}")
         if self._dtype.itemsize == 1:
-            values = np.frombuffer(zstandard.ZstdDecompressor().decompress(contents), self._dtype)
+            values = np.frombuffer(self._archive.zstd.decompress(contents), self._dtype)
         else:
             values = pcodec.simple_decompress(contents)
             if values is None or values.dtype != self._dtype:

@@ -34,7 +34,7 @@ def round_targets(
     probability is off by more than MAX_PROBABILITY_ERROR, and the tail mass by no more than half of that.
     Entries that become equal are put in order of their ids.
     """
-    if is_lossless(max_kl_error) or targets.top_k == 0:
+    if is_lossless(max_kl_error) or targets.ids.size == 0:
         return targets, np.zeros(len(targets), np.uint8)
     tails = tail_values()[tail_places(targets.tail_logprobs)]
     entropies = np.rint(np.abs(targets.entropies) * np.float32(1 / ENTROPY_STEP)) * np.float32(ENTROPY_STEP)

@@ -132,10 +132,13 @@ def unpack(arrays: Arrays, model: ContextModel, layout: ShardLayout) -> Arrays:
         return columns
     columns["levels"] = (modes >> 1).astype(np.uint8)
     steps = columns.pop("steps", np.zeros((len(codes), 0), np.uint16))
-    columns |= {"ids": np.empty(codes.shape, np.int32), "logits": np.empty(codes.shape, np.float32)}
-    for rows in row_blocks(len(codes)):
-        packed = codes[rows].view(np.int32), modes[rows], steps[rows], previous[rows]
-        columns["ids"][rows], columns["logits"][rows] = _unpack_entries(*packed, model, grid_of(layout.temperatures))
+    grid, codes = grid_of(layout.temperatures), codes.view(np.int32)
+    blocks = [
+        _unpack_entries(codes[rows], modes[rows], steps[rows], previous[rows], model, grid)
+        for rows in row_blocks(max(1, len(codes)))
+    ]
+    for name, parts in zip(("ids", "logits"), zip(*blocks)):
+        columns[name] = parts[0] if len(parts) == 1 else np.concatenate(parts)
     columns |= _unpack_scalars(columns, labels)
     for name in ("tails", "nats", "label_steps"):
         del columns[name]

@@ -4,7 +4,8 @@
 
 Random access: a cache of four shards of the mixture of benchmarks/storage_teacher.py, sequences of 1,024 tokens,
 k=64, T=1 and T=2; every sequence by `cache[i]` in a shuffled order, then 16 at a time by `cache.batch`, after one
-pass that warms the page cache and opens the shards. Beside it what zarr-python takes for the same Zarr shards.
+pass that warms the page cache and opens the shards. Beside it what zarr-python and, where it is installed, zarrs
+take for the same Zarr shards.
 
 Opening: manifest and records of 10,000 shards and 10,000,000 sequences, without the shards; the first time, which
 makes the index, and from then on. Each in a process of its own, whose peak memory is that of Python and its
@@ -12,6 +13,7 @@ libraries too.
 """
 
 import argparse
+import importlib.util
 import itertools
 import os
 import subprocess
@@ -19,6 +21,7 @@ import sys
 import tempfile
 import time
 import warnings
+import zipfile
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -82,26 +85,37 @@ def _print_random_access(folder: Path, container: str, options: argparse.Namespa
             (item.targets.probs(2.0), item.targets.tail_mass(2.0)) for item in map(cache.__getitem__, order)
         ],
     }
-    if container == "zarr":
-        reads["zarr-python, codes and steps alone"] = _zarr_python(folder, cache.commits[0])
-    for name, read in reads.items():
-        count = num_tokens if "python" not in name else cache.commits[0].num_tokens
+    others = _other_readers(folder, cache.commits[0]) if container == "zarr" else {}
+    for name, read in (reads | others).items():
+        count = num_tokens if name in reads else cache.commits[0].num_tokens
         print(
             f"{container}: {name}: {count / _fastest(read, options.rounds) / 1e6:.2f} M tokens a CPU second", flush=True
         )
 
 
-def _zarr_python(folder: Path, commit: ShardCommit) -> Callable[[], object]:
-    """Reads a shard's two large arrays, sequence by sequence, through zarr."""
+def _other_readers(folder: Path, commit: ShardCommit) -> dict[str, Callable[[], object]]:
+    """Reads of a shard's two large arrays, sequence by sequence: by zarr and, where it is installed, by zarrs."""
     import zarr
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        store = zarr.storage.ZipStore(folder / SHARDS / commit.file, mode="r")
-        group = zarr.open_group(store, mode="r")
-        arrays = [group["codes"], group["steps"]]
+    path = folder / SHARDS / commit.file
+    readers = {"zarr-python": (zarr.storage.ZipStore(path, mode="r"), {})}
+    if importlib.util.find_spec("zarrs"):
+        zipfile.ZipFile(path).extractall(folder / "unzipped.zarr")
+        settings = {"codec_pipeline.path": "zarrs.ZarrsCodecPipeline", "codec_pipeline.strict": True}
+        readers["zarrs, unzipped"] = folder / "unzipped.zarr", settings
     rows = commit.num_targets // commit.num_sequences
-    return lambda: [array[start : start + rows] for start in range(0, commit.num_targets, rows) for array in arrays]
+    found: dict[str, Callable[[], object]] = {}
+    for name, (store, settings) in readers.items():
+        with warnings.catch_warnings(), zarr.config.set(settings):
+            warnings.simplefilter("ignore")
+            group = zarr.open_group(store, mode="r")
+            arrays = [group["codes"], group["steps"]]
+
+        def read(arrays: list = arrays) -> object:
+            return [array[at : at + rows] for at in range(0, commit.num_targets, rows) for array in arrays]
+
+        found[f"{name}, codes and steps alone"] = read
+    return found
 
 
 def _write_cache(folder: Path, container: str, options: argparse.Namespace) -> None:

@@ -4,12 +4,17 @@ Each takes exact targets and gives its bytes a token for ids and values, and wha
 back probabilities at all. None stores the normalisers that T=2 needs: they get the exact ones.
 """
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from unittest import mock
 
 import numpy as np
+from numcodecs import blosc
 
+from pipeline.shards import zarr
+from pipeline.shards.archive import ArchivedArray
 from pipeline.targets import SparseTargets, logsumexps_of
 
 ID_BITS = 17
@@ -74,7 +79,33 @@ def _sampled(targets: SparseTargets) -> tuple[float, None]:
     return float(np.mean(drawn)) * (ID_BITS + 4) / 8, None
 
 
-PEERS: dict[str, Callable[[SparseTargets], tuple[float, SparseTargets | None]]] = {
+@contextlib.contextmanager
+def with_blosc(level: int) -> Iterator[None]:
+    """Our Zarr shards, but of codecs that Zarr v3 itself specifies: zstd in blosc, chunks whole, the better shuffles.
+
+    Of blosc's levels, 5 is zstd's 9 and 9 is zstd's 22.
+    """
+    blosc.set_nthreads(1)
+    ours, read_ours = zarr._compress, ArchivedArray._chunk
+
+    def compress(values: np.ndarray) -> bytes:
+        if values.dtype.itemsize == 1:
+            return ours(values)
+        shuffle = blosc.Blosc.BITSHUFFLE if values.dtype.itemsize == 2 else blosc.Blosc.SHUFFLE
+        return blosc.Blosc("zstd", level, shuffle, values.nbytes).encode(values)
+
+    def read(array: ArchivedArray, start: int, stop: int, block: int) -> np.ndarray:
+        if array._dtype.itemsize == 1:
+            return read_ours(array, start, stop, block)
+        contents = blosc.decompress(array._checked(start, stop, f"chunk {block}"))
+        return np.frombuffer(contents, array._dtype).reshape(array._chunk_shape)
+
+    with mock.patch.object(zarr, "_compress", compress), mock.patch.object(ArchivedArray, "_chunk", read):
+        yield
+
+
+Peer = Callable[[SparseTargets], tuple[float, SparseTargets | None]]
+PEERS: dict[str, Peer] = {
     "int32 + float16": _raw,
     "17 bits + 8 bits": _packed,
     "DistillKit: 8 exact, deg 4, 4b": _polynomial(8, 4, 4),

@@ -50,13 +50,6 @@ def load_targets(folder: Path, teacher: str, num_sequences: int) -> tuple[np.nda
     return tokens, SparseTargets(temperatures=TEMPERATURES, draws=draws, **columns)
 
 
-def permuted(tokens: np.ndarray, targets: SparseTargets) -> tuple[np.ndarray, SparseTargets]:
-    """The same targets with all ids renamed at random: what the order of a tokenizer's ids is worth."""
-    names = np.random.default_rng(1).permutation(VOCAB_SIZE).astype(np.int32)
-    columns = {**vars(targets), "ids": names[targets.ids]}
-    return names[tokens], SparseTargets(**columns)
-
-
 def _hash(text: str) -> bytes:
     return hashlib.sha256(text.encode()).digest()[:8]
 

@@ -105,11 +105,12 @@ def concatenate(parts: list[SparseTargets]) -> SparseTargets:
 
 def logsumexps_of(logits_NK: np.ndarray, tail_logprobs_NT: np.ndarray, temperatures: tuple[float, ...]) -> np.ndarray:
     """float32 [N, T]: the L_T with which the stored entries and the tail add up to 1; K is at least 1."""
-    columns = []
+    heads = np.empty(tail_logprobs_NT.shape, np.float32)
+    powers = np.empty(logits_NK.shape, np.float32)
     for index, temperature in enumerate(temperatures):
-        head = np.exp(logits_NK * np.float32(1 / temperature)).sum(axis=1)
-        columns.append(np.log(head) - np.log1p(-np.exp(tail_logprobs_NT[:, index])))
-    return np.stack(columns, axis=1)
+        np.exp(np.multiply(logits_NK, np.float32(1 / temperature), out=powers), out=powers)
+        np.einsum("nk->n", powers, out=heads[:, index])  # a quarter of the time of sum
+    return np.log(heads) - np.log1p(-np.exp(tail_logprobs_NT))
 
 
 def reconstruction_errors(exact: SparseTargets, stored: SparseTargets) -> tuple[np.ndarray, np.ndarray]:

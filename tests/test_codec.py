@@ -5,12 +5,14 @@ import dataclasses
 import numpy as np
 import pytest
 
-from pipeline.corpus import Corpus
+from pipeline.corpus import Corpus, TokenSequence
 from pipeline.runs.commits import read_commit
-from pipeline.shards.codec import round_targets
-from pipeline.shards.contexts import learn
+from pipeline.shards.codec import rising_in_runs, round_targets
+from pipeline.shards.containers import CONTAINERS
+from pipeline.shards.contexts import code_differences, learn, sum_differences
 from pipeline.shards.grid import FINEST_LEVEL, grid_of, tail_places, tail_values
-from pipeline.targets import SparseTargets, reconstruction_errors
+from pipeline.shards.layout import ShardLayout, decode, encode
+from pipeline.targets import SparseTargets, logsumexps_of, reconstruction_errors
 from stages.cache_logits.capture import capture
 from tests.small import FakeEngine, fake_manifest, make_cache
 
@@ -117,6 +119,29 @@ def test_context_model_gives_ids_back(num_rows):
     np.testing.assert_array_equal(model.decode(codes, kinds, previous), ids)
 
 
+@pytest.mark.parametrize("highest", [50, 120_000, 2**31 - 1])
+def test_differences_inside_runs_give_codes_back(highest):
+    """Also where their sum over all rows does not fit 32 bits."""
+    random = np.random.default_rng(0)
+    codes = random.integers(0, highest, (300, 40), endpoint=True).astype(np.int32)
+    inside = random.random(codes.shape) < random.random((300, 1))
+    inside[:, 0], inside[0], inside[1, 1:] = False, False, True
+    codes = np.where(inside, np.maximum.accumulate(codes, axis=1), codes)
+    differences = code_differences(codes, inside)
+    assert (differences[:, 1:][~inside[:, 1:]] == codes[:, 1:][~inside[:, 1:]]).all()
+    np.testing.assert_array_equal(sum_differences(differences.view(np.uint32), inside), codes)
+    assert sum_differences(differences[:0], inside[:0]).shape == (0, 40)
+
+
+def test_ids_are_sorted_inside_runs_alone():
+    random = np.random.default_rng(0)
+    for highest_id, highest_place in ((2**17, 2000), (2**17, 2**17), (2**31 - 1, 3)):
+        ids = random.integers(0, highest_id, (200, 30), endpoint=True).astype(np.int32)
+        places = np.cumsum(random.integers(0, 2, ids.shape) * random.integers(1, highest_place // 20 + 2), axis=1)
+        expected = np.take_along_axis(ids, np.lexsort((ids, places)), axis=1)
+        np.testing.assert_array_equal(rising_in_runs(ids, places.astype(np.int32)), expected)
+
+
 def test_records_state_the_measured_error(tmp_path, corpus):
     folder = make_cache(tmp_path / "cache", corpus, max_kl_error=1e-4)
     statistics = read_commit(folder, 0).statistics
@@ -138,3 +163,66 @@ def test_shard_that_breaks_its_bound_is_never_committed(tmp_path, corpus, monkey
     with pytest.raises(RuntimeError, match="rounding cost"):
         capture(FakeEngine(manifest), rows, manifest, tmp_path, range(manifest.num_partitions))
     assert list((tmp_path / "commits").iterdir()) == []
+
+
+def stored_and_read(path, container, targets, labels, max_kl_error):
+    """The targets of one sequence as a shard gives them back."""
+    count = len(targets)
+    token_ids = np.concatenate([[0], labels]).astype(np.int32)
+    lengths = np.array([count + 1], np.int32)
+    sequence = TokenSequence(token_ids=token_ids, loss_mask=np.arange(count + 1) > 0, document_lengths=lengths)
+    layout = ShardLayout(
+        num_sequences=1,
+        num_tokens=count + 1,
+        num_documents=1,
+        num_targets=count,
+        top_k=targets.top_k,
+        num_draws=0,
+        temperatures=targets.temperatures,
+        max_kl_error=max_kl_error,
+    )
+    writer = CONTAINERS[container].create(path, layout)
+    writer.append(encode(layout, sequence, targets))
+    writer.close()
+    shard = CONTAINERS[container].open(path, layout)
+    try:
+        return decode(shard.columns(0, 1), layout, "shard").targets
+    finally:
+        shard.close()
+
+
+@pytest.mark.parametrize("container", ["arrow", "zarr"])
+def test_zeros_of_either_sign_come_back_as_they_are_stored(tmp_path, container):
+    """Of entropies, and of labels that tie with the largest logit outside the ids."""
+    targets, _, _ = random_targets((1.0, 2.0), num_rows=60)
+    label_logits = np.array([0.0, -0.0, -1e-6, -0.4, -1e4, -np.inf], np.float32)
+    entropies = np.array([0.0, -0.0, 1e-9, -1e-9, 0.5, 11.5], np.float32)
+    targets = dataclasses.replace(
+        targets, label_logits=np.tile(label_logits, 10), entropies=np.tile(entropies[:, None], (10, 2))
+    )
+    stored = stored_and_read(tmp_path / "shard", container, targets, np.full(60, VOCAB_SIZE), 1e-4)
+    np.testing.assert_allclose(stored.label_logits, np.maximum(targets.label_logits, -64), atol=1e-3)
+    np.testing.assert_allclose(stored.entropies, targets.entropies, atol=1 / 128)
+
+
+@pytest.mark.parametrize("max_kl_error", [0.0, 1e-4, 1e-2])
+@pytest.mark.parametrize("top_k", [1, 2, 8, TOP_K])
+def test_tied_logits_come_back(tmp_path, top_k, max_kl_error):
+    """Coarse logits, as of a head in a narrow type: ties at the top, in the tail, across the last stored entry."""
+    exact, _, _ = random_targets((1.0, 2.0), num_rows=80)
+    logits = np.round(exact.logits * 2) / 2
+    logits[::7] = 0  # more ids tie for the first place than are stored
+    labels, tails = exact.ids[:, 10], np.full((80, 2), -1.0, np.float32)
+    targets = dataclasses.replace(
+        exact,
+        ids=exact.ids[:, :top_k],
+        logits=logits[:, :top_k],
+        logsumexps=logsumexps_of(logits[:, :top_k], tails, exact.temperatures),
+        tail_logprobs=tails,
+        label_logits=logits[:, 10],
+    )
+    stored = stored_and_read(tmp_path / "shard", "zarr", targets, labels, max_kl_error)
+    np.testing.assert_array_equal(np.sort(stored.ids), np.sort(targets.ids))
+    for temperature in (1.0, 2.0):
+        probs = (np.exp(each.label_logprobs(temperature)) for each in (stored, targets))
+        np.testing.assert_allclose(*probs, rtol=1e-6, atol=1e-3 if max_kl_error else 0)

@@ -2,7 +2,7 @@
 
 import json
 import warnings
-from pathlib import Path
+import zipfile
 
 import numpy as np
 import pyarrow as pa
@@ -18,104 +18,95 @@ from tests.small import make_cache
 
 # The reader begins here and uses nothing of ours.
 
+TYPES = {"key": "u1", "checksum": "u8", "loss_mask": "?", "levels": "u1"}
+TYPES |= dict.fromkeys(("logits", "logsumexps", "tail_logprobs", "entropies", "label_logits"), "f4")
+
 
 def read_document(path):
     text = path.read_bytes()
-    head = text[: text.rindex(b',\n "checksum"')]
-    document = json.loads(text)
+    document, head = json.loads(text), text[: text.rindex(b',\n "checksum"')]
     assert xxhash.xxh3_128_hexdigest(head + b"\n}") == document["checksum"]
     return document
 
 
 def read_by_the_book(folder):
-    """Every sequence of a cache: its columns by name, flat arrays as in the table."""
+    """Every sequence of a cache: its columns by name, as in the table."""
     manifest = read_document(folder / "manifest.json")
     assert (manifest["format"], manifest["format_version"]) == ("sparse-target-cache", 2)
-    for partition in range(len(manifest["partitions"]) - 1):
-        path = folder / "shards" / read_document(folder / "commits" / f"{partition:05d}.json")["file"]
-        yield from {"arrow": read_arrow, "zarr": read_zarr}[manifest["container"]](path, manifest)
+    read = {"arrow": read_arrow, "zarr": read_zarr}[manifest["container"]]
+    for record in sorted((folder / "commits").glob("*.json")):
+        for row in read(folder / "shards" / read_document(record)["file"], manifest):
+            yield {name: np.asarray(values, TYPES.get(name, "i4")) for name, values in row.items()}
 
 
 def read_arrow(path, manifest):
     for row in pa.ipc.open_file(pa.memory_map(str(path))).read_all().to_pylist():
-        yield {name: np.frombuffer(value, "u1") if name == "key" else np.array(value) for name, value in row.items()}
+        counted = {"num_tokens": "token_ids", "num_documents": "document_lengths", "num_targets": "entropies"}
+        counts = {name: len(row[of]) for name, of in counted.items()}
+        yield row | counts | {"key": np.frombuffer(row["key"], "u1")}
 
 
 def read_zarr(path, manifest):
     group = zarr.open_group(zarr.storage.ZipStore(path, mode="r"), mode="r")
     arrays = {name: array[:] for name, array in group.arrays()}
-    counts = {name: np.cumsum([0, *arrays[name]]) for name in ("num_tokens", "num_documents", "num_targets")}
-    kinds = {"document_lengths": "num_documents", "token_ids": "num_tokens", "loss_mask": "num_tokens"}
-    model = {name: arrays.pop(name) for name in [*arrays] if name.startswith("table_") or name == "vocabulary"}
+    vocabulary, tables = arrays.pop("vocabulary", None), {}
+    if manifest["top_k"]:
+        tokens, sizes, entries = (arrays.pop(f"table_{name}") for name in ("tokens", "sizes", "entries"))
+        kinds = np.arange(len(tokens)) >= group.attrs["previous_tables"]
+        tables = dict(zip(zip(kinds, tokens), np.split(vocabulary[entries], np.cumsum(sizes)[:-1])))
+    counted = {"token_ids": "num_tokens", "loss_mask": "num_tokens", "document_lengths": "num_documents"}
+    for name in arrays.keys() - {"key", "checksum", "num_tokens", "num_documents", "num_targets"}:
+        counts = arrays[counted.get(name, "num_targets")]
+        arrays[name] = np.split(arrays[name], np.cumsum(counts)[:-1])
     for i in range(len(arrays["key"])):
-        row = {}
-        for name, values in arrays.items():
-            if name in ("key", "checksum", *counts):
-                row[name] = values[i]
-            else:
-                ends = counts[kinds.get(name, "num_targets")]
-                row[name] = values[ends[i] : ends[i + 1]]
-        yield unpack(row, model, group.attrs["previous_tables"], manifest)
+        row = {name: values[i] for name, values in arrays.items()}
+        yield unpack(row, vocabulary, tables, manifest) if manifest["top_k"] else row
 
 
-def unpack(row, model, previous_tables, manifest):
-    if manifest["top_k"] == 0:
-        return row
-    sizes = model["table_sizes"].astype(int)
-    pieces = np.split(model["table_entries"], np.cumsum(sizes)[:-1]) if len(sizes) else []
-    tables = [dict(zip(model["table_tokens"][part], pieces[part])) for part in
-              (slice(0, previous_tables), slice(previous_tables, None))]  # fmt: skip
+def unpack(row, vocabulary, tables, manifest):
     at = np.flatnonzero(row["loss_mask"][1:])
-    on_grid = manifest["max_kl_error"] > 0
     codes, modes = row.pop("codes").astype(int), row.pop("modes")
-    steps = row.pop("steps", np.zeros((len(codes), 0), int)).astype(int) if on_grid else np.ones(codes[:, 1:].shape)
-    ids = np.zeros(codes.shape, np.int64)
-    for n, (code, mode) in enumerate(zip(codes, modes)):
-        for k in range(2, len(code)):
-            code[k] += code[k - 1] if steps[n, k - 1] == 0 else 0
-        for k in range(len(code)):
-            kind, context = (mode & 1, ids[n, 0]) if k and mode & 1 else (0, row["token_ids"][at[n]])
-            place = tables[kind][context][code[k]] if code[k] < 1024 else code[k] - 1024
-            ids[n, k] = model["vocabulary"][place]
-        runs = np.cumsum([0, *(steps[n] != 0)])
-        ids[n] = ids[n][np.lexsort((ids[n], runs))]
-    row["ids"] = ids
+    on_grid = manifest["max_kl_error"] > 0
+    steps = np.ones(codes.shape, int)  # without a grid there are no runs
+    if on_grid and manifest["top_k"] > 1:
+        steps[:, 1:] = row.pop("steps")
+    positions = zip(codes, steps, modes & 1, row["token_ids"][at])
+    row["ids"] = np.array([ids_of(*position, vocabulary, tables) for position in positions])
     if on_grid:
         row["levels"] = modes >> 1
         b = 0.6 / min(manifest["temperatures"])
         c = 1 - 1 / (128 * b)
-        h = np.cumsum(np.pad(steps, ((0, 0), (1, 0))), axis=1) * 2.0 ** (-6 - row["levels"][:, None] / 2)
-        curved = np.log(1 - np.minimum(h, c)) / b
-        row["logits"] = np.where(h < c, curved, np.log(1 / (128 * b)) / b - 128 * (h - c)).astype("f4")
+        steps[:, 0] = 0
+        h = np.cumsum(steps, axis=1) * 2.0 ** (-6 - row["levels"][:, None] / 2)
+        curve, line = np.log(1 - np.minimum(h, c)) / b, np.log(1 / (128 * b)) / b - 128 * (h - c)
+        row["logits"] = np.where(h < c, curve, line)
         with np.errstate(divide="ignore"):
-            row["tail_logprobs"] = np.log(np.sin(row.pop("tails") * np.pi / 4096) ** 2).astype("f4")
-        row["entropies"] = (row.pop("nats") / 64).astype("f4")
-        found = ids == row["token_ids"][at + 1][:, None]
-        stored = (row["logits"] * found).sum(axis=1)
-        absent = row.pop("label_steps") / -1024
-        row["label_logits"] = np.where(found.any(axis=1), stored, absent).astype("f4")
+            row["tail_logprobs"] = np.log(np.sin(row.pop("tails") * np.pi / 4096) ** 2)
+        row["entropies"] = row.pop("nats") / 64
+        is_label, absent = row["ids"] == row["token_ids"][at + 1][:, None], row.pop("label_steps") / -1024
+        row["label_logits"] = np.where(is_label.any(axis=1), (row["logits"] * is_label).sum(axis=1), absent)
     return row
+
+
+def ids_of(codes, steps, kind, token, vocabulary, tables):
+    ids = []
+    for k in range(len(codes)):
+        codes[k] += codes[k - 1] if k > 1 and steps[k] == 0 else 0
+        context = (1, ids[0]) if k and kind else (0, token)
+        ids.append(tables[context][codes[k]] if codes[k] < 1024 else vocabulary[codes[k] - 1024])
+    return np.array(ids)[np.lexsort((ids, np.cumsum(steps != 0)))]
 
 
 def probabilities(row, temperature, manifest):
     index = manifest["temperatures"].index(temperature)
-    if "logsumexps" in row:
-        return np.exp(row["logits"] / temperature - row["logsumexps"][:, index, None])
-    weights = np.exp(row["logits"] / temperature)
-    return weights / weights.sum(axis=1, keepdims=True) * (1 - np.exp(row["tail_logprobs"][:, index, None]))
-
-
-TYPES = {"key": "u1", "loss_mask": "?", "levels": "u1", "ids": "i4", "draws": "i4", "token_ids": "i4"}
+    scaled, tails = row["logits"] / temperature, np.exp(row["tail_logprobs"][:, index])
+    derived = np.log(np.exp(scaled).sum(axis=1)) - np.log1p(-tails)
+    logsumexps = row["logsumexps"][:, index] if "logsumexps" in row else derived
+    return np.exp(scaled - logsumexps[:, None])
 
 
 def checksum(row):
-    names = sorted(set(row) - {"checksum"})
-    counts = {"num_tokens": "token_ids", "num_documents": "document_lengths", "num_targets": "entropies"}
-    row = row | {name: len(row[of]) for name, of in counts.items()}
-    types = TYPES | dict.fromkeys([*counts, "document_lengths"], "i4")
-    return xxhash.xxh3_64_intdigest(
-        b"".join(np.ascontiguousarray(row[name], types.get(name, "f4")).tobytes() for name in sorted({*names, *counts}))
-    )
+    return xxhash.xxh3_64_intdigest(b"".join(row[name].tobytes() for name in sorted(row) if name != "checksum"))
 
 
 # It ends here.
@@ -194,13 +185,54 @@ def test_datasets_reads_arrow_shards(tmp_path, corpus):
     assert [len(ids) for ids in dataset["ids"]] == counts
 
 
-def test_zarr_reads_zarr_shards(tmp_path, corpus):
+def zarr_shard(tmp_path, corpus):
+    """Path of a Zarr shard."""
     folder = make_cache(tmp_path / "cache", corpus, container="zarr")
-    cache = open_cache(folder)
+    return folder / SHARDS / open_cache(folder).commits[0].file
+
+
+def test_zarr_reads_zarr_shards(tmp_path, corpus):
+    path = zarr_shard(tmp_path, corpus)
+    cache = open_cache(path.parent.parent)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        store = zarr.storage.ZipStore(Path(folder / SHARDS / cache.commits[0].file), mode="r")
-        group = zarr.open_group(store, mode="r")
+        group = zarr.open_group(zarr.storage.ZipStore(path, mode="r"), mode="r")
         np.testing.assert_array_equal(group["token_ids"][: len(cache[0].token_ids)], cache[0].token_ids)
         assert group["codes"].shape == (cache.commits[0].num_targets, 8)
         assert group["codes"].metadata.codecs[0].to_dict()["name"] == "sharding_indexed"
+
+
+@pytest.mark.slow
+def test_zarrs_reads_unzipped_zarr_shards(tmp_path, corpus):
+    zarrs = pytest.importorskip("zarrs", reason="zarrs is not installed")
+    path = zarr_shard(tmp_path, corpus)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # zarr's, on numcodecs' codecs
+        group = zarr.open_group(zarr.storage.ZipStore(path, mode="r"), mode="r")
+        expected = {name: array[:] for name, array in group.arrays()}
+        zipfile.ZipFile(path).extractall(tmp_path / "shard.zarr")
+        with zarr.config.set({"codec_pipeline.path": "zarrs.ZarrsCodecPipeline", "codec_pipeline.strict": True}):
+            found = dict(zarr.open_group(tmp_path / "shard.zarr", mode="r").arrays())
+            assert found.keys() == expected.keys()
+            for name, array in found.items():
+                assert isinstance(array.async_array.codec_pipeline, zarrs.ZarrsCodecPipeline)
+                np.testing.assert_array_equal(array[:], expected[name], err_msg=name)
+                np.testing.assert_array_equal(array[3:5], expected[name][3:5], err_msg=name)
+
+
+@pytest.mark.slow
+def test_tensorstore_reads_what_is_not_pcodec(tmp_path, corpus):
+    tensorstore = pytest.importorskip("tensorstore", reason="tensorstore is not installed")
+    path = zarr_shard(tmp_path, corpus)
+    store = {"driver": "zip", "base": {"driver": "file", "path": str(path)}}
+
+    def read(name):
+        spec = {"driver": "zarr3", "kvstore": store | {"path": f"{name}/"}}
+        return tensorstore.open(spec, read=True).result()[:].read().result()
+
+    cache = open_cache(path.parent.parent)
+    rows = [cache[index] for index in range(cache.commits[0].num_sequences)]
+    np.testing.assert_array_equal(read("loss_mask"), np.concatenate([row.loss_mask for row in rows]))
+    assert [key.tobytes() for key in read("key")] == [row.key for row in rows]
+    with pytest.raises(ValueError, match="pcodec"):
+        read("codes")

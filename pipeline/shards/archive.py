@@ -55,7 +55,7 @@ class Archive:
     """A zip file of stored entries, mapped into memory."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path, self.zstd = path, zstandard.ZstdDecompressor()
         with path.open("rb") as file:
             self.contents = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         with zipfile.ZipFile(path) as archive:
@@ -106,7 +106,7 @@ class ArchivedArray:
         columns = "/0" * (len(self.shape) - 1)
         bundles = range(-(-len(self) // bundle_rows))
         self.extents = [archive.extent(f"{name}/c/{bundle}{columns}") for bundle in bundles]
-        self._indexes: dict[int, np.ndarray] = {}
+        self._indexes: dict[int, list[list[int]]] = {}
         self._kept: OrderedDict[int, np.ndarray] = OrderedDict()
 
     def __len__(self) -> int:
@@ -130,8 +130,8 @@ class ArchivedArray:
             return self._kept[block]
         bundle, place = divmod(block, self._blocks_in_bundle)
         index = self._index(bundle)[place * self._across : (place + 1) * self._across]
-        chunks = [self._chunk(*extent, block) for extent in index.tolist()]
-        values = chunks[0] if len(chunks) == 1 else np.hstack(chunks)
+        chunks = [self._chunk(start, stop, block) for start, stop in index]
+        values = chunks[0] if len(chunks) == 1 else np.concatenate(chunks, axis=1)
         if len(self.shape) > 1 and values.shape[1] > self.shape[1]:
             values = values[:, : self.shape[1]]
         values.flags.writeable = False
@@ -143,22 +143,22 @@ class ArchivedArray:
     def _chunk(self, start: int, stop: int, block: int) -> np.ndarray:
         contents = self._checked(start, stop, f"chunk {block}")
         if self._dtype.itemsize == 1:
-            values = np.frombuffer(zstandard.ZstdDecompressor().decompress(contents), self._dtype)
+            values = np.frombuffer(self._archive.zstd.decompress(contents), self._dtype)
         else:
             values = pcodec.simple_decompress(contents)
             if values is None or values.dtype != self._dtype:
                 raise ValueError(f"{self._name}: chunk {block} is not of type {self._dtype.name}")
         return values.reshape(self._chunk_shape)
 
-    def _index(self, bundle: int) -> np.ndarray:
-        """int64 [chunks, 2]: where every chunk of a bundle begins and ends in the file."""
+    def _index(self, bundle: int) -> list[list[int]]:
+        """Where every chunk of a bundle begins and ends in the file."""
         if bundle not in self._indexes:
             start, stop = self.extents[bundle]
             size = self._blocks_in_bundle * self._across * 16
             contents = self._checked(max(start, stop - size - CRC_BYTES), stop, f"index of bundle {bundle}")
             index = np.frombuffer(contents, "<u8").reshape(-1, 2).astype(np.int64)  # absent chunks become -1
             index[:, 1] += index[:, 0]
-            self._indexes[bundle] = np.where(index < 0, 0, index + start)
+            self._indexes[bundle] = np.where(index < 0, 0, index + start).tolist()
         return self._indexes[bundle]
 
     def _checked(self, start: int, stop: int, what: str) -> bytes:

@@ -16,8 +16,8 @@ LOSSLESS = 0.0
 """The bound that stands for no rounding at all."""
 ENTROPY_STEP = 1 / 64
 """Nats."""
-LABEL_STEP = 1 / 1024
-"""Step of the logits of labels that are not among the stored ids, of which the deepest is -65,535 steps."""
+LABEL_STEP, DEEPEST_LABEL = 1 / 1024, 65_535
+"""Step of the logits of labels that are not among the stored ids, and how many of them the deepest one takes."""
 
 
 def is_lossless(max_kl_error: float) -> bool:
@@ -34,11 +34,12 @@ def round_targets(
     probability is off by more than MAX_PROBABILITY_ERROR, and the tail mass by no more than half of that.
     Entries that become equal are put in order of their ids.
     """
-    if is_lossless(max_kl_error) or targets.top_k == 0:
+    if is_lossless(max_kl_error) or targets.ids.size == 0:
         return targets, np.zeros(len(targets), np.uint8)
     tails = tail_values()[tail_places(targets.tail_logprobs)]
-    entropies = np.rint(targets.entropies * np.float32(1 / ENTROPY_STEP)) * np.float32(ENTROPY_STEP)
-    labels = np.maximum(np.rint(targets.label_logits * np.float32(1 / LABEL_STEP)), -65_535) * np.float32(LABEL_STEP)
+    entropies = np.rint(np.abs(targets.entropies) * np.float32(1 / ENTROPY_STEP)) * np.float32(ENTROPY_STEP)
+    label_steps = np.minimum(np.rint(np.abs(targets.label_logits) * np.float32(1 / LABEL_STEP)), DEEPEST_LABEL)
+    labels = label_steps * np.float32(-LABEL_STEP)  # so that 0 is -0.0, as what is read back
     rounded = replace(targets, tail_logprobs=tails, entropies=entropies, label_logits=labels)
     rounded, levels = _on_grid(targets, rounded, max_kl_error)
     rounded = order_ties(rounded)
@@ -54,21 +55,21 @@ def with_labels(rounded: SparseTargets, labels_N: np.ndarray) -> SparseTargets:
 
 def order_ties(targets: SparseTargets) -> SparseTargets:
     """The targets with the ids of equal logits in rising order, as they were before the logits were rounded."""
-    return replace(targets, ids=rising_in_runs(targets.ids, inside_runs(targets.logits)))
+    inside = np.zeros(targets.logits.shape, bool)
+    np.equal(targets.logits[:, 1:], targets.logits[:, :-1], out=inside[:, 1:])
+    return replace(targets, ids=rising_in_runs(targets.ids, run_numbers(inside)))
 
 
-def inside_runs(values_NK: np.ndarray) -> np.ndarray:
-    """bool [N, K]: whether an entry equals the one before it."""
-    inside = np.zeros(values_NK.shape, bool)
-    np.equal(values_NK[:, 1:], values_NK[:, :-1], out=inside[:, 1:])
-    return inside
+def run_numbers(inside_NK: np.ndarray) -> np.ndarray:
+    """int32 [N, K]: the number of every entry's run in its row; `inside_NK` says which entries go on a run."""
+    return np.cumsum(~inside_NK, axis=1, dtype=np.int32)
 
 
-def rising_in_runs(values_NK: np.ndarray, inside_NK: np.ndarray) -> np.ndarray:
-    """int32 values from 0, sorted inside each run of a row; `inside_NK` is False where a run begins."""
+def rising_in_runs(values_NK: np.ndarray, runs_NK: np.ndarray) -> np.ndarray:
+    """int32 values from 0, sorted inside each run of a row; `runs_NK` are numbers that rise from run to run."""
     bits = int(values_NK.max(initial=0)).bit_length()
-    narrow = bits + inside_NK.shape[1].bit_length() < 32
-    keys = np.cumsum(~inside_NK, axis=1, dtype=np.int32 if narrow else np.int64)
+    narrow = bits + int(runs_NK.max(initial=0)).bit_length() < 32
+    keys = runs_NK.astype(np.int32 if narrow else np.int64)
     keys <<= bits
     keys |= values_NK
     keys.sort(axis=1)

@@ -13,6 +13,7 @@ Decoding is one look-up in one array, the same for every entry: no entry waits f
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -47,14 +48,23 @@ class ContextModel:
     tables: tuple[Tables, Tables]
     """PREVIOUS and FIRST."""
 
-    def __post_init__(self) -> None:
-        entries = np.concatenate([self.vocabulary, *(self.vocabulary[kind.entries] for kind in self.tables)])
-        starts, begin = [], len(self.vocabulary)
+    @cached_property
+    def _flat(self) -> np.ndarray:
+        """int32: ids by code, as if there were no tables; then those of all tables. The first are not used."""
+        unused = np.zeros(TABLE_SIZE, np.int32)
+        return np.concatenate([unused, self.vocabulary, *(self.vocabulary[kind.entries] for kind in self.tables)])
+
+    @cached_property
+    def _starts(self) -> tuple[np.ndarray, np.ndarray]:
+        """int32 [contexts] of each kind: where the table of a context begins in `_flat`; 0 if it has none."""
+        begin = TABLE_SIZE + len(self.vocabulary)
+        found = []
         for kind in self.tables:
-            starts.append(np.int32(begin) + np.cumsum(kind.sizes, dtype=np.int32) - kind.sizes)
+            starts = np.zeros(int(kind.tokens.max(initial=-1)) + 2, np.int32)
+            starts[kind.tokens] = begin + np.cumsum(kind.sizes) - kind.sizes
+            found.append(starts)
             begin += len(kind.entries)
-        object.__setattr__(self, "_flat", entries)
-        object.__setattr__(self, "_starts", tuple(starts))
+        return tuple(found)
 
     def encode(self, ids_NK: np.ndarray, previous_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """int32 [N, K] codes, and uint8 [N] the kind of table that each position uses."""
@@ -70,21 +80,17 @@ class ContextModel:
     def decode(self, codes_NK: np.ndarray, kinds_N: np.ndarray, previous_N: np.ndarray) -> np.ndarray:
         """int32 [N, K]: the ids; IndexError or ValueError if the codes are none of this model."""
         starts = self._starts_of(PREVIOUS, previous_N)
-        first = self._look_up(codes_NK[:, :1], starts[:, None])
-        starts[kinds_N == FIRST] = self._starts_of(FIRST, first[:, 0])[kinds_N == FIRST]
-        return np.hstack([first, self._look_up(codes_NK[:, 1:], starts[:, None])])
-
-    def _look_up(self, codes: np.ndarray, starts: np.ndarray) -> np.ndarray:
-        # Arithmetic with masks: np.where takes ten times as long.
-        return self._flat.take(codes + ((codes < TABLE_SIZE) * (starts + TABLE_SIZE) - TABLE_SIZE))
+        in_table = codes_NK < TABLE_SIZE
+        first = codes_NK[:, 0] + in_table[:, 0] * starts
+        is_first = kinds_N == FIRST
+        starts[is_first] = self._starts_of(FIRST, self._flat.take(first[is_first]))
+        places = codes_NK + in_table * starts[:, None]  # np.where takes ten times as long
+        places[:, 0] = first
+        return self._flat.take(places)
 
     def _starts_of(self, kind: int, contexts_N: np.ndarray) -> np.ndarray:
-        """int32 [N]: where the table of every context begins in the flat entries; anywhere if it has none."""
-        tables = self.tables[kind]
-        if len(tables.tokens) == 0:
-            return np.zeros(len(contexts_N), np.int32)
-        found = np.minimum(np.searchsorted(tables.tokens, contexts_N), len(tables.tokens) - 1)
-        return self._starts[kind][found]
+        """int32 [N]: where the table of every context begins in `_flat`; 0 if it has none."""
+        return self._starts[kind].take(contexts_N, mode="clip")
 
     def _codes(self, kind: int, places_NK: np.ndarray, contexts_N: np.ndarray) -> np.ndarray:
         tables = self.tables[kind]
@@ -169,10 +175,16 @@ def code_differences(codes_NK: np.ndarray, inside_NK: np.ndarray) -> np.ndarray:
 
 
 def sum_differences(differences_NK: np.ndarray, inside_NK: np.ndarray) -> np.ndarray:
-    """The codes of `code_differences`; `inside_NK` is False where a run begins."""
-    sums = np.cumsum(differences_NK, axis=1, dtype=np.int64 if differences_NK.shape[1] > MANY else np.int32)
-    return sums - np.maximum.accumulate((sums - differences_NK) * ~inside_NK, axis=1)
+    """int32: the codes of `code_differences`; `inside_NK` is False where a run begins, as every row does.
 
-
-MANY = 4096
-"""Entries of a position whose codes may add up to more than 2 ** 31."""
+    One sum goes through all rows, and what it was before an entry's run is taken off: it may overflow, for what is
+    left does not.
+    """
+    begins = ~inside_NK.reshape(-1)
+    sums = np.cumsum(differences_NK.reshape(-1), dtype=np.int32)
+    before = sums.take(np.flatnonzero(begins) - 1)
+    before[:1] = 0
+    begins[:1] = False  # runs are numbered from 0
+    runs = np.cumsum(begins.astype(np.int32), dtype=np.int32)
+    sums -= before.take(runs, mode="wrap")  # the fastest mode; none is outside
+    return sums.reshape(differences_NK.shape)

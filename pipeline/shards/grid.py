@@ -87,7 +87,7 @@ class Grid:
 
     def logits(self, places_NK: np.ndarray, levels_N: np.ndarray) -> np.ndarray:
         """float32 [N, K]: the grid values at the given places."""
-        return self.values.take(places_NK + self.starts[levels_N].astype(np.int32)[:, None])
+        return self.values.take(places_NK + self.starts.astype(np.int32).take(levels_N)[:, None])
 
     def exact_places(self, logits_NK: np.ndarray, levels_N: np.ndarray) -> np.ndarray:
         """int32 [N, K]: the places of logits that are grid values; ValueError if one of them is not."""
@@ -108,7 +108,7 @@ class Grid:
             weighted = probs[:, 1:] * width
             spread = np.einsum("nk,nk->n", weighted, width) / (24 * temperature**2)
             largest = weighted.max(axis=1, initial=0) / (2 * temperature)
-            with np.errstate(divide="ignore"):
+            with np.errstate(divide="ignore", over="ignore"):  # rows without error may take any step
                 step = np.minimum(step, np.sqrt(EXPECTED * max_kl_error / spread))
                 step = np.minimum(step, 0.7 * MAX_PROBABILITY_ERROR / largest)
         levels = np.ceil(2 * np.log2(COARSEST_STEP / step))

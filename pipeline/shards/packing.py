@@ -26,15 +26,16 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from pipeline.shards.codec import ENTROPY_STEP, LABEL_STEP, rising_in_runs
+from pipeline.shards.codec import ENTROPY_STEP, LABEL_STEP, rising_in_runs, run_numbers
 from pipeline.shards.contexts import (
     ContextModel,
     Tables,
     code_differences,
     learn,
+    row_blocks,
     sum_differences,
 )
-from pipeline.shards.grid import grid_of, tail_places, tail_values
+from pipeline.shards.grid import Grid, grid_of, tail_places, tail_values
 from pipeline.shards.layout import ShardLayout
 
 Arrays = dict[str, np.ndarray]
@@ -112,7 +113,7 @@ class Packer:
                 codes, kinds = model.encode(ids[rows], previous[rows])
                 if steps is not None:
                     inside = _inside(steps[rows])
-                    codes = code_differences(rising_in_runs(codes, inside), inside)
+                    codes = code_differences(rising_in_runs(codes, run_numbers(inside)), inside)
                 yield {"codes": codes, "modes": 2 * levels[rows].astype(np.uint16) + kinds}
 
         stored = {name: values for name, values in whole.items() if 0 not in values.shape[1:]}
@@ -127,15 +128,18 @@ def unpack(arrays: Arrays, model: ContextModel, layout: ShardLayout) -> Arrays:
     previous, labels = neighbours(arrays)
     codes, modes = columns.pop("codes"), columns.pop("modes")
     if not layout.on_grid:
-        columns["ids"] = model.decode(codes.astype(np.int32), (modes & 1).astype(np.uint8), previous)
+        columns["ids"] = model.decode(codes.view(np.int32), modes & 1, previous)
         return columns
-    steps = columns.pop("steps", np.zeros((len(codes), 0), np.uint16))
-    inside = _inside(steps)
-    ids = model.decode(sum_differences(codes.astype(np.int32), inside), modes & 1, previous)
-    inside[:, 1:] = steps == 0
-    columns["ids"] = rising_in_runs(ids, inside)
     columns["levels"] = (modes >> 1).astype(np.uint8)
-    columns |= _unpack_values(columns, steps, labels, layout)
+    steps = columns.pop("steps", np.zeros((len(codes), 0), np.uint16))
+    grid, codes = grid_of(layout.temperatures), codes.view(np.int32)
+    blocks = [
+        _unpack_entries(codes[rows], modes[rows], steps[rows], previous[rows], model, grid)
+        for rows in row_blocks(max(1, len(codes)))
+    ]
+    for name, parts in zip(("ids", "logits"), zip(*blocks)):
+        columns[name] = parts[0] if len(parts) == 1 else np.concatenate(parts)
+    columns |= _unpack_scalars(columns, labels)
     for name in ("tails", "nats", "label_steps"):
         del columns[name]
     return columns
@@ -192,18 +196,27 @@ def _pack_values(columns: Arrays, labels: np.ndarray, layout: ShardLayout) -> Ar
     }
 
 
-def _unpack_values(columns: Arrays, steps: np.ndarray, labels: np.ndarray, layout: ShardLayout) -> Arrays:
-    grid = grid_of(layout.temperatures)
-    places = np.zeros((len(steps), steps.shape[1] + 1), np.int32)
-    np.cumsum(steps.astype(np.int32), axis=1, out=places[:, 1:])
-    logits = grid.logits(places, columns["levels"])
-    is_label = columns["ids"] == labels[:, None]
-    place = is_label.argmax(axis=1)
-    rows = np.arange(len(logits))
-    absent = columns["label_steps"] * np.float32(-LABEL_STEP)
+def _unpack_entries(
+    codes: np.ndarray, modes: np.ndarray, steps: np.ndarray, previous: np.ndarray, model: ContextModel, grid: Grid
+) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and logits [N, K] of rows that are few enough for a CPU's cache."""
+    places = np.zeros(codes.shape, np.int32)
+    places[:, 1:] = steps
+    inside = places == 0
+    inside[:, :2] = False
+    ids = model.decode(sum_differences(codes, inside), modes & 1, previous)
+    np.cumsum(places, dtype=np.int32, out=places.reshape(-1))  # through all rows; one call a row takes twice as long
+    places -= places[:, :1].copy()
+    return rising_in_runs(ids, places), grid.logits(places, modes >> 1)
+
+
+def _unpack_scalars(columns: Arrays, labels: np.ndarray) -> Arrays:
+    ids, logits = columns["ids"], columns["logits"]
+    label_logits = columns["label_steps"] * np.float32(-LABEL_STEP)
+    stored = np.flatnonzero(ids == labels[:, None])
+    label_logits[stored // ids.shape[1]] = logits.take(stored)
     return {
-        "logits": logits,
         "tail_logprobs": tail_values().take(columns["tails"]),
         "entropies": columns["nats"] * np.float32(ENTROPY_STEP),
-        "label_logits": np.where(is_label[rows, place], logits[rows, place], absent),
+        "label_logits": label_logits,
     }

@@ -17,8 +17,8 @@ from pipeline.shards.reader import layout_of_commit, open_shard
 from pipeline.storage import Location
 from pipeline.targets import COLUMNS, SparseTargets
 
-BLOCK_TARGETS = 65_536
-"""Targets that are read at a time."""
+BLOCK_TARGETS = 4096
+"""Targets that are read at a time: of more, the memory is new each time, which takes longer than the work."""
 BLOCK_ROWS = 1024
 """Targets that are checked at a time, so that they stay in a core's cache."""
 

@@ -95,9 +95,11 @@ class ZarrShard:
             self._arrays = {name: self._array(name, *spec) for name, spec in array_specs(layout).items()}
             model = {name: self._array(name, np.dtype(np.uint32)) for name in MODEL} if layout.top_k else {}
             self._model_arrays, self._model = model, None
-            counts = {name: self._arrays[name][:] for name in ("num_tokens", "num_documents", "num_targets")}
+            self._heads = {name: self._arrays[name][:] for name in _OF_SEQUENCES}
+            counts = {name: values for name, values in self._heads.items() if name.startswith("num_")}
             self._offsets = {name: np.concatenate([[0], np.cumsum(values)]) for name, values in counts.items()}
-        self._ragged, self._names = layout.ragged(), list(layout.columns())
+        self._names, ragged = list(layout.columns()), layout.ragged()
+        self._counted = {name: ragged.get(name, "num_targets") for name in self._arrays if name not in self._heads}
 
     def __len__(self) -> int:
         return len(self._arrays["key"])
@@ -108,10 +110,10 @@ class ZarrShard:
             if self._model is None and self._layout.top_k:
                 arrays = {name: array[:] for name, array in self._model_arrays.items()}
                 self._model = model_of(arrays, self._previous_tables)
-            found = {}
-            for name, array in self._arrays.items():
-                offsets = self._offsets.get(_counted(name, self._ragged))
-                found[name] = array[start:stop] if offsets is None else array[int(offsets[start]) : int(offsets[stop])]
+            found = {name: values[start:stop] for name, values in self._heads.items()}
+            first, last = ({name: int(ends[at]) for name, ends in self._offsets.items()} for at in (start, stop))
+            for name, counted in self._counted.items():
+                found[name] = self._arrays[name][first[counted] : last[counted]]
             columns = unpack(found, self._model, self._layout)
             return {name: columns[name] for name in self._names}
 
@@ -122,8 +124,7 @@ class ZarrShard:
 
     def heads(self) -> dict[str, np.ndarray]:
         """What every sequence has one of."""
-        with self._damage_is_named():
-            return {name: self._arrays[name][:] for name in ("key", *self._offsets)}
+        return {name: self._heads[name] for name in ("key", *self._offsets)}
 
     def close(self) -> None:
         """Release the file."""
@@ -140,10 +141,6 @@ class ZarrShard:
             raise
         except Exception as exc:  # zipfile, json, pcodec and numpy each raise their own for damaged bytes
             raise CacheCorruptError(f"{self.path}: not a whole Zarr shard of this cache ({exc}).") from exc
-
-
-def _counted(name: str, ragged: dict[str, str]) -> str:
-    return ragged.get(name, "num_targets" if name not in _OF_SEQUENCES else "")
 
 
 _OF_SEQUENCES = ("key", "checksum", "num_tokens", "num_documents", "num_targets")

@@ -204,7 +204,7 @@ def test_zarr_reads_zarr_shards(tmp_path, corpus):
 
 @pytest.mark.slow
 def test_zarrs_reads_unzipped_zarr_shards(tmp_path, corpus):
-    zarrs = pytest.importorskip("zarrs", reason="zarrs is not installed")
+    zarrs = pytest.importorskip("zarrs", reason="zarrs is not installed; `make slow` does it")
     path = zarr_shard(tmp_path, corpus)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # zarr's, on numcodecs' codecs
@@ -222,7 +222,7 @@ def test_zarrs_reads_unzipped_zarr_shards(tmp_path, corpus):
 
 @pytest.mark.slow
 def test_tensorstore_reads_what_is_not_pcodec(tmp_path, corpus):
-    tensorstore = pytest.importorskip("tensorstore", reason="tensorstore is not installed")
+    tensorstore = pytest.importorskip("tensorstore", reason="tensorstore is not installed; `make slow` does it")
     path = zarr_shard(tmp_path, corpus)
     store = {"driver": "zip", "base": {"driver": "file", "path": str(path)}}
 

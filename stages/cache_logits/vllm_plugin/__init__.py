@@ -19,7 +19,7 @@ ROWS = "sparse_target_rows"
 FRONT_END = "PIPELINE_FRONT_END"
 """Environment variable with the `owner_name` of the process that drives the engine."""
 WATCH_INTERVAL_S = 1.0
-RECHECK_INTERVAL_MS = 2
+RECHECK_INTERVAL_MS = 10
 """How often an idle process of vLLM looks for a message whose notification was lost, on a CPU."""
 
 

@@ -24,6 +24,7 @@ from stages.prepare import prepare
 from tests.helpers import Lines, run, tiny_tokenizer
 from tests.small import (
     FakeEngine,
+    assert_equal_caches,
     contents_of,
     fake_manifest,
     make_cache,
@@ -77,11 +78,7 @@ def grown(folder: Path, corpus_folder: Path, earlier: list[Path], **settings: ob
 
 def assert_same(folder: Path, wanted: Path) -> None:
     assert verify_cache(folder).problems == []
-    found, expected = contents_of(folder), contents_of(wanted)
-    assert list(found) == list(expected)
-    for key, arrays in expected.items():
-        for one, other in zip(arrays, found[key], strict=True):
-            np.testing.assert_array_equal(one, other)
+    assert_equal_caches(folder, wanted)
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from pipeline.config import CacheConfig, EstimateConfig, TrainConfig
 from pipeline.corpus import Corpus
 from pipeline.devices import DEVICES
@@ -28,7 +26,6 @@ ARCHIVED_DRAW = 2.3
 STATE_BYTES = 16
 """Of a trained parameter: itself, its gradient and AdamW's two moments, all float32."""
 FROZEN_BYTES = 4
-GB = 1e9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,7 +179,7 @@ def describe(found: Estimate) -> list[str]:
     about = "about " if storage.container == "zarr" else ""
     lines = [
         *_describe(found, "capture", found.capture),
-        f"  storage  {storage.container}, {about}{storage.bytes / GB:,.1f} GB, {storage.bytes_per_target:.0f} bytes a target",
+        f"  storage  {storage.container}, {about}{storage.bytes / 1e9:,.1f} GB, {storage.bytes_per_target:.0f} bytes a target",
         f"  shards   {storage.partitions:,}; one takes a worker {duration(storage.partition_seconds)}, "
         "which is what a crash can lose and a drain waits for",
     ]
@@ -220,7 +217,7 @@ def _capture(config: EstimateConfig, cache: CacheConfig, amount: Amount) -> Cost
         num_tokens=amount.num_tokens,
         flops=size.forward_flops(amount),
         rate=device.fp8 if fp8 else device.float32 if full else device.half,
-        memory_gb=(weights + size.kv_bytes * cache.batch_tokens + logits) / shards / GB,
+        memory_gb=(weights + size.kv_bytes * cache.batch_tokens + logits) / shards / 1e9,
         memory_limit_gb=device.memory_gb * cache.gpu_memory_utilization,
     )
 
@@ -243,25 +240,36 @@ def _training(config: EstimateConfig, train: TrainConfig, amount: Amount) -> Cos
         num_tokens=seen.num_tokens,
         flops=passes * size.forward_flops(seen),
         rate=device.float32 if full else device.half,
-        memory_gb=state / (devices if train.sharding == "fsdp2" else 1) / GB,
+        memory_gb=state / (devices if train.sharding == "fsdp2" else 1) / 1e9,
         memory_limit_gb=device.memory_gb,
     )
 
 
 def _cost(
-    config: EstimateConfig, *, model: Path, size: ModelSize, num_tokens: int, flops: float, rate: float, **found: Any
+    config: EstimateConfig,
+    *,
+    model: Path,
+    size: ModelSize,
+    devices: int,
+    num_tokens: int,
+    flops: float,
+    rate: float,
+    memory_gb: float,
+    memory_limit_gb: float,
 ) -> Cost:
-    seconds = flops / (found["devices"] * rate * 1e12 * config.utilization)
-    hours = seconds * found["devices"] / 3600
+    seconds = flops / (devices * rate * 1e12 * config.utilization)
+    hours = seconds * devices / 3600
     return Cost(
         model=str(model),
         parameters=size.num_parameters,
+        devices=devices,
         tokens=num_tokens,
         flops_per_token=flops / num_tokens,
         seconds=seconds,
         device_hours=hours,
         price=None if config.price is None else hours * config.price,
-        **found,
+        memory_gb=memory_gb,
+        memory_limit_gb=memory_limit_gb,
     )
 
 
@@ -277,7 +285,7 @@ def _storage(config: EstimateConfig, cache: CacheConfig, amount: Amount, seconds
         temperatures=cache.temperatures,
         max_kl_error=cache.max_kl_error,
     )
-    size = sum(dtype.itemsize * int(np.prod(shape)) for dtype, shape in layout.columns().values())
+    size = layout.num_bytes
     if cache.format == "zarr":
         entry, rest = ARCHIVE["grid" if layout.on_grid else "lossless"]
         size = round(amount.num_targets * (entry * cache.top_k + rest + ARCHIVED_DRAW * cache.tail_samples))

@@ -8,13 +8,12 @@ import json
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from pipeline.files import owner_is_dead, owner_name
 from pipeline.manifest import MANIFEST, CacheManifest
+from pipeline.parallel import in_threads
 from pipeline.progress import duration
 from pipeline.runs.commits import commit_path, list_commits, read_commit
 from pipeline.runs.events import describe_event, read_events
@@ -31,9 +30,6 @@ SLOW = 0.5
 READERS = 16
 SHOWN = 12
 """Workers or partitions that the text names of each kind; the JSON names all."""
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,13 +143,8 @@ class StatusReader:
                 return None if commit is None else (partition, (commit.num_tokens, commit.bytes, written))
             return None
 
-        self._commits.update(filter(None, self._each(read, sorted(done - self._commits.keys()))))
+        self._commits.update(filter(None, in_threads(read, done - self._commits.keys(), READERS)))
         return [self._commits[partition] for partition in done if partition in self._commits]
-
-    def _each(self, read: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
-        """What `read` makes of every item, in their order, several at a time."""
-        with ThreadPoolExecutor(READERS) as pool:
-            return list(pool.map(read, items))
 
     def _speed_so_far(self, commits: list[tuple[int, int, float]], now: float | None) -> float:
         """Tokens over the time since the plan was made, until the last commit or, if work goes on, until now."""
@@ -163,22 +154,27 @@ class StatusReader:
 
     def _leases(self, leases: dict[int, int], now: float) -> tuple[dict[int, float], dict[int, float]]:
         lease_s = self.manifest.settings.get("lease_s", 180.0)
-        found = self._each(lambda lease: (lease[0], read_lease(self.folder, *lease)), sorted(leases.items()))
+        found = dict(in_threads(lambda lease: (lease[0], read_lease(self.folder, *lease)), leases.items(), READERS))
         running, orphaned = {}, {}
-        for partition, lease in found:
-            if lease is not None:
+        for partition in sorted(found):
+            if (lease := found[partition]) is not None:
                 age = round(max(now - lease.time, 0.0), 1)
                 (orphaned if age > lease_s or owner_is_dead(lease.text) else running)[partition] = age
         return running, orphaned
 
     def _reasons(self, failures: dict[int, int]) -> dict[int, str]:
-        return dict(
-            self._each(lambda part: (part, read_failure(self.folder, part, failures[part]).reason), sorted(failures))
-        )
+        def read(partition: int) -> tuple[int, str]:
+            return partition, read_failure(self.folder, partition, failures[partition]).reason
+
+        return dict(sorted(in_threads(read, failures, READERS)))
 
     def _workers(self, now: float) -> list[WorkerStatus]:
-        notes = filter(None, self._each(self._records.read, sorted(self._records.names())))
-        found = [(WorkerRecord(**json.loads(note.text)), max(now - note.time, 0.0)) for note in notes]
+        notes = dict(in_threads(lambda name: (name, self._records.read(name)), self._records.names(), READERS))
+        found = [
+            (WorkerRecord(**json.loads(note.text)), max(now - note.time, 0.0))
+            for _, note in sorted(notes.items())
+            if note is not None
+        ]
         states = [_state(record, age) for record, age in found]
         speeds = [record.tokens_per_s for (record, _), state in zip(found, states) if state == "capturing"]
         limit = SLOW * statistics.median(speeds) if speeds else 0.0

@@ -93,6 +93,11 @@ class ShardLayout:
         return {name: (np.dtype(_DTYPES.get(name, np.int32)), shape) for name, shape in stored.items()}
 
     @property
+    def num_bytes(self) -> int:
+        """Of all columns as plain arrays: what an Arrow shard takes, but for its padding and schema."""
+        return sum(dtype.itemsize * int(np.prod(shape)) for dtype, shape in self.columns().values())
+
+    @property
     def on_grid(self) -> bool:
         """Whether logits lie on the grid of `pipeline.shards.grid`; logsumexps then follow from logits and tails."""
         return self.top_k > 0 and not is_lossless(self.max_kl_error)

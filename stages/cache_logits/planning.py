@@ -6,8 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from pipeline.config import CacheConfig
 from pipeline.corpus import TOKENIZER, Corpus
 from pipeline.errors import CorpusError
@@ -62,9 +60,8 @@ def announcement(config: CacheConfig, manifest: CacheManifest, num_todo: int) ->
         num_documents=manifest.num_sequences,
         num_targets=manifest.num_targets,
     )
-    raw = sum(dtype.itemsize * int(np.prod(shape)) for dtype, shape in layout.columns().values())
     free = f", {shutil.disk_usage(config.out).free / 1e9:,.0f} GB are free" if isinstance(config.out, Path) else ""
-    size = f"{raw / 1e9:,.2f} GB" + (" before compression" if config.format == "zarr" else "")
+    size = f"{layout.num_bytes / 1e9:,.2f} GB" + (" before compression" if config.format == "zarr" else "")
     return (
         f"{config.out}: {num_todo} of {manifest.num_partitions} partitions to capture; "
         f"the whole cache takes {size}{free}; loading {config.teacher} with {config.engine}"

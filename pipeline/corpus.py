@@ -63,6 +63,11 @@ class TokenSequence:
         return target_positions(self.loss_mask)
 
 
+def comparable_keys(keys: np.ndarray) -> np.ndarray:
+    """uint8 [S, 16] keys of sequences as one value a row, to be sorted and compared."""
+    return np.ascontiguousarray(keys).view("S16").ravel()
+
+
 def target_positions(loss_mask: np.ndarray) -> np.ndarray:
     """int32 [N]: the positions t for which `loss_mask[t + 1]` is True."""
     return np.flatnonzero(loss_mask[1:]).astype(np.int32)

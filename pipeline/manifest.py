@@ -105,12 +105,15 @@ class CacheManifest:
         """The entries that decide the targets of a sequence, whatever else is in the cache and how it is kept."""
         return {name: value for name, value in self.identity().items() if name not in COLLECTION}
 
+    def target_differences(self, other: "CacheManifest") -> dict[str, tuple[Any, Any]]:
+        """The entries of `target_identity` that differ, with both values: this manifest's first."""
+        return _differences(self.target_identity(), other.target_identity())
+
     def require_equal(self, requested: "CacheManifest", folder: Location) -> None:
         """Raise CacheMismatchError, naming every difference, unless both describe the same targets."""
-        ours, theirs = self.identity(), requested.identity()
-        different = [name for name in ours if ours[name] != theirs.get(name)]
+        different = _differences(self.identity(), requested.identity())
         if different:
-            found = "; ".join(f"{name} is {_short(ours[name])}, now {_short(theirs.get(name))}" for name in different)
+            found = "; ".join(f"{name} is {_short(old)}, now {_short(new)}" for name, (old, new) in different.items())
             raise CacheMismatchError(f"{folder}: holds a cache made by other settings: {found}; choose another --out.")
 
     def write(self, folder: Location) -> bool:
@@ -135,6 +138,10 @@ class CacheManifest:
         document["temperatures"] = tuple(document["temperatures"])
         document["partitions"] = tuple(document["partitions"])
         return cls(**document)
+
+
+def _differences(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    return {name: (ours[name], theirs.get(name)) for name in ours if ours[name] != theirs.get(name)}
 
 
 def _short(value: Any) -> str:

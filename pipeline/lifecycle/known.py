@@ -12,10 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.corpus import Corpus, TokenSequence
+from pipeline.corpus import Corpus, TokenSequence, comparable_keys
 from pipeline.errors import CacheCorruptError, CacheMismatchError
 from pipeline.manifest import CacheManifest
-from pipeline.parallel import available_cores, in_threads
+from pipeline.parallel import available_cores, map_in_threads
 from pipeline.runs.commits import SHARDS, ShardCommit, read_commit
 from pipeline.shards.containers import Shard
 from pipeline.shards.layout import decode
@@ -96,10 +96,9 @@ class KnownTargets:
             commits = (read_commit(folder, partition) for partition in range(manifest.num_partitions))
             self._shards += [(folder, manifest, commit) for commit in commits if commit is not None]
         self._open: OrderedDict[int, Shard] = OrderedDict()
-        keys = dict(in_threads(self._keys, range(len(self._shards)), available_cores()))
-        parts = [keys[index] for index in range(len(self._shards))]
+        parts = map_in_threads(_keys, self._shards, available_cores())
         self._starts = np.cumsum([0, *map(len, parts)])
-        merged = _sortable(np.concatenate([np.zeros((0, 16), np.uint8), *parts]))
+        merged = comparable_keys(np.concatenate([np.zeros((0, 16), np.uint8), *parts]))
         self._order = np.argsort(merged, kind="stable")
         self._sorted = merged[self._order]
 
@@ -107,7 +106,7 @@ class KnownTargets:
         """int64 [S]: where the sequences of uint8 [S, 16] keys are; -1 for those that are not known."""
         if not len(self._sorted):
             return np.full(len(keys), -1)
-        wanted = _sortable(keys)
+        wanted = comparable_keys(keys)
         index = np.searchsorted(self._sorted, wanted).clip(max=len(self._sorted) - 1)
         return np.where(self._sorted[index] == wanted, self._order[index], -1)
 
@@ -132,23 +131,18 @@ class KnownTargets:
         self._open.move_to_end(index)
         return self._open[index]
 
-    def _keys(self, index: int) -> tuple[int, np.ndarray]:
-        with closing(open_shard(*self._shards[index])) as shard:
-            return index, np.array(shard.heads()["key"])  # a damaged one only hides its sequence
 
-
-def _sortable(keys: np.ndarray) -> np.ndarray:
-    """uint8 [S, 16] as one comparable value a row."""
-    return np.ascontiguousarray(keys).view("S16").ravel()
+def _keys(place: tuple[Location, CacheManifest, ShardCommit]) -> np.ndarray:
+    with closing(open_shard(*place)) as shard:
+        return np.array(shard.heads()["key"])  # a damaged one only hides its sequence
 
 
 def _require_reusable(folder: Location, manifest: CacheManifest, wanted: CacheManifest) -> None:
-    ours, theirs = wanted.target_identity(), manifest.target_identity()
-    different = [name for name in ours if ours[name] != theirs.get(name)]
+    different = wanted.target_differences(manifest)
     if different:
         reasons = [
-            f"{name} is {theirs.get(name)}, now {ours[name]} ({REASONS.get(name.partition('.')[0], 'other targets')})"
-            for name in different
+            f"{name} is {theirs}, now {ours} ({REASONS.get(name.partition('.')[0], 'other targets')})"
+            for name, (ours, theirs) in different.items()
         ]
         raise CacheMismatchError(
             f"{folder}: nothing of it can be reused: {'; '.join(reasons)}; leave out --reuse, or ask for the same."

@@ -13,11 +13,12 @@ import numpy as np
 import xxhash
 
 from pipeline.config import MergeConfig
+from pipeline.corpus import comparable_keys
 from pipeline.errors import CacheMismatchError
 from pipeline.files import canonical_json
 from pipeline.lifecycle.copying import copy_shard
 from pipeline.manifest import TOKENIZER, CacheManifest
-from pipeline.parallel import available_cores, in_processes, in_threads
+from pipeline.parallel import available_cores, in_processes, map_in_threads
 from pipeline.progress import Reporter
 from pipeline.runs.commits import ShardCommit, read_commit, remove_leftovers
 from pipeline.runs.folder import open_folder
@@ -74,10 +75,9 @@ def _copy(task: tuple[_Piece, Location, int]) -> int:
 
 
 def _require_same_targets(first: Cache, other: Cache) -> None:
-    ours, theirs = first.manifest.target_identity(), other.manifest.target_identity()
-    different = [name for name in ours if ours[name] != theirs.get(name)]
+    different = first.manifest.target_differences(other.manifest)
     if different:
-        found = "; ".join(f"{name} is {theirs.get(name)}, there {ours[name]}" for name in different)
+        found = "; ".join(f"{name} is {theirs}, there {ours}" for name, (ours, theirs) in different.items())
         raise CacheMismatchError(f"{other.folder}: cannot be merged with {first.folder}: {found}.")
 
 
@@ -86,7 +86,7 @@ def _plan(caches: Sequence[Cache]) -> list[_Piece]:
     shards = [(cache, commit) for cache in caches for commit in cache.commits]
     heads = _all_heads(shards)
     keys = np.concatenate([head["key"] for head in heads])
-    _, firsts = np.unique(np.ascontiguousarray(keys).view("S16").ravel(), return_index=True)
+    _, firsts = np.unique(comparable_keys(keys), return_index=True)
     is_first = np.zeros(len(keys), bool)
     is_first[firsts] = True
     pieces, start = [], 0
@@ -101,13 +101,12 @@ def _plan(caches: Sequence[Cache]) -> list[_Piece]:
 
 
 def _all_heads(shards: Sequence[tuple[Cache, ShardCommit]]) -> list[dict[str, np.ndarray]]:
-    def read(index: int) -> tuple[int, dict[str, np.ndarray]]:
-        cache, commit = shards[index]
+    def read(of: tuple[Cache, ShardCommit]) -> dict[str, np.ndarray]:
+        cache, commit = of
         with closing(open_shard(cache.folder, cache.manifest, commit)) as shard:
-            return index, {name: np.array(values) for name, values in shard.heads().items()}
+            return {name: np.array(values) for name, values in shard.heads().items()}
 
-    heads = dict(in_threads(read, range(len(shards)), available_cores()))
-    return [heads[index] for index in range(len(shards))]
+    return map_in_threads(read, shards, available_cores())
 
 
 def _manifest(config: MergeConfig, caches: Sequence[Cache], pieces: Sequence[_Piece]) -> CacheManifest:

@@ -13,7 +13,7 @@ from typing import Any
 
 from pipeline.files import owner_is_dead, owner_name
 from pipeline.manifest import MANIFEST, CacheManifest
-from pipeline.parallel import in_threads
+from pipeline.parallel import in_threads, map_in_threads
 from pipeline.progress import duration
 from pipeline.runs.commits import commit_path, list_commits, read_commit
 from pipeline.runs.events import describe_event, read_events
@@ -154,27 +154,23 @@ class StatusReader:
 
     def _leases(self, leases: dict[int, int], now: float) -> tuple[dict[int, float], dict[int, float]]:
         lease_s = self.manifest.settings.get("lease_s", 180.0)
-        found = dict(in_threads(lambda lease: (lease[0], read_lease(self.folder, *lease)), leases.items(), READERS))
+        newest = sorted(leases.items())
+        found = map_in_threads(lambda lease: read_lease(self.folder, *lease), newest, READERS)
         running, orphaned = {}, {}
-        for partition in sorted(found):
-            if (lease := found[partition]) is not None:
+        for (partition, _), lease in zip(newest, found):
+            if lease is not None:
                 age = round(max(now - lease.time, 0.0), 1)
                 (orphaned if age > lease_s or owner_is_dead(lease.text) else running)[partition] = age
         return running, orphaned
 
     def _reasons(self, failures: dict[int, int]) -> dict[int, str]:
-        def read(partition: int) -> tuple[int, str]:
-            return partition, read_failure(self.folder, partition, failures[partition]).reason
-
-        return dict(sorted(in_threads(read, failures, READERS)))
+        last = sorted(failures.items())
+        found = map_in_threads(lambda failure: read_failure(self.folder, *failure), last, READERS)
+        return {partition: failure.reason for (partition, _), failure in zip(last, found)}
 
     def _workers(self, now: float) -> list[WorkerStatus]:
-        notes = dict(in_threads(lambda name: (name, self._records.read(name)), self._records.names(), READERS))
-        found = [
-            (WorkerRecord(**json.loads(note.text)), max(now - note.time, 0.0))
-            for _, note in sorted(notes.items())
-            if note is not None
-        ]
+        notes = filter(None, map_in_threads(self._records.read, sorted(self._records.names()), READERS))
+        found = [(WorkerRecord(**json.loads(note.text)), max(now - note.time, 0.0)) for note in notes]
         states = [_state(record, age) for record, age in found]
         speeds = [record.tokens_per_s for (record, _), state in zip(found, states) if state == "capturing"]
         limit = SLOW * statistics.median(speeds) if speeds else 0.0

@@ -25,7 +25,7 @@ import xxhash
 from pipeline.errors import CacheIncompleteError
 from pipeline.files import PARTIAL, hash_file, owner_is_dead, owner_name, publish
 from pipeline.manifest import MANIFEST, CacheManifest
-from pipeline.parallel import in_threads
+from pipeline.parallel import map_in_threads
 from pipeline.runs.commits import COMMITS, ShardCommit, read_commit
 from pipeline.storage import Location, ObjectPath
 
@@ -98,9 +98,7 @@ def _read(path: Path, stamp: str) -> pa.Table | None:
 
 
 def _collect(folder: Location, manifest: CacheManifest, workers: int) -> pa.Table:
-    partitions = range(manifest.num_partitions)
-    found = dict(in_threads(lambda partition: (partition, read_commit(folder, partition)), partitions, workers))
-    commits = [found[partition] for partition in partitions]
+    commits = map_in_threads(lambda partition: read_commit(folder, partition), range(manifest.num_partitions), workers)
     missing = [partition for partition, commit in enumerate(commits) if commit is None]
     if missing:
         raise CacheIncompleteError(

@@ -169,6 +169,7 @@ def _start(build: Callable[[], Any]) -> tuple[Any, list[psutil.Process]]:
 
 def _our_engine(folder: Path, options: argparse.Namespace) -> Any:
     from pipeline.config import CacheConfig
+    from pipeline.models import read_model
     from stages.cache_logits.teacher import Teacher
     from stages.cache_logits.vllm_engine import VllmEngine
 
@@ -185,12 +186,8 @@ def _our_engine(folder: Path, options: argparse.Namespace) -> Any:
         enforce_eager=True,
     )
     teacher = Teacher(
-        folder=folder,
-        config={},
-        architecture="LlamaForCausalLM",
+        model=read_model(folder),
         vocab_size=options.vocab,
-        padded_vocab_size=options.vocab,
-        context_length=options.length,
         dtype=SHAPES[options.shape]["dtype"],
         quantization=options.quantization or "none",
     )

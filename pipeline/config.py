@@ -87,6 +87,9 @@ class CacheConfig(Settings):
     gpu_memory_utilization: float = setting(0.9, "Share of a GPU's memory that vLLM takes, 0 to 1.")
     quantization: str | None = setting(None, "vLLM's name of the teacher's quantisation, such as fp8.")
     enforce_eager: bool = setting(False, "Skip vLLM's compilation: starts sooner, runs slower on a GPU.")
+    trust_remote_code: bool = setting(
+        False, "Run the code that the teacher's folder brings along; for those whose maker you trust."
+    )
     worker: int = setting(0, "Number of this worker, from 0; any number of workers may share one --out.")
     workers: int = setting(1, "Workers that share the cache: each begins with its share and then takes what is left.")
     worker_from_env: bool = setting(
@@ -197,6 +200,9 @@ class EstimateConfig(Settings):
     tokens: int | None = setting(None, "Tokens of the corpus; none takes the prepared corpus.")
     sequence_length: int = setting(2048, "Longest sequence, in tokens; counts with --tokens.")
     price: float | None = setting(None, "Price of a GPU and hour.")
+    trust_remote_code: bool = setting(
+        False, "Run the code that the models' folders bring along; for those whose maker you trust."
+    )
     json: bool = setting(False, "One JSON document instead of text.")
 
     def check(self) -> None:
@@ -293,6 +299,9 @@ class AuditConfig(Settings):
     batch_tokens: int | None = setting(None, "Tokens in one step of the engine; none takes the capture's.")
     gpu_memory_utilization: float | None = setting(None, "Share of a GPU's memory; none takes the capture's.")
     enforce_eager: bool | None = setting(None, "Skip vLLM's compilation; none takes the capture's.")
+    trust_remote_code: bool = setting(
+        False, "Run the code that the teacher's folder brings along; for those whose maker you trust."
+    )
 
     def check(self) -> None:
         for name in ("sequences", "tensor_parallel", "pipeline_parallel", "batch_tokens"):
@@ -352,6 +361,9 @@ class TrainConfig(Settings):
         "What happens at a loss or gradient that is not finite, or a spike: 'skip' drops the step; always written down "
         "with its sequences.",
         choices=BAD_LOSS_ACTIONS,
+    )
+    trust_remote_code: bool = setting(
+        False, "Run the code that the student's folder brings along; for those whose maker you trust."
     )
     loader_workers: int | None = setting(
         None, "Processes that decode batches; 0 is a thread. None takes 2 with a GPU, else 0."

@@ -200,6 +200,11 @@ class Corpus:
         longest = [np.maximum.reduceat(values, offsets[:-1]) for values, offsets in documents if len(offsets) > 1]
         return np.concatenate([np.zeros(0, np.int64), *tokens]), np.concatenate([np.zeros(0, np.int64), *longest])
 
+    def largest_token_id(self) -> int:
+        """Over all sequences; reads the whole corpus."""
+        tables = (self._table(index) for index in range(len(self.manifest.partitions)))
+        return max((int(lists_of(table, "token_ids")[0].max(initial=0)) for table in tables), default=0)
+
     def keys(self) -> np.ndarray:
         """uint8 [len, 16]: the key of every sequence."""
         tables = [self._table(index) for index in range(len(self.manifest.partitions))]

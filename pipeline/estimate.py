@@ -15,7 +15,8 @@ from typing import Any
 from pipeline.config import CacheConfig, EstimateConfig, TrainConfig
 from pipeline.corpus import Corpus
 from pipeline.devices import DEVICES
-from pipeline.errors import ConfigError, CorpusError
+from pipeline.errors import CorpusError
+from pipeline.models import read_model, text_body
 from pipeline.progress import duration
 from pipeline.settings import load_config
 from pipeline.shards.layout import ShardLayout
@@ -44,28 +45,26 @@ class ModelSize:
     vocab_size: int
 
     @classmethod
-    def read(cls, path: Path) -> "ModelSize":
-        """The size of the model whose config.json is `path` or lies in it, counted without making its weights."""
-        import torch
-        from transformers import AutoConfig, AutoModelForCausalLM
+    def read(cls, path: Path, trust_remote_code: bool = False) -> "ModelSize":
+        """The size of the model whose config.json is `path` or lies in it, counted without making its weights.
 
-        try:
-            config = AutoConfig.from_pretrained(str(path), local_files_only=True)
-            with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(config)
-        except (OSError, ValueError, KeyError) as exc:
-            reason = " ".join(str(exc).split())
-            raise ConfigError(f"{path}: no causal LM that transformers knows: {reason}") from exc
-        text = config.get_text_config()
+        Of a vision-language model that of its language model.
+        """
+        import torch
+
+        folder = read_model(path, trust_remote_code=trust_remote_code)
+        model, text = folder.without_weights(), folder.text
+        parts = {"body": text_body(model), "head": model.get_output_embeddings()}
         head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
         active = 0.0
-        for name, parameter in model.named_parameters():
+        parameters = dict(torch.nn.ModuleDict(parts).named_parameters())  # a tied head counts once
+        for name, parameter in parameters.items():
             if parameter.ndim > 1 and parameter is not head and parameter is not embedding:
                 active += parameter.numel() * (_share_of_experts(text) if ".experts." in name else 1.0)
         head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
         return cls(
-            num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+            num_parameters=sum(parameter.numel() for parameter in parameters.values()),
             body_flops=2 * active,
             head_flops=2.0 * head.numel(),
             attention_flops=4.0 * text.num_hidden_layers * text.num_attention_heads * head_dim,
@@ -204,7 +203,7 @@ def _describe(found: Estimate, name: str, cost: Cost) -> list[str]:
 
 
 def _capture(config: EstimateConfig, cache: CacheConfig, amount: Amount) -> Cost:
-    size, device = ModelSize.read(cache.teacher), DEVICES[config.device]
+    size, device = ModelSize.read(cache.teacher, config.trust_remote_code), DEVICES[config.device]
     fp8, full = "fp8" in (cache.quantization or ""), cache.dtype == "float32"
     shards = cache.tensor_parallel * cache.pipeline_parallel
     weights = size.num_parameters * (1 if fp8 else 4 if full else 2)
@@ -223,7 +222,7 @@ def _capture(config: EstimateConfig, cache: CacheConfig, amount: Amount) -> Cost
 
 
 def _training(config: EstimateConfig, train: TrainConfig, amount: Amount) -> Cost:
-    size, device = ModelSize.read(train.student), DEVICES[config.device]
+    size, device = ModelSize.read(train.student, config.trust_remote_code), DEVICES[config.device]
     full, devices = train.dtype == "float32", config.student_devices
     seen = amount.times(train.epochs)
     if train.max_steps is not None:

@@ -26,7 +26,7 @@ FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 COPY = "manifest.copy.json"
 TOKENIZER = "tokenizer"
-PROVENANCE = ("settings", "software", "chat_template", "tokenizer_files")
+PROVENANCE = ("settings", "software", "chat_template", "tokenizer_files", "largest_token_id")
 """Entries that tell where a cache comes from and do not decide what is in it."""
 COLLECTION = ("container", "corpus", "packing", "sequence_length", "num_tokens", "num_targets", "partitions")
 """Entries that say which sequences a cache has and how they are kept; a sequence's targets do not depend on them."""
@@ -70,6 +70,9 @@ class CacheManifest:
     identity, since the tokens are."""
     tokenizer_files: dict[str, str] = field(default_factory=dict)
     """xxh3-128 of every file in tokenizer/; not part of the identity, which is `tokenizer`."""
+
+    largest_token_id: int | None = None
+    """In any sequence; None if the cache was written before it was recorded."""
 
     @property
     def num_sequences(self) -> int:

@@ -13,7 +13,7 @@ e / 2.718 at any T. The mass outside the stored ids is kept as a logarithm, summ
 logits were: it is never a difference of rounded probabilities.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -87,6 +87,23 @@ COLUMNS = ("ids", "logits", "logsumexps", "tail_logprobs", "entropies", "label_l
 """The array fields of SparseTargets."""
 
 
+def improper(targets: SparseTargets) -> str:
+    """What no distribution has, and at which target; empty if every value is a number that one can have.
+
+    Only the logarithm of an empty tail may be -inf.
+    """
+    for name in COLUMNS:
+        values = getattr(targets, name)
+        if values.dtype.kind != "f":
+            bad = values < (-1 if name == "draws" else 0)
+        else:
+            bad = ~np.isfinite(values) & (np.isnan(values) | (values > 0) | (name != "tail_logprobs"))
+        if bad.any():
+            row = int(np.argmax(bad.reshape(len(values), -1).any(axis=1)))
+            return f"{name} of target {row} is {np.atleast_1d(values[row])[np.atleast_1d(bad[row])][0]}"
+    return ""
+
+
 def column_of(temperatures: tuple[float, ...], temperature: float) -> int:
     """Index of a captured temperature; raises ConfigError that lists the captured ones."""
     if float(temperature) not in temperatures:
@@ -101,6 +118,43 @@ def concatenate(parts: list[SparseTargets]) -> SparseTargets:
         return parts[0]
     columns = {name: np.concatenate([getattr(part, name) for part in parts]) for name in COLUMNS}
     return SparseTargets(temperatures=parts[0].temperatures, **columns)
+
+
+def restricted(targets: SparseTargets, vocab_size: int) -> SparseTargets:
+    """The same for a vocabulary that ends at `vocab_size`: what is stored of other ids becomes part of the tail.
+
+    Their places repeat the row's first remaining id with probability 0; a row that keeps none has its label's id no
+    more than others have: it is all tail. A draw of such an id becomes another draw of its row.
+    """
+    outside = targets.ids >= vocab_size
+    if not outside.any() and not (targets.draws >= vocab_size).any():
+        return targets
+    order = np.argsort(outside, axis=1, kind="stable")
+    ids, outside = (np.take_along_axis(values, order, axis=1) for values in (targets.ids, outside))
+    logits = np.take_along_axis(targets.logits, order, axis=1)
+    tails = [
+        np.logaddexp(tail, np.logaddexp.reduce(np.where(outside, logprobs, -np.inf), axis=1))
+        for tail, logprobs in (
+            (
+                targets._of(targets.tail_logprobs, T),
+                logits / np.float32(T) - targets._of(targets.logsumexps, T)[:, None],
+            )
+            for T in targets.temperatures
+        )
+    ]
+    first = np.where(ids[:, :1] < vocab_size, ids[:, :1], 0) if ids.shape[1] else ids
+    draws = targets.draws
+    if draws.shape[1]:
+        usable = np.argmax(draws < vocab_size, axis=1)
+        draws = np.where(draws < vocab_size, draws, draws[np.arange(len(draws)), usable][:, None])
+        draws = np.where(draws < vocab_size, draws, 0)
+    return replace(
+        targets,
+        ids=np.where(outside, first, ids),
+        logits=np.where(outside, np.float32(-np.inf), logits),
+        tail_logprobs=np.stack(tails, axis=1).astype(np.float32),
+        draws=draws,
+    )
 
 
 def logsumexps_of(logits_NK: np.ndarray, tail_logprobs_NT: np.ndarray, temperatures: tuple[float, ...]) -> np.ndarray:

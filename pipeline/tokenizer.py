@@ -49,7 +49,7 @@ def has_tokenizer(folder: Path) -> bool:
     return folder.is_dir() and any((folder / name).is_file() for name in FILES)
 
 
-def load_tokenizer(folder: Location) -> Any:
+def load_tokenizer(folder: Location, *, trust_remote_code: bool = False) -> Any:
     """The transformers tokenizer in `folder`, or under a URL; never asks a model hub."""
     if isinstance(folder, ObjectPath):
         folder = kept_copy(folder)
@@ -58,7 +58,7 @@ def load_tokenizer(folder: Location) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=trust_remote_code)
     except Exception as exc:  # whatever a foreign file makes the library raise
         raise ConfigError(f"{folder}: transformers cannot load this tokenizer: {' '.join(str(exc).split())}") from exc
 

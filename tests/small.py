@@ -8,7 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING as SEES_PICTURES
 
 from pipeline import open_cache
 from pipeline.corpus import TOKENIZER, Corpus, CorpusManifest, TokenSequence, write_partition
@@ -222,11 +230,11 @@ def assert_equal_caches(first: Path, second: Path) -> None:
 
 
 @functools.cache
-def float64_model(folder: Path) -> LlamaForCausalLM:
+def float64_model(folder: Path) -> PreTrainedModel:
     """The model in a folder, for oracles; computed the plain way, which knows float64 and soft caps."""
-    return AutoModelForCausalLM.from_pretrained(
-        folder, dtype="float64", attn_implementation="eager", experts_implementation="eager"
-    )
+    kind = type(AutoConfig.from_pretrained(folder))
+    loader = AutoModelForImageTextToText if kind in SEES_PICTURES else AutoModelForCausalLM
+    return loader.from_pretrained(folder, dtype="float64", attn_implementation="eager", experts_implementation="eager")
 
 
 def true_logits(teacher: Path, sequence: TokenSequence, vocab_size: int) -> np.ndarray:

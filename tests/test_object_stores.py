@@ -195,7 +195,9 @@ def test_student_trains_from_the_store_as_from_a_folder(tmp_path, url, local):
     losses = []
     for name, cache in (("local", local), ("store", url)):
         train_student(
-            TrainConfig(student=tmp_path / "student", cache=cache, out=tmp_path / name, max_steps=2, log_steps=1)
+            TrainConfig(
+                student=tmp_path / "student" / "config.json", cache=cache, out=tmp_path / name, max_steps=2, log_steps=1
+            )
         )
         losses.append(read_log(tmp_path / name / "log.jsonl"))
     assert losses[0] == losses[1]

@@ -77,7 +77,9 @@ def cache(tmp_path_factory, corpus):
 def batch_loader(cache, num_workers, first_step=0):
     sampler = StreamSampler(len(cache), 3, StepShape(batch_size=3, accumulation=2), 6)
     sampler.first_step = first_step
-    return BatchLoader(CacheDataset(cache), Collate(2.0), sampler, num_workers=num_workers, pin=False)
+    return BatchLoader(
+        CacheDataset(cache, cache.manifest.vocab_size), Collate(2.0), sampler, num_workers=num_workers, pin=False
+    )
 
 
 def test_workers_change_nothing_about_the_order(cache):

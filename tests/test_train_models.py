@@ -52,7 +52,7 @@ def student_folder(folder: Path, cache: Path, kind: str) -> Path:
     tiny_tokenizer(folder)
     vocab_size = open_cache(cache).manifest.vocab_size + 7
     AutoConfig.for_model(kind, **{"vocab_size": vocab_size} | SMALL | KINDS[kind]).save_pretrained(folder)
-    return folder
+    return folder / "config.json"
 
 
 def model_of(student, head, **adapters):
@@ -64,7 +64,7 @@ def model_of(student, head, **adapters):
 
 def head_of(student, cache, **changes):
     manifest = open_cache(cache).manifest
-    factors = {"logit_scale": student.logit_scale, "logit_softcap": student.logit_softcap}
+    factors = {"logit_scale": student.model.logit_scale, "logit_softcap": student.model.logit_softcap}
     return HeadLoss(vocab_size=manifest.vocab_size, **factors, **changes)
 
 
@@ -84,7 +84,7 @@ def own_logits(model, batch, head):
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_of_every_kind_are_those_of_its_own_logits(tmp_path, cache, kind):
     """The reference is the untouched model's logits, whatever it does to them."""
-    student = read_student(student_folder(tmp_path, cache, kind), open_cache(cache).manifest)
+    student = read_student(student_folder(tmp_path, cache, kind), open_cache(cache))
     head = head_of(student, cache)
     model, batch = model_of(student, head), batch_of(cache)
     out = model(**batch)
@@ -99,7 +99,7 @@ def test_gradients_of_every_kind_are_those_of_its_own_logits(tmp_path, cache, ki
 @pytest.mark.parametrize("kind", KINDS)
 def test_documents_packed_into_a_sequence_do_not_see_each_other(tmp_path, cache, kind):
     """All logits of a batch of packed and padded sequences are those of every document alone."""
-    student = read_student(student_folder(tmp_path, cache, kind), open_cache(cache).manifest)
+    student = read_student(student_folder(tmp_path, cache, kind), open_cache(cache))
     model, batch = student.load(0).double(), batch_of(cache, indices := (3, 8, 1))
     sequences = [open_cache(cache)[index] for index in indices]
     assert max(len(sequence.document_lengths) for sequence in sequences) > 1
@@ -116,7 +116,7 @@ def test_documents_packed_into_a_sequence_do_not_see_each_other(tmp_path, cache,
 @pytest.mark.parametrize("on_head", [False, True])
 def test_adapters_train_as_in_the_merged_model(tmp_path, cache, on_head):
     """Values of the merged weights, gradients of the adapters alone; the head's is frozen or has its own."""
-    student = read_student(student_folder(tmp_path, cache, "granite"), open_cache(cache).manifest)
+    student = read_student(student_folder(tmp_path, cache, "granite"), open_cache(cache))
     head = head_of(student, cache)
     model = model_of(student, head, rank=3, alpha=6.0, on_head=on_head)
     with torch.no_grad():
@@ -164,7 +164,7 @@ def test_adapter_on_a_tied_head_is_refused(tmp_path, cache):
 
 
 def test_model_that_changes_its_logits_otherwise_is_refused_before_the_first_step(tmp_path, cache):
-    student = read_student(student_folder(tmp_path, cache, "cohere"), open_cache(cache).manifest)
+    student = read_student(student_folder(tmp_path, cache, "cohere"), open_cache(cache))
     batch = batch_of(cache, [3])
     known = head_of(student, cache)
     require_agreement(model_of(student, known), batch, known)
@@ -179,11 +179,11 @@ def test_model_that_changes_its_logits_otherwise_is_refused_before_the_first_ste
 
 
 def test_special_tokens_outside_the_vocabulary_are_refused(tmp_path, cache):
-    folder = student_folder(tmp_path / "student", cache, "llama")
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": [0, 99_999]}))
+    path = student_folder(tmp_path / "student", cache, "llama")
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"eos_token_id": [0, 99_999]}))
     with pytest.raises(ConfigError, match="eos_token_id is 99999, outside its vocabulary of"):
-        read_student(folder, open_cache(cache).manifest)
+        read_student(path, open_cache(cache))
 
 
 def test_held_out_metrics_are_those_of_float64(tmp_path, cache):
@@ -261,8 +261,8 @@ def test_calibration_error_of_known_confidences():
 def test_scheduled_alpha_and_wsd_learning_rate_are_logged(tmp_path, cache):
     values = {"max_steps": 11, "batch_size": 4, "learning_rate": 1e-3, "log_steps": 1, "save_steps": 100}
     schedule = {"schedule": "wsd", "alpha_schedule": "linear", "alpha": 1.0, "alpha_end": 0.5, "divergence": "js"}
-    student = tmp_path / "student"
-    llama_config(open_cache(cache).manifest.vocab_size, num_hidden_layers=1).save_pretrained(student)
+    student = tmp_path / "student" / "config.json"
+    llama_config(open_cache(cache).manifest.vocab_size, num_hidden_layers=1).save_pretrained(student.parent)
     shape = {"warmup_ratio": 0.2, "decay_ratio": 0.4}
     config = TrainConfig(student=student, cache=cache, out=tmp_path / "run", **values, **schedule, **shape)
     train_student(config)

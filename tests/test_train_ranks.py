@@ -29,9 +29,9 @@ ADAPTERS = {"lora_rank": 4, "lora_alpha": 8.0, "lora_head": True}
 def base(tmp_path_factory, corpus):
     """Settings of a run on one rank with a global batch of 8, for a student that starts from random weights."""
     cache = make_cache(tmp_path_factory.mktemp("cache"), corpus, max_kl_error=0.0)
-    student = tmp_path_factory.mktemp("student")
+    student = tmp_path_factory.mktemp("student") / "config.json"
     vocab_size = open_cache(cache).manifest.vocab_size
-    llama_config(vocab_size, num_hidden_layers=2, initializer_range=0.02).save_pretrained(student)
+    llama_config(vocab_size, num_hidden_layers=2, initializer_range=0.02).save_pretrained(student.parent)
     values = {"max_steps": 8, "batch_size": 8, "log_steps": 1, "save_steps": 3, "learning_rate": 1e-2}
     return TrainConfig(student=student, cache=cache, out=Path("unset"), **values)
 

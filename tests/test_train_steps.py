@@ -25,9 +25,9 @@ LAYERS, STEPS = 2, 6
 def base(tmp_path_factory, corpus):
     """Settings of a short run for a student that starts from random weights."""
     cache = make_cache(tmp_path_factory.mktemp("cache"), corpus, max_kl_error=0.0)
-    student = tmp_path_factory.mktemp("student")
+    student = tmp_path_factory.mktemp("student") / "config.json"
     vocab_size = open_cache(cache).manifest.vocab_size
-    llama_config(vocab_size, num_hidden_layers=LAYERS, initializer_range=0.02).save_pretrained(student)
+    llama_config(vocab_size, num_hidden_layers=LAYERS, initializer_range=0.02).save_pretrained(student.parent)
     values = {"max_steps": STEPS, "batch_size": 4, "log_steps": 1, "save_steps": 100, "learning_rate": 1e-2}
     return TrainConfig(student=student, cache=cache, out=Path("unset"), warmup_ratio=0.0, **values)
 

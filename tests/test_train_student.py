@@ -50,7 +50,7 @@ def student(tmp_path_factory, cache_folder):
     folder = tmp_path_factory.mktemp("student")
     vocab_size = open_cache(cache_folder).manifest.vocab_size
     llama_config(vocab_size, num_hidden_layers=1, initializer_range=0.02).save_pretrained(folder)
-    return folder
+    return folder / "config.json"
 
 
 def settings(student: Path, cache: Path, out: Path, **changes: object) -> TrainConfig:

@@ -122,5 +122,6 @@ def _manifest(config: MergeConfig, caches: Sequence[Cache], pieces: Sequence[_Pi
         num_tokens=sum(piece.num_tokens for piece in pieces),
         num_targets=sum(piece.num_targets for piece in pieces),
         partitions=tuple(np.cumsum([0, *(piece.num_sequences for piece in pieces)]).tolist()),
+        largest_token_id=max(cache.largest_token_id() for cache in caches),
         settings=resolved(config) | {"merged": [manifest.settings for manifest in manifests]},
     )

@@ -66,6 +66,11 @@ class Cache:
         """The open shard of a partition, its structure checked."""
         return self._open(partition)[0]
 
+    def largest_token_id(self) -> int:
+        """Over all sequences; reads all of them where the manifest, of an older version, does not say."""
+        recorded = self.manifest.largest_token_id
+        return max(int(sequence.token_ids.max()) for sequence in self) if recorded is None else recorded
+
     def close(self) -> None:
         """Release all files."""
         while self._shards:

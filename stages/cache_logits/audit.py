@@ -64,7 +64,7 @@ def audit_cache(config: AuditConfig, reporter: Reporter | None = None) -> AuditR
     cache = open_cache(config.cache)
     indexes = sample(len(cache), config.fraction, config.sequences, config.seed)
     capture = _capture_settings(config, cache.manifest)
-    teacher = read_teacher(capture, cache.manifest)  # the manifest has all that is asked of a corpus's
+    teacher = read_teacher(capture, cache.manifest, cache.largest_token_id)
     _require_same(teacher.identity(), cache.manifest, config)
     if capture.engine == "vllm":
         require_vllm(teacher)
@@ -146,7 +146,10 @@ def _capture_settings(config: AuditConfig, manifest: CacheManifest) -> CacheConf
     return load_config(CacheConfig, None, values | decided)
 
 
-_OWN = ("tensor_parallel", "pipeline_parallel", "batch_tokens", "gpu_memory_utilization", "enforce_eager")
+_OWN = (
+    *("tensor_parallel", "pipeline_parallel", "batch_tokens", "gpu_memory_utilization", "enforce_eager"),
+    "trust_remote_code",
+)
 _DECIDED = ("teacher", "corpus", "out", "temperatures")
 
 

@@ -62,7 +62,7 @@ def capture(
 
         requests = _requests(corpus, manifest, partitions, rows, writer, hand_over, on_unreadable)
         for (row, document), targets in engine.score(requests):
-            row.documents[document] = targets
+            row.answer(document, targets)
             hand_over()
         if rows:
             raise RuntimeError(f"the engine ended with {len(rows)} sequences unanswered")

@@ -1,5 +1,6 @@
 """What is to be captured, checked and written down before a teacher is loaded."""
 
+import functools
 import importlib.metadata
 import shutil
 from collections.abc import Callable
@@ -40,10 +41,13 @@ def plan_cache(config: CacheConfig, check: Callable[[Teacher], None] = lambda te
     corpus = Corpus(config.corpus)
     if len(corpus) == 0:
         raise CorpusError(f"{config.corpus}: holds no sequence; there is nothing to capture.")
-    teacher = read_teacher(config, corpus.manifest)
+    planned = _planned(config, corpus)
+    recorded = planned.largest_token_id if planned else None
+    largest_id = functools.cache(lambda: corpus.largest_token_id() if recorded is None else recorded)
+    teacher = read_teacher(config, corpus.manifest, largest_id)
     check(teacher)
-    partitions = _planned(config, corpus) or plan_partitions(corpus.lengths()[0], config.shard_tokens)
-    manifest = _manifest(config, corpus, teacher, partitions)
+    partitions = planned.partitions if planned else plan_partitions(corpus.lengths()[0], config.shard_tokens)
+    manifest = _manifest(config, corpus, teacher, partitions, largest_id())
     num_known_tokens = 0
     if config.reuse:
         corpus = GrownCorpus(config.corpus, KnownTargets(config.reuse, manifest))
@@ -68,16 +72,18 @@ def announcement(config: CacheConfig, manifest: CacheManifest, num_todo: int) ->
     )
 
 
-def _planned(config: CacheConfig, corpus: Corpus) -> tuple[int, ...] | None:
-    """The partitions of the plan that is there, if it divides this corpus in this way."""
+def _planned(config: CacheConfig, corpus: Corpus) -> CacheManifest | None:
+    """The plan that is there, if it divides this corpus in this way."""
     if not (config.out / MANIFEST).is_file():
         return None
     there = CacheManifest.read(config.out)
     same = there.corpus == corpus.manifest.fingerprint and there.settings.get("shard_tokens") == config.shard_tokens
-    return there.partitions if same else None
+    return there if same else None
 
 
-def _manifest(config: CacheConfig, corpus: Corpus, teacher: Teacher, partitions: tuple[int, ...]) -> CacheManifest:
+def _manifest(
+    config: CacheConfig, corpus: Corpus, teacher: Teacher, partitions: tuple[int, ...], largest_token_id: int
+) -> CacheManifest:
     return CacheManifest(
         teacher=teacher.identity() | {"engine": config.engine},
         tokenizer=corpus.manifest.tokenizer,
@@ -99,6 +105,7 @@ def _manifest(config: CacheConfig, corpus: Corpus, teacher: Teacher, partitions:
         software=_versions(),
         chat_template=corpus.manifest.settings.get("chat_template"),
         tokenizer_files=hash_folder(config.corpus / TOKENIZER),
+        largest_token_id=largest_token_id,
     )
 
 

@@ -32,6 +32,8 @@ def cache_logits(config: CacheConfig, reporter: Reporter | None = None) -> Cache
     rank = rank_from_environment() if config.worker_from_env else Rank(config.worker, config.workers)
     plan = plan_cache(config, require_vllm if config.engine == "vllm" else lambda teacher: None)
     manifest = plan.manifest
+    for note in plan.teacher.notes:
+        reporter.log(note)
     engine_class = ENGINES[config.engine]
     if config.reuse:
         num_new = manifest.num_tokens - plan.num_known_tokens

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from pipeline.corpus import TokenSequence
+from pipeline.errors import EngineError
 from pipeline.lifecycle.known import KnownSequence
-from pipeline.targets import SparseTargets, concatenate
+from pipeline.targets import SparseTargets, concatenate, improper
 from stages.cache_logits.engine import Engine, Request
 
 
@@ -26,6 +27,17 @@ class Row:
         self.documents = [None] * len(documents)
         for index, document in enumerate(documents):
             yield Request((self, index), *document)
+
+    def answer(self, document: int, targets: SparseTargets) -> None:
+        """Take the targets of a document; raises EngineError, which names the sequence, if they are no numbers."""
+        problem = improper(targets)
+        if problem:
+            raise EngineError(
+                f"sequence {self.sequence.key.hex()}, document {document + 1}: the teacher's targets are not finite: "
+                f"{problem}; a body in float16 overflows where bfloat16 or float32 (--dtype) does not, and a damaged "
+                "checkpoint does everywhere."
+            )
+        self.documents[document] = targets
 
     def targets(self) -> SparseTargets | None:
         """The targets of the whole sequence once every document is there; read from its cache if it is known."""
@@ -47,7 +59,7 @@ def score_sequences(
             yield from rows[-1].requests()
 
     for (row, document), targets in engine.score(requests()):
-        row.documents[document] = targets
+        row.answer(document, targets)
         while rows and (whole := rows[0].targets()) is not None:
             yield rows.popleft().sequence, whole
     if rows:

@@ -1,47 +1,65 @@
 """The teacher as its folder describes it: read and checked before anything is loaded."""
 
-import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import xxhash
 
 from pipeline.config import CacheConfig
-from pipeline.corpus import CorpusManifest
 from pipeline.errors import ConfigError
 from pipeline.files import canonical_json
-from pipeline.tokenizer import TokenizerIdentity, identify_folder
-
-WEIGHT_PATTERNS = ("*.safetensors", "*.bin")
-SAMPLE_BYTES = 1 << 16
-SAMPLES = 256
-"""Blocks of SAMPLE_BYTES that are hashed of every weight file, its first and last among them."""
+from pipeline.manifest import TOKENIZER
+from pipeline.models import COMPUTED_IN, ModelFolder, read_model
+from pipeline.tokenizer import TokenizerIdentity, has_tokenizer, identify, load_tokenizer
+from pipeline.vocabulary import difference_in_use, extra_tokens
+from pipeline.weights import common_pattern, hash_weights, weight_files
 
 NOT_IDENTITY = ("_name_or_path", "transformers_version", "use_cache")
 """Keys of config.json that can differ between copies of one model."""
+
+
+class Scored(Protocol):
+    """What a teacher is held against: the manifest of a corpus, or of a cache for an audit of it."""
+
+    tokenizer: TokenizerIdentity
+    sequence_length: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class Teacher:
     """A model folder, and the vocabulary that takes part."""
 
-    folder: Path
-    config: dict[str, Any]
-    architecture: str
+    model: ModelFolder
     vocab_size: int
-    """Real vocabulary: the tokenizer's; the head's further rows are padding."""
-    padded_vocab_size: int
-    context_length: int
+    """Real vocabulary: the tokenizer's, or the head's where that is smaller; the head's further rows are padding."""
     dtype: str
     """Of the body: float32, bfloat16 or float16."""
     quantization: str
     """vLLM's name of the scheme, or none."""
+    weight_pattern: str | None = None
+    """Shell pattern of the files that hold the weights, where one finds them and no others."""
+    notes: tuple[str, ...] = ()
+    """What a user should know of it."""
 
-    def identity(self) -> dict[str, str]:
+    @property
+    def folder(self) -> Path:
+        return self.model.folder
+
+    @property
+    def architecture(self) -> str:
+        return self.model.architecture
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the head."""
+        return self.model.vocab_size
+
+    def identity(self) -> dict[str, Any]:
         """What decides the targets: the files, by hash, and the types of the computation."""
-        config = {key: value for key, value in self.config.items() if key not in NOT_IDENTITY}
-        return {
+        config = {key: value for key, value in self.model.document.items() if key not in NOT_IDENTITY}
+        identity = {
             "architecture": self.architecture,
             "config": xxhash.xxh3_128_hexdigest(canonical_json(config)),
             "weights": hash_weights(self.folder),
@@ -49,82 +67,71 @@ class Teacher:
             "head_dtype": "float32",
             "quantization": self.quantization,
         }
+        return identity | ({"trust_remote_code": True} if self.model.trust_remote_code else {})
 
 
-def read_teacher(config: CacheConfig, corpus: CorpusManifest) -> Teacher:
-    """The teacher, checked against the corpus and the settings; raises ConfigError."""
+def read_teacher(config: CacheConfig, scored: Scored, largest_id: Callable[[], int]) -> Teacher:
+    """The teacher, checked against the settings and what it is to score; raises ConfigError.
+
+    `largest_id` gives the largest token id there, and is asked only if the vocabularies differ.
+    """
     folder = config.teacher
-    document = _read_model_config(folder)
-    text = document.get("text_config", document)
-    try:
-        architecture, padded = document["architectures"][0], int(text["vocab_size"])
-    except (KeyError, IndexError, TypeError) as exc:
-        raise ConfigError(f"{folder / 'config.json'}: has no {exc}; expected the config of a causal LM.") from exc
+    read_config = _as_vllm_reads_it if config.engine == "vllm" else None
+    model = read_model(folder, trust_remote_code=config.trust_remote_code, read_config=read_config)
+    notes = [*_check_tokenizer(model, scored, config.corpus / TOKENIZER, largest_id), *model.require_weights()]
     teacher = Teacher(
-        folder=folder,
-        config=document,
-        architecture=architecture,
-        vocab_size=min(corpus.tokenizer.vocab_size, padded),
-        padded_vocab_size=padded,
-        context_length=int(text.get("max_position_embeddings", 1 << 30)),
-        dtype=config.dtype if config.dtype != "auto" else text.get("dtype") or text.get("torch_dtype") or "float32",
-        quantization=config.quantization or document.get("quantization_config", {}).get("quant_method", "none"),
+        model=model,
+        vocab_size=min(scored.tokenizer.vocab_size, model.vocab_size),
+        dtype=config.dtype if config.dtype != "auto" else model.dtype,
+        quantization=config.quantization or model.quantization,
+        weight_pattern=common_pattern(weight_files(folder)),
+        notes=tuple(notes),
     )
-    _check_tokenizer(folder, corpus.tokenizer, padded)
+    if teacher.dtype not in COMPUTED_IN:
+        raise ConfigError(f"{model.path}: dtype is {teacher.dtype!r}; give --dtype as one of {', '.join(COMPUTED_IN)}.")
     if config.top_k > teacher.vocab_size:
         raise ConfigError(f"top_k is {config.top_k}; the vocabulary of {folder} has {teacher.vocab_size} ids.")
-    if corpus.sequence_length > teacher.context_length:
+    if scored.sequence_length > model.context_length:
         raise ConfigError(
-            f"{config.corpus}: sequences of up to {corpus.sequence_length} tokens; the context of {folder} is "
-            f"{teacher.context_length}; prepare again with --sequence-length {teacher.context_length} or less."
+            f"{config.corpus}: sequences of up to {scored.sequence_length} tokens; the context of {folder} is "
+            f"{model.context_length}; prepare again with --sequence-length {model.context_length} or less."
         )
     return teacher
 
 
-def hash_weights(folder: Path) -> str:
-    """Hash of every weight file's name, size and evenly spaced samples.
+def _as_vllm_reads_it(folder: Path, trust_remote_code: bool) -> Any:
+    """vLLM knows configs of its own; for a model type that transformers does not know."""
+    from vllm.transformers_utils.config import get_config
 
-    Takes seconds for 135 GB, and a retrained or converted checkpoint differs everywhere. It tells
-    teachers apart; it does not check the disk.
-    """
-    files = sorted({path for pattern in WEIGHT_PATTERNS for path in folder.glob(pattern)})
-    if not files:
-        raise ConfigError(f"{folder}: no weights there; expected {' or '.join(WEIGHT_PATTERNS)}.")
-    digest = xxhash.xxh3_128()
-    for path in files:
-        size = path.stat().st_size
-        digest.update(f"{path.name}\0{size}\0".encode())
-        last = max(size - SAMPLE_BYTES, 0)
-        with path.open("rb") as file:
-            for offset in sorted({last * index // (SAMPLES - 1) for index in range(SAMPLES)}):
-                file.seek(offset)
-                digest.update(file.read(SAMPLE_BYTES))
-    return digest.hexdigest()
+    return get_config(str(folder), trust_remote_code)
 
 
-def _read_model_config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
-    if not path.is_file():
-        raise ConfigError(f"{folder}: no model there (config.json is missing); give the folder of the teacher.")
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as exc:
-        raise ConfigError(f"{path}: not JSON: {exc}") from exc
-    if not isinstance(document, dict):
-        raise ConfigError(f"{path}: found a {type(document).__name__}; expected the config of a causal LM.")
-    return document
-
-
-def _check_tokenizer(folder: Path, corpus: TokenizerIdentity, padded_vocab_size: int) -> None:
-    own = identify_folder(folder)
-    difference = own.difference(corpus) if own is not None else ""
-    if difference:
-        raise ConfigError(
-            f"{folder}: its tokenizer is not the one that made the corpus: {difference}; "
-            f"prepare the corpus again with --tokenizer {folder}."
+def _check_tokenizer(model: ModelFolder, scored: Scored, tokenizer: Path, largest_id: Callable[[], int]) -> list[str]:
+    """Notes; raises ConfigError unless every id that is to be scored means the same to the teacher."""
+    notes = []
+    if has_tokenizer(model.folder):
+        own = load_tokenizer(model.folder, trust_remote_code=model.trust_remote_code)
+        difference = identify(own).difference(scored.tokenizer)
+        if difference:
+            theirs = load_tokenizer(tokenizer, trust_remote_code=model.trust_remote_code)
+            difference = difference_in_use(own, theirs, largest_id())
+            notes.append(
+                f"{model.folder}: its tokenizer differs from the corpus's in tokens that the corpus does not use: "
+                f"{extra_tokens(own, theirs, largest_id())}."
+            )
+        if difference:
+            raise ConfigError(
+                f"{model.folder}: its tokenizer is not the one that made the corpus: {difference}; "
+                f"prepare the corpus again with --tokenizer {model.folder}."
+            )
+    if scored.tokenizer.vocab_size > model.vocab_size:
+        if largest_id() >= model.vocab_size:
+            raise ConfigError(
+                f"{model.folder}: a head of {model.vocab_size} ids for a corpus that holds id {largest_id()} (its "
+                f"tokenizer has {scored.tokenizer.vocab_size}); the tokenizer does not match the teacher."
+            )
+        notes.append(
+            f"{model.folder}: a head of {model.vocab_size} ids for a tokenizer of {scored.tokenizer.vocab_size}; the "
+            "corpus uses none of those that are left over."
         )
-    if corpus.vocab_size > padded_vocab_size:
-        raise ConfigError(
-            f"{folder}: a head of {padded_vocab_size} ids for a corpus whose tokenizer has {corpus.vocab_size}; "
-            "the tokenizer does not match the teacher."
-        )
+    return notes

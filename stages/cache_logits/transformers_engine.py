@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pipeline.config import CacheConfig
 from pipeline.errors import ConfigError, EngineError
+from pipeline.models import text_body
 from pipeline.targets import SparseTargets
 from stages.cache_logits.draws import reduce_rows
 from stages.cache_logits.engine import Request, reduction_of, unpack
@@ -25,27 +26,20 @@ class TransformersEngine:
     """A teacher in transformers, on the first CUDA device if there is one."""
 
     def __init__(self, teacher: Teacher, config: CacheConfig, longest_request: int) -> None:
-        from transformers import AutoModelForCausalLM
-
         if config.tensor_parallel > 1 or config.pipeline_parallel > 1 or teacher.quantization != "none":
             raise ConfigError("--engine transformers runs on one device, unquantised; take --engine vllm for more.")
         self._reduction = reduction_of(config)
         self._batch_tokens, self._row_chunk = config.batch_tokens, config.row_chunk
         self._vocab_size = teacher.vocab_size
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        text = teacher.config.get("text_config", teacher.config)
-        model = AutoModelForCausalLM.from_pretrained(
-            str(teacher.folder),
-            dtype=getattr(torch, teacher.dtype),
-            # The other implementations leave out the cap on attention scores, and say nothing.
-            attn_implementation="eager" if text.get("attn_logit_softcapping") else None,
-            local_files_only=True,
-        )
+        # The other implementations leave out the cap on attention scores, and say nothing.
+        capped = teacher.model.attribute("attn_logit_softcapping")
+        model = teacher.model.load(teacher.dtype, attn_implementation="eager" if capped else None)
         self._model = model.to(self._device).eval()
         head = model.get_output_embeddings()
         self._head_VH = head.weight[: self._vocab_size].float()
         self._bias_V = head.bias[: self._vocab_size].float() if getattr(head, "bias", None) is not None else None
-        self._soft_cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+        self._scale, self._soft_cap = teacher.model.logit_scale, teacher.model.logit_softcap
         self._check_head()
 
     @torch.inference_mode()
@@ -67,10 +61,12 @@ class TransformersEngine:
     def _hidden(self, token_ids: list[Tensor]) -> Tensor:
         """[batch, longest, H] after the final norm. Padding lies to the right, where causal attention never looks."""
         padded = torch.nn.utils.rnn.pad_sequence(token_ids, batch_first=True).to(self._device)
-        return self._model.base_model(input_ids=padded, use_cache=False).last_hidden_state
+        return text_body(self._model)(input_ids=padded, use_cache=False).last_hidden_state
 
     def _logits(self, hidden_NH: Tensor) -> Tensor:
         logits_NV = torch.nn.functional.linear(hidden_NH.float(), self._head_VH, self._bias_V)
+        if self._scale != 1.0:
+            logits_NV *= self._scale
         if self._soft_cap is not None:
             logits_NV = torch.tanh(logits_NV / self._soft_cap) * self._soft_cap
         return logits_NV

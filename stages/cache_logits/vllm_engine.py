@@ -1,11 +1,14 @@
 """The vLLM engine: drives vLLM's own loop with a bounded number of requests in flight."""
 
 import dataclasses
+import functools
 import importlib.metadata
 import os
+import tempfile
 import threading
 import warnings
 from collections.abc import Hashable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +18,13 @@ from pipeline.files import owner_name
 from pipeline.targets import SparseTargets
 from stages.cache_logits.engine import Request, reduction_of, unpack
 from stages.cache_logits.teacher import Teacher
-from stages.cache_logits.vllm_plugin import FRONT_END, OPTIONS, PREFIX, WATCH_INTERVAL_S
+from stages.cache_logits.vllm_plugin import FAILURES, FRONT_END, OPTIONS, WATCH_INTERVAL_S, as_capturing_text_model
 
 PLUGIN = "pipeline_teacher"
 IN_FLIGHT_STEPS = 2
 """Requests are handed over until this many steps' worth of tokens wait or run."""
+QUIET = "ERROR"
+"""vLLM's logging level unless the user has set one."""
 MAX_REQUESTS = 1024
 """Requests in a step at the most. vLLM's own limit, 256 on most machines, would leave steps of short documents unfilled."""
 
@@ -33,7 +38,8 @@ class VllmEngine:
         self._budget_tokens = IN_FLIGHT_STEPS * config.batch_tokens
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # vLLM's imports use what torch has deprecated
-            self._llm = _load(teacher, config, longest_request)
+            with _one_line_failures(teacher):
+                self._llm = _load(teacher, config, longest_request)
         self._closed = threading.Event()
         threading.Thread(target=self._watch_core, name="engine-watch", daemon=True).start()
         head_dtype = self._llm.llm_engine.vllm_config.model_config.head_dtype
@@ -90,20 +96,46 @@ class VllmEngine:
         return unpack(rows_NW.numpy(), self._reduction)
 
 
+@contextmanager
+def _one_line_failures(teacher: Teacher) -> Iterator[None]:
+    """Whatever keeps vLLM from starting is an EngineError with the reason, not the tracebacks of its processes.
+
+    These are shown with VLLM_LOGGING_LEVEL set to anything but its default here.
+    """
+    if os.environ["VLLM_LOGGING_LEVEL"] != QUIET:
+        yield
+        return
+    with tempfile.NamedTemporaryFile(prefix="pipeline-engine-") as file:
+        os.environ[FAILURES] = file.name
+        try:
+            yield
+        except Exception as exc:
+            reasons = Path(file.name).read_text(encoding="utf-8").splitlines()
+            reason = reasons[0] if reasons else " ".join(str(exc).split()) or type(exc).__name__
+            raise EngineError(
+                f"{teacher.folder}: vLLM cannot serve this teacher: {reason[:400]} (VLLM_LOGGING_LEVEL=INFO shows more)."
+            ) from exc
+        finally:
+            del os.environ[FAILURES]
+
+
 def _load(teacher: Teacher, config: CacheConfig, longest_request: int) -> Any:
     from vllm import LLM
 
+    model, architecture = teacher.model, teacher.model.text_architecture
     options = {
         "reduction": dataclasses.asdict(reduction_of(config)),
         "row_chunk": config.row_chunk,
         "vocab_size": teacher.vocab_size,
+        "files": teacher.weight_pattern,
+        "is_part": model.text is not model.config,
     }
-    overrides: dict[str, Any] = {"architectures": [PREFIX + teacher.architecture]}
     return LLM(
         model=str(teacher.folder),
         skip_tokenizer_init=True,
+        trust_remote_code=model.trust_remote_code,
         runner="pooling",
-        hf_overrides=overrides,
+        hf_overrides=functools.partial(as_capturing_text_model, architecture=architecture, ties_head=model.ties_head),
         pooler_config={"task": "token_classify"},
         additional_config={OPTIONS: options},
         dtype=teacher.dtype,
@@ -131,7 +163,7 @@ def _prepare_environment(config: CacheConfig) -> None:
     allowed = os.environ.get("VLLM_PLUGINS")
     if allowed is not None and PLUGIN not in allowed.split(","):
         raise EngineError(f"VLLM_PLUGINS is {allowed!r} and hides {PLUGIN!r}; add it or unset the variable.")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", QUIET)
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     os.environ.setdefault("PYTHONWARNINGS", "ignore")  # of the processes that vLLM starts
@@ -164,8 +196,10 @@ def require_vllm(teacher: Teacher) -> None:
             from vllm import ModelRegistry
     except ImportError as exc:
         raise EngineError(f"vLLM is not installed ({exc}); see the README, or take --engine transformers.") from exc
-    if teacher.architecture not in ModelRegistry.get_supported_archs():
+    architecture = teacher.model.text_architecture
+    if architecture not in ModelRegistry.get_supported_archs():
+        part = "" if architecture == teacher.architecture else f" ({architecture or 'as text alone'})"
         raise EngineError(
-            f"{teacher.folder}: vLLM does not serve the architecture {teacher.architecture}; "
+            f"{teacher.folder}: vLLM does not serve the architecture {teacher.architecture}{part}; "
             "take --engine transformers."
         )

@@ -4,6 +4,7 @@ Shapes: B sequences of a batch, S their padded length, M target tokens of the wh
 K stored entries.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,21 +14,25 @@ from torch.utils.data import Dataset
 
 from pipeline.shards.layout import CachedSequence
 from pipeline.shards.reader import Cache
-from pipeline.targets import SparseTargets
+from pipeline.targets import SparseTargets, restricted
 from stages.train_student.row_targets import DRAWN_TAILS
 
 
 class CacheDataset(Dataset[CachedSequence]):
-    """A cache as a torch dataset; every worker process opens its own files."""
+    """A cache as a torch dataset, in the student's vocabulary; every worker process opens its own files."""
 
-    def __init__(self, cache: Cache) -> None:
-        self.cache = cache
+    def __init__(self, cache: Cache, vocab_size: int) -> None:
+        self.cache, self._vocab_size = cache, vocab_size
+        self._is_restricted = vocab_size < cache.manifest.vocab_size
 
     def __len__(self) -> int:
         return len(self.cache)
 
     def __getitem__(self, index: int) -> CachedSequence:
-        return self.cache[index]
+        sequence = self.cache[index]
+        if self._is_restricted:
+            sequence = replace(sequence, targets=restricted(sequence.targets, self._vocab_size))
+        return sequence
 
 
 class Collate:

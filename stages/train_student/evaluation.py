@@ -19,8 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.shards.reader import Cache
-from stages.train_student.dataset import Collate
+from stages.train_student.dataset import CacheDataset, Collate
 from stages.train_student.head import HeadLoss
 
 BINS = 15
@@ -31,17 +30,17 @@ CHUNK_BYTES = 64 * 2**20
 class Evaluation:
     """A held-out cache, and what to measure on it."""
 
-    def __init__(self, cache: Cache, head: HeadLoss, temperatures: tuple[float, ...], batch_size: int) -> None:
-        self._cache, self._head, self._temperatures, self._batch_size = cache, head, temperatures, batch_size
+    def __init__(self, data: CacheDataset, head: HeadLoss, temperatures: tuple[float, ...], batch_size: int) -> None:
+        self._data, self._head, self._temperatures, self._batch_size = data, head, temperatures, batch_size
 
     def run(self, trainer: Any) -> dict[str, float]:
         """The metrics, the same on every rank. Every rank calls the model equally often, as FSDP asks."""
         args, model = trainer.args, trainer.model
         model.eval()
         totals: dict[str, Tensor] = {}
-        for start in range(0, len(self._cache), self._batch_size * args.world_size):
+        for start in range(0, len(self._data), self._batch_size * args.world_size):
             first = start + args.process_index * self._batch_size
-            rows = range(first, min(first + self._batch_size, len(self._cache)))
+            rows = range(first, min(first + self._batch_size, len(self._data)))
             sums = self._measure(trainer, list(rows) or [0])
             for name, value in sums.items():
                 totals[name] = totals.get(name, 0) + value * bool(rows)
@@ -51,7 +50,7 @@ class Evaluation:
         return finish(reduced)
 
     def _measure(self, trainer: Any, rows: list[int]) -> dict[str, Tensor]:
-        sequences = [self._cache[row] for row in rows]
+        sequences = [self._data[row] for row in rows]
         batch = trainer._prepare_inputs(Collate(self._temperatures[0])(sequences))
         teachers = {}
         for temperature in self._temperatures:

@@ -7,13 +7,11 @@ from typing import Any
 import torch
 
 from pipeline.files import publish, sync_folder
-from pipeline.storage import Location
-from pipeline.tokenizer import load_tokenizer
 from stages.train_student.lora import merged
 
 
-def write_student(trainer: Any, folder: Path, tokenizer: Location, fresh_model: Any) -> None:
-    """The student with its adapters merged, and its tokenizer; called on every rank, written by the first.
+def write_student(trainer: Any, folder: Path, tokenizer: Any, fresh_model: Any) -> None:
+    """The student with its adapters merged, and its `tokenizer`; called on every rank, written by the first.
 
     Sharded parameters are gathered on its CPU and put into what `fresh_model()` gives. The config, without which
     nothing loads the folder, comes last.
@@ -30,7 +28,7 @@ def write_student(trainer: Any, folder: Path, tokenizer: Location, fresh_model: 
         model = trainer.accelerator.unwrap_model(trainer.model)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".student-") as scratch:
         merged(model).save_pretrained(scratch)
-        load_tokenizer(tokenizer).save_pretrained(scratch)
+        tokenizer.save_pretrained(scratch)
         for path in sorted(Path(scratch).iterdir(), key=lambda path: path.name == "config.json"):
             publish(path, folder / path.name)
     sync_folder(folder)

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 
 from pipeline.errors import ConfigError
+from pipeline.models import text_body
 from stages.train_student.lora import head_adapter
 from stages.train_student.loss import fused_distillation_loss
 
@@ -78,7 +79,7 @@ def attach_fused_loss(model: PreTrainedModel, settings: HeadLoss) -> None:
     ) -> Any:
         if target_rows is None:
             return model_forward(input_ids=input_ids, position_ids=position_ids, **kwargs)
-        hidden_BSH = self.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
+        hidden_BSH = text_body(self)(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
         hidden_MH = hidden_BSH.flatten(0, 1)[target_rows]
         if measure is not None:
             return self.get_output_embeddings()(hidden_MH, measure)

@@ -55,7 +55,7 @@ def _train_student(config: TrainConfig, reporter: Reporter) -> dict[str, Any]:
     held_out = open_cache(config.eval_cache) if config.eval_cache is not None else None
     if held_out is not None:
         require_same_targets(config, cache.manifest, held_out.manifest)
-    student = read_student(config.student, cache.manifest)
+    student = read_student(config.student, cache, trust_remote_code=config.trust_remote_code)
     shape = StepShape(
         batch_size=config.batch_size,
         accumulation=config.gradient_accumulation,
@@ -73,7 +73,7 @@ def _train_student(config: TrainConfig, reporter: Reporter) -> dict[str, Any]:
     if held_out is not None:
         metrics |= trainer.evaluate()
         metrics["eval_teacher_cross_entropy"] = _teacher_cross_entropy(held_out)
-    write_student(trainer, config.out, config.cache / TOKENIZER, lambda: _load(config, student))
+    write_student(trainer, config.out, _tokenizer(config), lambda: _load(config, student))
     if trainer.is_world_process_zero():
         write_report(config, trainer.state.log_history, metrics, reporter)
         write_json(config.out / METRICS, metrics)
@@ -90,7 +90,7 @@ def _train(
     if trainer.is_world_process_zero():
         remove_torn_checkpoints(config.out / CHECKPOINTS)
         reporter.log(_announcement(config, trainer, cache, checkpoint))
-        for note in special_token_notes(student, load_tokenizer(config.cache / TOKENIZER)):
+        for note in (*student.notes, *special_token_notes(student, _tokenizer(config))):
             reporter.log(note)
     outcome = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if trainer.drained and trainer.state.global_step < trainer.state.max_steps:
@@ -99,6 +99,10 @@ def _train(
             "saved; run the same command again to continue."
         )
     return outcome.metrics["train_runtime"]
+
+
+def _tokenizer(config: TrainConfig) -> Any:
+    return load_tokenizer(config.cache / TOKENIZER, trust_remote_code=config.trust_remote_code)
 
 
 def _load(config: TrainConfig, student: Student) -> Any:
@@ -122,28 +126,28 @@ def _trainer(
     arguments = training_arguments(config, steps, evaluates=held_out is not None)
     collate = Collate(config.temperature, config.tail)
     head = HeadLoss(
-        vocab_size=cache.manifest.vocab_size,
+        vocab_size=student.vocab_size,
         alpha=config.alpha,
         divergence=config.divergence,
-        logit_scale=student.logit_scale,
-        logit_softcap=student.logit_softcap,
+        logit_scale=student.model.logit_scale,
+        logit_softcap=student.model.logit_softcap,
     )
     model = _load(config, student)
     attach_fused_loss(model.get_base_model() if config.lora_rank else model, head)
-    require_agreement(model, collate([next(sequence for sequence in cache if len(sequence.targets))]), head)
+    dataset = CacheDataset(cache, student.vocab_size)
+    require_agreement(model, collate([next(sequence for sequence in dataset if len(sequence.targets))]), head)
     evaluation = None
     if held_out is not None:
         temperatures = tuple(sorted({config.temperature, *({1.0} & set(held_out.manifest.temperatures))}))
-        evaluation = Evaluation(held_out, head, temperatures, config.batch_size)
+        evaluation = Evaluation(CacheDataset(held_out, student.vocab_size), head, temperatures, config.batch_size)
     on_gpu = torch.cuda.is_available()
     workers = config.loader_workers if config.loader_workers is not None else 2 if on_gpu else 0
-    dataset = CacheDataset(cache)
     sampler = StreamSampler(len(cache), config.seed, shape, steps)
     trainer = DistillationTrainer(
         model=model,
         args=arguments,
         train_dataset=dataset,
-        eval_dataset=CacheDataset(held_out) if held_out is not None else None,
+        eval_dataset=CacheDataset(held_out, student.vocab_size) if held_out is not None else None,
         batches=BatchLoader(dataset, collate, sampler, num_workers=workers, pin=on_gpu),
         alpha=AlphaSchedule.of(config),
         evaluation=evaluation,

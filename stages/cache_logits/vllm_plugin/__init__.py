@@ -3,10 +3,12 @@
 vLLM calls `register` in the front end, the engine core and every worker.
 """
 
+import logging
 import os
 import signal
 import threading
 import time
+from typing import Any
 
 from pipeline.files import owner_is_dead, owner_name
 
@@ -18,6 +20,11 @@ ROWS = "sparse_target_rows"
 """Key of a request's positions and labels in `PoolingParams.extra_kwargs`."""
 FRONT_END = "PIPELINE_FRONT_END"
 """Environment variable with the `owner_name` of the process that drives the engine."""
+FAILURES = "PIPELINE_ENGINE_FAILURES"
+"""Environment variable with the file to which vLLM's processes write why they cannot start, while it is there."""
+LANGUAGE_MODEL = {"language_model.": "", "model.language_model.": "model.", "lm_head.": "lm_head."}
+"""How checkpoints of vision-language models begin the names of their language model's tensors, and what vLLM's own
+language models have in that place."""
 WATCH_INTERVAL_S = 1.0
 RECHECK_INTERVAL_MS = 10
 """How often an idle process of vLLM looks for a message whose notification was lost, on a CPU."""
@@ -30,6 +37,7 @@ def register() -> None:
 
     _die_with_front_end()
     _wait_without_spinning()
+    _keep_reasons()
     known = set(ModelRegistry.get_supported_archs())
     for architecture in known:
         twin = PREFIX + architecture
@@ -38,6 +46,20 @@ def register() -> None:
             ModelRegistry.register_model(twin, f"{__name__}.models:{twin}")
             if architecture in MODELS_CONFIG_MAP:  # settings that vLLM adjusts by the architecture's name
                 MODELS_CONFIG_MAP[twin] = MODELS_CONFIG_MAP[architecture]
+
+
+def as_capturing_text_model(config: Any, architecture: str, ties_head: bool) -> Any:
+    """The config of the language model, a part of `config` or all of it, that asks for the twin of `architecture`.
+
+    Whether the head is tied to the embeddings may stand in the whole and in the part, and differ.
+    """
+    text = config.get_text_config()
+    if text is not config:
+        text.tie_word_embeddings = ties_head
+        if getattr(config, "quantization_config", None) is not None:
+            text.quantization_config = config.quantization_config
+    text.architectures = [PREFIX + architecture]
+    return text
 
 
 def _wait_without_spinning() -> None:
@@ -54,6 +76,26 @@ def _wait_without_spinning() -> None:
     if current_platform.is_cpu() and condition is not None and condition.__init__.__defaults__ == (1,):
         condition.__init__.__defaults__ = (0,)  # of `busy_loop_s`, the only one that has a default
         shm_broadcast.SHM_READER_RECHECK_INTERVAL_MS = RECHECK_INTERVAL_MS
+
+
+def _keep_reasons() -> None:
+    """Have exceptions that vLLM logs while it starts written down, the last line of each, in place of the traceback."""
+    path = os.environ.get(FAILURES)
+    handlers = logging.getLogger("vllm").handlers
+    if path is None or any(keeper.name == path for handler in handlers for keeper in handler.filters):
+        return
+    for handler in handlers:
+        handler.addFilter(_Reasons(path))
+
+
+class _Reasons(logging.Filter):
+    def filter(self, record: logging.LogRecord) -> bool:
+        if not record.exc_info or not os.path.exists(self.name):
+            return True
+        with open(self.name, "a", encoding="utf-8") as file:
+            lines = str(record.exc_info[1]).strip().splitlines() or [type(record.exc_info[1]).__name__]
+            file.write(lines[-1].strip() + "\n")
+        return False
 
 
 def _die_with_front_end() -> None:

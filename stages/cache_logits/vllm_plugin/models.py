@@ -1,11 +1,12 @@
 """Capturing twins of vLLM's model classes, made when they are asked for by name."""
 
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from vllm import ModelRegistry
 from vllm.model_executor.models.interfaces_base import default_pooling_type
 
-from stages.cache_logits.vllm_plugin import OPTIONS, PREFIX
+from stages.cache_logits.vllm_plugin import LANGUAGE_MODEL, OPTIONS, PREFIX
 from stages.cache_logits.vllm_plugin.pooler import SparseTargetPooler
 
 
@@ -16,11 +17,38 @@ def _twin(base: type, name: str) -> type:
 
         def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
             super().__init__(vllm_config=vllm_config, prefix=prefix)
-            self.pooler = SparseTargetPooler(self, **vllm_config.additional_config[OPTIONS])
+            options = dict(vllm_config.additional_config[OPTIONS])
+            files = options.pop("files")
+            self.allow_patterns_overrides = files and [files]  # read by vLLM's loader; None lets it find them
+            self._is_part = options.pop("is_part")
+            self._is_quantised = vllm_config.model_config.quantization is not None
+            self.pooler = SparseTargetPooler(self, **options)
+
+        def load_weights(self, weights: Iterable[tuple[str, Any]]) -> Any:
+            loaded = super().load_weights(_of_language_model(weights) if self._is_part else weights)
+            if loaded is not None and not self._is_quantised:
+                _require_all(self, loaded)
+            return loaded
 
     Twin.__name__ = Twin.__qualname__ = name
     Twin.__module__ = __name__
     return Twin
+
+
+def _of_language_model(weights: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+    """The tensors of the language model, of those of a vision-language model, under the names that it has alone."""
+    for name, tensor in weights:
+        for start, own in LANGUAGE_MODEL.items():
+            if name.startswith(start):
+                yield own + name.removeprefix(start), tensor
+                break
+
+
+def _require_all(model: Any, loaded: set[str]) -> None:
+    """vLLM's own check passes over every linear layer and embedding, and leaves in them what was in memory."""
+    missing = sorted({name for name, _ in model.named_parameters()} - loaded)
+    if missing:
+        raise ValueError(f"vLLM found no weights for {len(missing)} of its parameters: {', '.join(missing[:3])}")
 
 
 def __getattr__(name: str) -> type:

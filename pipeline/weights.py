@@ -1,0 +1,245 @@
+"""The weight files of a model folder: which of them are loaded, whether they are whole, and what they hold.
+
+transformers fills what a checkpoint lacks with random numbers and leaves out what it does not know, and both
+engines say so in a log at most. Here the names and shapes of all tensors, read from the files' headers, are held
+against the model's before anything is loaded.
+"""
+
+import glob
+import json
+import os
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from pipeline.errors import ConfigError
+
+INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+"""Name the files of a checkpoint in several pieces."""
+SINGLES = ("model.safetensors", "pytorch_model.bin")
+PATTERNS = ("*.safetensors", "*.bin")
+ADAPTER = "adapter_config.json"
+GIT_LFS = b"version https://git-lfs"
+OTHER_FORMATS = (".pth", ".pt", ".gguf", ".ckpt", ".h5", ".msgpack", ".npz", ".onnx")
+
+SAMPLE_BYTES = 1 << 16
+SAMPLES = 256
+"""Blocks of SAMPLE_BYTES that are hashed of every weight file, its first and last among them."""
+SHOWN = 3
+"""Tensors that a message names."""
+
+PACKED = ((".qweight", ".weight"), (".weight_packed", ".weight"), (".weight_quantized", ".weight"), ("_blocks", ""))
+"""How quantised checkpoints spell the name of a weight."""
+
+
+def weight_files(folder: Path) -> tuple[Path, ...]:
+    """The files that are loaded, whole as far as their sizes tell; raises ConfigError, which says what is there instead."""
+    if (folder / ADAPTER).is_file():
+        raise ConfigError(
+            f"{folder}: holds an adapter ({ADAPTER}), which one engine would merge in and another leave out; merge it "
+            "into its model and save that, or move the adapter's files out of the folder."
+        )
+    index = next((folder / name for name in INDEXES if (folder / name).is_file()), None)
+    single = next((folder / name for name in SINGLES if (folder / name).is_file()), None)
+    files = _files_of(index) if index is not None else () if single is None else (single,)
+    if not files:
+        raise ConfigError(f"{folder}: no weights there; {_what_is_there(folder)}expected {' or '.join(SINGLES)}.")
+    if single is not None and single not in files and single.suffix == files[0].suffix:
+        raise ConfigError(
+            f"{folder}: holds {single.name}, and {index.name} which does not name it; move away what is out of date."
+        )
+    for path in files:
+        _require_whole(path)
+    return files
+
+
+def common_pattern(files: Sequence[Path]) -> str | None:
+    """A shell pattern that finds `files` and no others beside them; None if there is none."""
+    names = [path.name for path in files]
+    pattern = glob.escape(names[0])
+    if len(names) > 1:
+        start = os.path.commonprefix(names)  # noqa: RUF071 - of names, not paths
+        pattern = f"{glob.escape(start)}*{files[0].suffix}"
+    return pattern if {path.name for path in files[0].parent.glob(pattern)} == set(names) else None
+
+
+def hash_weights(folder: Path) -> str:
+    """Hash of every weight file's name, size and evenly spaced samples.
+
+    Takes seconds for 135 GB, and a retrained or converted checkpoint differs everywhere. It tells
+    models apart; it does not check the disk.
+    """
+    digest = xxhash.xxh3_128()
+    for path in sorted({path for pattern in PATTERNS for path in folder.glob(pattern)}):
+        size = path.stat().st_size
+        digest.update(f"{path.name}\0{size}\0".encode())
+        last = max(size - SAMPLE_BYTES, 0)
+        with path.open("rb") as file:
+            for offset in sorted({last * index // (SAMPLES - 1) for index in range(SAMPLES)}):
+                file.seek(offset)
+                digest.update(file.read(SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+def require_all_tensors(model_class: Any, config: Any, folder: Path, *, trust_remote_code: bool = False) -> list[str]:
+    """Raise ConfigError unless the files hold every tensor of the model, in its shape, and none that it leaves out.
+
+    Reads headers alone. Returns notes about tensors that are no part of the language model, such as a value head.
+    Of a quantised checkpoint, whose shapes are its own, only names are compared.
+    """
+    tensors = read_headers(weight_files(folder))
+    quantised = getattr(config, "quantization_config", None) is not None
+    if quantised:
+        config = _unquantised(config)
+        tensors = {_plain_name(name): tensor for name, tensor in tensors.items()}
+    report = _LoadingReport()
+    try:
+        with report:
+            model, found = model_class.from_pretrained(
+                None,
+                config=config,
+                state_dict=tensors,
+                device_map="meta",
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+                trust_remote_code=trust_remote_code,
+            )
+    except Exception as exc:
+        if quantised:  # tensors that belong together cannot be joined in their packed form
+            return []
+        raise ConfigError(
+            f"{folder}: its tensors are not those of {model_class.__name__}: {report.reason(exc)}"
+        ) from exc
+    if quantised:
+        found |= {"unexpected_keys": set(), "mismatched_keys": set()}
+    return judge(folder, model, found)
+
+
+def judge(folder: Path, model: Any, found: dict[str, Any]) -> list[str]:
+    """Raise ConfigError, naming the tensors, if loading left a part of `model` random or a part of the file out.
+
+    `found` is what transformers calls loading info. Returns notes about what lies outside of the model's own parts.
+    """
+    problems = []
+    if found["missing_keys"]:
+        problems.append(f"{_named(found['missing_keys'])} would start from random numbers: the files lack them")
+    if found["mismatched_keys"]:
+        shapes = [
+            f"{name} is {list(ours)}, the model's {list(theirs)}" for name, ours, theirs in found["mismatched_keys"]
+        ]
+        problems.append(_named(shapes) + ": another shape")
+    parts = {name for name, _ in model.named_children()}
+    inside = {name for name in found["unexpected_keys"] if name.split(".")[0] in parts}
+    if inside:
+        problems.append(f"{_named(inside)} would be left out: the model has no such part")
+    problems += found["error_msgs"]
+    if problems:
+        raise ConfigError(
+            f"{folder}: its weights are not those of {type(model).__name__} as config.json describes it: "
+            f"{'; '.join(problems)}."
+        )
+    outside = set(found["unexpected_keys"]) - inside
+    return [f"{folder}: {_named(outside)} are no part of {type(model).__name__} and left out."] if outside else []
+
+
+def read_headers(files: Iterable[Path]) -> dict[str, Any]:
+    """Every tensor in the files by name, with its shape and type but no contents; raises ConfigError."""
+    import torch
+    from safetensors import safe_open
+    from transformers.modeling_utils import str_to_torch_dtype
+
+    tensors: dict[str, Any] = {}
+    for path in files:
+        try:
+            if path.suffix == ".safetensors":
+                with safe_open(path, "pt") as file:
+                    for name in file.keys():  # noqa: SIM118 - no mapping
+                        part = file.get_slice(name)
+                        dtype = str_to_torch_dtype.get(part.get_dtype(), torch.float32)
+                        tensors[name] = torch.empty(part.get_shape(), dtype=dtype, device="meta")
+            else:
+                found = torch.load(path, map_location="meta", weights_only=True)
+                tensors |= {name: tensor for name, tensor in found.items() if torch.is_tensor(tensor)}
+        except Exception as exc:  # whatever a damaged or foreign file makes the libraries raise
+            raise ConfigError(f"{path}: not a whole weight file: {' '.join(str(exc).split())[:300]}") from exc
+    return tensors
+
+
+class _LoadingReport:
+    """Listens to what transformers logs while it loads, whatever its verbosity: a failed conversion is named there alone."""
+
+    def __enter__(self) -> None:
+        import logging
+
+        self._lines: list[str] = []
+        self._logger = logging.getLogger("transformers.modeling_utils")
+        self._handler = logging.Handler(logging.WARNING)
+        self._handler.emit = lambda record: self._lines.append(record.getMessage())  # type: ignore[method-assign]
+        self._level, self._propagates = self._logger.level, self._logger.propagate
+        self._logger.addHandler(self._handler)
+        self._logger.setLevel(logging.INFO)  # at WARNING it also looks for a plan of tensor parallelism
+        self._logger.propagate = False
+
+    def __exit__(self, *exc: object) -> None:
+        self._logger.removeHandler(self._handler)
+        self._logger.setLevel(self._level)
+        self._logger.propagate = self._propagates
+
+    def reason(self, exc: Exception) -> str:
+        """The tensors that could not be converted, or what the exception says."""
+        rows = re.findall(r"^(\S+)\s+\|[^|\n]*CONVERSION", "\n".join(self._lines), re.MULTILINE)
+        if rows:
+            return f"{_named(rows)} cannot be put together: a piece is missing or has another shape"
+        return " ".join(str(exc).split())[:300]
+
+
+def _files_of(index: Path) -> tuple[Path, ...]:
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, AttributeError, TypeError) as exc:
+        raise ConfigError(f"{index}: not an index of weight files; expected `weight_map` with file names.") from exc
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name:
+            raise ConfigError(f"{index}: names {name!r}; expected the name of a file beside it.")
+    missing = sorted(name for name in names if not (index.parent / name).is_file())
+    if missing:
+        raise ConfigError(f"{index}: names {_named(missing)}, not there; complete the download.")
+    return tuple(index.parent / name for name in sorted(names))
+
+
+def _require_whole(path: Path) -> None:
+    with path.open("rb") as file:
+        start = file.read(len(GIT_LFS))
+    if start == GIT_LFS:
+        raise ConfigError(f"{path}: a pointer of Git LFS, not the weights; fetch them with `git lfs pull`.")
+    if not start:
+        raise ConfigError(f"{path}: empty; complete the download.")
+
+
+def _what_is_there(folder: Path) -> str:
+    found = [path.name for pattern in PATTERNS for path in folder.glob(pattern)]
+    found += [path.name for path in folder.iterdir() if path.suffix in OTHER_FORMATS] if folder.is_dir() else []
+    return f"found {_named(sorted(found))}, which transformers does not load; " if found else ""
+
+
+def _unquantised(config: Any) -> Any:
+    import copy
+
+    config = copy.deepcopy(config)
+    del config.quantization_config
+    return config
+
+
+def _plain_name(name: str) -> str:
+    for packed, plain in PACKED:
+        if name.endswith(packed):
+            return name.removesuffix(packed) + plain
+    return name
+
+
+def _named(names: Iterable[str] | Sequence[str]) -> str:
+    names = sorted(names)
+    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")

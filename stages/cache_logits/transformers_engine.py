@@ -18,6 +18,8 @@ from stages.cache_logits.teacher import Teacher
 
 PROBE_TOKENS = 8
 """Tokens on which the float32 head is compared with the model's own logits at start."""
+CAUSAL_TOLERANCE = 1e-3
+"""Share of the largest hidden value by which arithmetic alone may change a state when a later token changes."""
 SORTED_BATCHES = 16
 """Batches' worth of requests that are sorted by length, so that batches hold little padding."""
 
@@ -40,6 +42,7 @@ class TransformersEngine:
         self._head_VH = head.weight[: self._vocab_size].float()
         self._bias_V = head.bias[: self._vocab_size].float() if getattr(head, "bias", None) is not None else None
         self._scale, self._soft_cap = teacher.model.logit_scale, teacher.model.logit_softcap
+        self._check_direction()
         self._check_head()
 
     @torch.inference_mode()
@@ -91,6 +94,18 @@ class TransformersEngine:
             raise EngineError(
                 f"{type(self._model).__name__}: its logits differ by {difference:.2g} from its head times its last "
                 "hidden state (a scaling that this engine does not know); take --engine vllm."
+            )
+
+    @torch.inference_mode()
+    def _check_direction(self) -> None:
+        """Refuse a model whose state at a position depends on what follows it."""
+        ids = torch.arange(PROBE_TOKENS) % self._vocab_size
+        other = torch.cat([ids[:-1], (ids[-1:] + 1) % self._vocab_size])
+        before, after = self._hidden([ids, other])[:, :-1].float()
+        if (before - after).abs().max() > CAUSAL_TOLERANCE * before.abs().max():
+            raise EngineError(
+                f"{type(self._model).__name__}: its state at a position depends on the tokens after it; targets need a "
+                "teacher that predicts the next token from those before it."
             )
 
 

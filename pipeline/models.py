@@ -135,9 +135,9 @@ class ModelFolder:
             return self._auto_class().from_config(self.config, trust_remote_code=self.trust_remote_code)
 
     def require_weights(self) -> list[str]:
-        """Raise ConfigError unless the folder's files hold the whole model; returns notes. Reads headers alone.
+        """Raise ConfigError unless the folder's files hold the whole model; reads headers alone.
 
-        Of a kind that transformers does not know, only that the files are whole.
+        Returns the names of tensors that are no part of it and left out. Of a kind that transformers does not know, only that the files are whole.
         """
         if not self.is_known:
             read_headers(weight_files(self.folder))

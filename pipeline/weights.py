@@ -87,7 +87,7 @@ def hash_weights(folder: Path) -> str:
 def require_all_tensors(model_class: Any, config: Any, folder: Path, *, trust_remote_code: bool = False) -> list[str]:
     """Raise ConfigError unless the files hold every tensor of the model, in its shape, and none that it leaves out.
 
-    Reads headers alone. Returns notes about tensors that are no part of the language model, such as a value head.
+    Reads headers alone. Returns the names of tensors that are no part of the language model, such as a value head.
     Of a quantised checkpoint, whose shapes are its own, only names are compared.
     """
     tensors = read_headers(weight_files(folder))
@@ -121,28 +121,27 @@ def require_all_tensors(model_class: Any, config: Any, folder: Path, *, trust_re
 def judge(folder: Path, model: Any, found: dict[str, Any]) -> list[str]:
     """Raise ConfigError, naming the tensors, if loading left a part of `model` random or a part of the file out.
 
-    `found` is what transformers calls loading info. Returns notes about what lies outside of the model's own parts.
+    `found` is what transformers calls loading info. Returns the names of what lies outside of the model's own parts.
     """
     problems = []
     if found["missing_keys"]:
-        problems.append(f"{_named(found['missing_keys'])} would start from random numbers: the files lack them")
+        problems.append(f"{named(found['missing_keys'])} would start from random numbers: the files lack them")
     if found["mismatched_keys"]:
         shapes = [
             f"{name} is {list(ours)}, the model's {list(theirs)}" for name, ours, theirs in found["mismatched_keys"]
         ]
-        problems.append(_named(shapes) + ": another shape")
+        problems.append(named(shapes) + ": another shape")
     parts = {name for name, _ in model.named_children()}
     inside = {name for name in found["unexpected_keys"] if name.split(".")[0] in parts}
     if inside:
-        problems.append(f"{_named(inside)} would be left out: the model has no such part")
+        problems.append(f"{named(inside)} would be left out: the model has no such part")
     problems += found["error_msgs"]
     if problems:
         raise ConfigError(
             f"{folder}: its weights are not those of {type(model).__name__} as config.json describes it: "
             f"{'; '.join(problems)}."
         )
-    outside = set(found["unexpected_keys"]) - inside
-    return [f"{folder}: {_named(outside)} are no part of {type(model).__name__} and left out."] if outside else []
+    return sorted(set(found["unexpected_keys"]) - inside)
 
 
 def read_headers(files: Iterable[Path]) -> dict[str, Any]:
@@ -166,6 +165,12 @@ def read_headers(files: Iterable[Path]) -> dict[str, Any]:
         except Exception as exc:  # whatever a damaged or foreign file makes the libraries raise
             raise ConfigError(f"{path}: not a whole weight file: {' '.join(str(exc).split())[:300]}") from exc
     return tensors
+
+
+def named(names: Iterable[str] | Sequence[str]) -> str:
+    """The first few of some names in alphabetical order, for a message."""
+    names = sorted(names)
+    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
 
 
 class _LoadingReport:
@@ -192,7 +197,7 @@ class _LoadingReport:
         """The tensors that could not be converted, or what the exception says."""
         rows = re.findall(r"^(\S+)\s+\|[^|\n]*CONVERSION", "\n".join(self._lines), re.MULTILINE)
         if rows:
-            return f"{_named(rows)} cannot be put together: a piece is missing or has another shape"
+            return f"{named(rows)} cannot be put together: a piece is missing or has another shape"
         return " ".join(str(exc).split())[:300]
 
 
@@ -206,7 +211,7 @@ def _files_of(index: Path) -> tuple[Path, ...]:
             raise ConfigError(f"{index}: names {name!r}; expected the name of a file beside it.")
     missing = sorted(name for name in names if not (index.parent / name).is_file())
     if missing:
-        raise ConfigError(f"{index}: names {_named(missing)}, not there; complete the download.")
+        raise ConfigError(f"{index}: names {named(missing)}, not there; complete the download.")
     return tuple(index.parent / name for name in sorted(names))
 
 
@@ -222,7 +227,7 @@ def _require_whole(path: Path) -> None:
 def _what_is_there(folder: Path) -> str:
     found = [path.name for pattern in PATTERNS for path in folder.glob(pattern)]
     found += [path.name for path in folder.iterdir() if path.suffix in OTHER_FORMATS] if folder.is_dir() else []
-    return f"found {_named(sorted(found))}, which transformers does not load; " if found else ""
+    return f"found {named(sorted(found))}, which transformers does not load; " if found else ""
 
 
 def _unquantised(config: Any) -> Any:
@@ -238,8 +243,3 @@ def _plain_name(name: str) -> str:
         if name.endswith(packed):
             return name.removesuffix(packed) + plain
     return name
-
-
-def _named(names: Iterable[str] | Sequence[str]) -> str:
-    names = sorted(names)
-    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")

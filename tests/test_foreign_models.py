@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -196,6 +197,37 @@ def test_student_with_a_smaller_head_learns_what_it_has_rows_for(tmp_path, short
     assert metrics["eval_kl_2"] == pytest.approx(np.mean(kls), rel=1e-4)
 
 
+@pytest.mark.parametrize("engine", ["transformers", pytest.param("vllm", marks=[pytest.mark.vllm, pytest.mark.slow])])
+def test_value_head_beside_the_teacher_is_left_out_with_a_note(tmp_path, short_corpus, engine):
+    teacher = make_model(tmp_path / "teacher", 413)
+    tensors = load_file(teacher / "model.safetensors")
+    save_file(tensors | {"v_head.summary.weight": torch.ones(1, 64)}, tmp_path / "all.safetensors")
+    (tmp_path / "all.safetensors").rename(teacher / "model.safetensors")
+    config = settings(teacher, short_corpus, tmp_path / "cache", engine=engine)
+    if engine == "vllm":
+        process = run_command(config)
+        _, said = process.communicate(timeout=300)
+        assert process.returncode == 0, said
+    else:
+        reporter = Lines()
+        cache_logits(config, reporter)
+        said = "\n".join(reporter.lines)
+    assert "v_head.summary.weight: no part of the teacher, left out" in said
+    assert_exact(config.out, teacher, short_corpus, 1e-5)
+
+
+@pytest.mark.parametrize("engine", ["transformers", "vllm"])
+def test_teacher_that_lacks_a_tensor_is_refused_whatever_runs_it(tmp_path, short_corpus, engine):
+    teacher = make_model(tmp_path / "teacher", 413)
+    tensors = load_file(teacher / "model.safetensors")
+    del tensors["model.layers.1.self_attn.k_proj.weight"]  # vLLM would keep a third of its fused matrix as it was
+    save_file(tensors, tmp_path / "all.safetensors")
+    (tmp_path / "all.safetensors").rename(teacher / "model.safetensors")
+    with pytest.raises(ConfigError, match=r"layers\.1\.self_attn\.k_proj\.weight would start from random numbers"):
+        cache_logits(settings(teacher, short_corpus, tmp_path / "cache", engine=engine))
+    assert not (tmp_path / "cache").exists()
+
+
 @pytest.mark.parametrize("suffix", [".gguf", ".pth"])
 def test_student_folder_without_weights_does_not_start_from_random_ones(tmp_path, short_corpus, suffix):
     cache = open_cache(make_cache(tmp_path / "cache", short_corpus))
@@ -230,11 +262,12 @@ def test_teacher_that_sees_what_comes_is_refused(tmp_path, short_corpus):
 
 @pytest.mark.vllm
 @pytest.mark.slow
-def test_teacher_that_vllm_cannot_load_is_one_line(tmp_path, short_corpus):
-    """A head size that its attention has no kernel for."""
-    shape = {"hidden_size": 6, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 3}
-    AutoModelForCausalLM.from_config(llama_config(413, **shape)).save_pretrained(tmp_path / "teacher")
-    process = run_command(settings(tmp_path / "teacher", short_corpus, tmp_path / "cache", engine="vllm"))
+@pytest.mark.parametrize("quantization", ["home-made", "fp8"])
+def test_teacher_that_vllm_cannot_load_is_one_line(tmp_path, short_corpus, quantization):
+    """A scheme that nobody knows, which the front end finds, and one without a kernel here, which a worker finds."""
+    teacher = make_model(tmp_path / "teacher", 413)
+    changes = {"engine": "vllm", "quantization": quantization}
+    process = run_command(settings(teacher, short_corpus, tmp_path / "cache", **changes))
     _, message = process.communicate(timeout=300)
     assert process.returncode == 2
     assert "vLLM cannot serve this teacher: " in message

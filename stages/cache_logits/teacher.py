@@ -14,7 +14,7 @@ from pipeline.manifest import TOKENIZER
 from pipeline.models import COMPUTED_IN, ModelFolder, read_model
 from pipeline.tokenizer import TokenizerIdentity, has_tokenizer, identify, load_tokenizer
 from pipeline.vocabulary import difference_in_use, extra_tokens
-from pipeline.weights import common_pattern, hash_weights, weight_files
+from pipeline.weights import common_pattern, hash_weights, named, weight_files
 
 NOT_IDENTITY = ("_name_or_path", "transformers_version", "use_cache")
 """Keys of config.json that can differ between copies of one model."""
@@ -40,6 +40,8 @@ class Teacher:
     """vLLM's name of the scheme, or none."""
     weight_pattern: str | None = None
     """Shell pattern of the files that hold the weights, where one finds them and no others."""
+    left_out: tuple[str, ...] = ()
+    """Tensors in these files that are no part of the model."""
     notes: tuple[str, ...] = ()
     """What a user should know of it."""
 
@@ -78,13 +80,17 @@ def read_teacher(config: CacheConfig, scored: Scored, largest_id: Callable[[], i
     folder = config.teacher
     read_config = _as_vllm_reads_it if config.engine == "vllm" else None
     model = read_model(folder, trust_remote_code=config.trust_remote_code, read_config=read_config)
-    notes = [*_check_tokenizer(model, scored, config.corpus / TOKENIZER, largest_id), *model.require_weights()]
+    notes = _check_tokenizer(model, scored, config.corpus / TOKENIZER, largest_id)
+    left_out = model.require_weights()
+    if left_out:
+        notes.append(f"{folder}: {named(left_out)}: no part of the teacher, left out.")
     teacher = Teacher(
         model=model,
         vocab_size=min(scored.tokenizer.vocab_size, model.vocab_size),
         dtype=config.dtype if config.dtype != "auto" else model.dtype,
         quantization=config.quantization or model.quantization,
         weight_pattern=common_pattern(weight_files(folder)),
+        left_out=tuple(left_out),
         notes=tuple(notes),
     )
     if teacher.dtype not in COMPUTED_IN:

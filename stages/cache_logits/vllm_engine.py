@@ -128,6 +128,7 @@ def _load(teacher: Teacher, config: CacheConfig, longest_request: int) -> Any:
         "row_chunk": config.row_chunk,
         "vocab_size": teacher.vocab_size,
         "files": teacher.weight_pattern,
+        "left_out": teacher.left_out,
         "is_part": model.text is not model.config,
     }
     return LLM(

@@ -10,6 +10,7 @@ from pipeline.models import ModelFolder, read_model, text_body
 from pipeline.shards.reader import Cache
 from pipeline.tokenizer import has_tokenizer, identify, load_tokenizer
 from pipeline.vocabulary import difference_in_use, extra_tokens
+from pipeline.weights import named
 
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -63,7 +64,8 @@ def read_student(path: Path, cache: Cache, *, trust_remote_code: bool = False) -
         )
     has_weights = path.suffix != ".json"
     if has_weights:
-        notes += _require_weights(model)
+        left_out = _require_weights(model)
+        notes += [f"{path}: {named(left_out)}: no part of the student, left out."] if left_out else []
     model.model_class  # noqa: B018 - a config that makes no model is found now
     return Student(
         model=model,

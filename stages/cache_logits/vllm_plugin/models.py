@@ -20,11 +20,12 @@ def _twin(base: type, name: str) -> type:
             options = dict(vllm_config.additional_config[OPTIONS])
             files = options.pop("files")
             self.allow_patterns_overrides = files and [files]  # read by vLLM's loader; None lets it find them
-            self._is_part = options.pop("is_part")
+            self._left_out, self._is_part = set(options.pop("left_out")), options.pop("is_part")
             self._is_quantised = vllm_config.model_config.quantization is not None
             self.pooler = SparseTargetPooler(self, **options)
 
         def load_weights(self, weights: Iterable[tuple[str, Any]]) -> Any:
+            weights = ((name, tensor) for name, tensor in weights if name not in self._left_out)
             loaded = super().load_weights(_of_language_model(weights) if self._is_part else weights)
             if loaded is not None and not self._is_quantised:
                 _require_all(self, loaded)

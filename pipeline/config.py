@@ -42,6 +42,7 @@ class PrepareConfig(Settings):
     )
     partition_tokens: int = setting(16_777_216, "Tokens in one file of the corpus.")
     skip_bad_lines: bool = setting(False, "Count and skip records that cannot be read, instead of stopping.")
+    trust_remote_code: bool = setting(False, "Run the code that comes with the tokenizer, if it has code of its own.")
 
     def check(self) -> None:
         if not self.inputs:

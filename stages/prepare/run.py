@@ -27,7 +27,7 @@ from pipeline.errors import ConfigError, CorpusError
 from pipeline.files import partial_path, publish
 from pipeline.progress import Progress, Reporter
 from pipeline.settings import resolved
-from pipeline.tokenizer import TokenizerIdentity, identify, load_tokenizer
+from pipeline.tokenizer import TokenizerIdentity, identify, load_tokenizer, save_tokenizer
 from stages.prepare.documents import Document, DocumentEncoder
 from stages.prepare.inputs import UNIT_BYTES, InputFile, InputFiles, describe, divide, find_inputs
 from stages.prepare.packing import PACKERS
@@ -55,7 +55,7 @@ def prepare(config: PrepareConfig, reporter: Reporter | None = None, *, unit_byt
     reporter = reporter or Reporter()
     check_folder(config.out)
     inputs = find_inputs(config.inputs, config.out)
-    tokenizer = load_tokenizer(config.tokenizer)
+    tokenizer = load_tokenizer(config.tokenizer, trust_remote_code=config.trust_remote_code, note=reporter.log)
     identity = identify(tokenizer)
     settings = _compared_settings(config, tokenizer, identity)
     if manifest := _finished(config, settings, inputs, reporter):
@@ -64,7 +64,7 @@ def prepare(config: PrepareConfig, reporter: Reporter | None = None, *, unit_byt
         if manifest := _finished(config, settings, inputs, reporter):  # by the process that held the lock
             return manifest
         start(config.out, settings)
-        _save_tokenizer(tokenizer, identity, config.out / TOKENIZER)
+        _save_tokenizer(tokenizer, config)
         units = _run(config, tokenizer, divide(inputs.files, unit_bytes), reporter)
         statistics = sum((Counter(unit.statistics) for unit in units), Counter())
         names = [*units[0].statistics, "ignored_files"]
@@ -238,14 +238,10 @@ def _finished(
     return manifest
 
 
-def _save_tokenizer(tokenizer: Any, identity: TokenizerIdentity, folder: Path) -> None:
+def _save_tokenizer(tokenizer: Any, config: PrepareConfig) -> None:
+    folder = config.out / TOKENIZER
     partial = partial_path(folder)
-    tokenizer.save_pretrained(str(partial))
-    difference = identify(load_tokenizer(partial)).difference(identity)
-    if difference:
-        raise ConfigError(
-            f"{tokenizer.name_or_path}: transformers does not save this tokenizer as it is: {difference}."
-        )
+    save_tokenizer(tokenizer, partial, trust_remote_code=config.trust_remote_code)
     shutil.rmtree(folder, ignore_errors=True)
     publish(partial, folder)
 

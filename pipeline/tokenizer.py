@@ -34,8 +34,8 @@ from pipeline.storage import Location, ObjectPath
 
 SETTINGS = "tokenizer_config.json"
 FILES = (TOKENIZER_JSON, "tokenizer.model", SETTINGS, "vocab.json", "merges.txt", "tekken.json")
-OBEYED_ENDS = ("LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer", "CohereTokenizer")
-"""Classes for which add_bos_token and add_eos_token had a meaning beside tokenizer.json."""
+OBEYED_BOS = ("LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer", "CohereTokenizer")
+"""Classes for which add_bos_token had a meaning beside tokenizer.json."""
 PROBE = "The quick brown fox's 3.14159…\n\tdef f(x: int) -> str:\r\n    return f'{x!r}'  # 中文分词，測試。 привет 🙂 naïve\x00\n\n"
 
 
@@ -82,7 +82,8 @@ def load_tokenizer(folder: Location, *, trust_remote_code: bool = False, note: N
     if not has_tokenizer(folder):
         raise ConfigError(f"{folder}: no tokenizer there; expected a folder with tokenizer.json or tokenizer.model.")
     settings = read_settings(folder)
-    own_code = "AutoTokenizer" in settings.get("auto_map", ()) or isinstance(settings.get("auto_map"), list)
+    auto_map = settings.get("auto_map") or {}
+    own_code = isinstance(auto_map, list) or auto_map.get("AutoTokenizer") is not None
     if own_code and not trust_remote_code:
         raise ConfigError(
             f"{folder}: this tokenizer is code of its own (`auto_map` in {SETTINGS}), which runs only with "
@@ -92,7 +93,7 @@ def load_tokenizer(folder: Location, *, trust_remote_code: bool = False, note: N
         tokenizer = _load_without_file(folder, own_code, note)
     else:
         tokenizer = _load_as_the_file_says(folder, settings, own_code, note)
-    _add_missing_ends(tokenizer, settings, lambda line: note(f"{folder}: {line}"))
+    _add_missing_begin(tokenizer, settings, lambda line: note(f"{folder}: {line}"))
     return tokenizer
 
 
@@ -102,7 +103,9 @@ def save_tokenizer(tokenizer: Any, folder: Path, *, trust_remote_code: bool = Fa
     again = load_tokenizer(folder, trust_remote_code=trust_remote_code)
     difference = identify(again).difference(identify(tokenizer))
     if not difference and (folder / TOKENIZER_JSON).is_file():
-        difference = find_difference(tokenizer, read_tokenizer_json(folder), set())
+        file = read_tokenizer_json(folder)
+        file.encode_special_tokens = tokenizer.split_special_tokens
+        difference = find_difference(tokenizer, file, set())
     for name, read in _KEPT.items():
         if not difference and read(again) != read(tokenizer):
             difference = f"{name} was {read(tokenizer)!r}, saved is {read(again)!r}"
@@ -130,7 +133,7 @@ def misreading(folder: Path, *, trust_remote_code: bool = False) -> str:
 
 def _load_as_the_file_says(folder: Path, settings: dict[str, Any], own_code: bool, note: Note) -> Any:
     problem = ""
-    for load in (_by_class,) if own_code else (_by_class, _by_file):
+    for load in (_by_class, _by_code_on_file if own_code else _by_file):
         before = [f"read as {TOKENIZER_JSON} says, not as its class would: there {problem}"] if problem else []
         try:
             with heard(folder) as warnings:
@@ -139,11 +142,12 @@ def _load_as_the_file_says(folder: Path, settings: dict[str, Any], own_code: boo
         except ConfigError:
             raise
         except Exception as exc:  # whatever a foreign file makes the library raise
-            problem = _one_line(exc)
+            problem = f"loading stops with {type(exc).__name__}: {_one_line(exc)}"
         if not problem:
             for line in [*before, *warnings]:
                 note(f"{folder}: {line}")
             return tokenizer
+    read_tokenizer_json(folder)  # which says so if the file itself is broken
     raise ConfigError(
         f"{folder}: transformers does not read texts as {TOKENIZER_JSON} there does: {problem}; mend tokenizer.json, or "
         f"tokenizer_class and the tokens in {SETTINGS}."
@@ -176,6 +180,19 @@ def _by_class(folder: Path, trust_remote_code: bool) -> Any:
     return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=trust_remote_code)
 
 
+def _by_code_on_file(folder: Path, trust_remote_code: bool) -> Any:
+    """As `_by_class`, but the folder's code gets the file as it is: transformers 5 takes it apart for every class with
+    an __init__ of its own, and drops its normaliser, split and decoder."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(
+        str(folder),
+        local_files_only=True,
+        trust_remote_code=trust_remote_code,
+        tokenizer_object=read_tokenizer_json(folder),
+    )
+
+
 def _by_file(folder: Path, trust_remote_code: bool) -> Any:
     from transformers import PreTrainedTokenizerFast
 
@@ -183,12 +200,16 @@ def _by_file(folder: Path, trust_remote_code: bool) -> Any:
 
 
 def _difference(tokenizer: Any, folder: Path, settings: dict[str, Any]) -> str:
-    named = named_tokens(folder)
-    difference = find_difference(tokenizer, read_tokenizer_json(folder), named)
-    prefix_space = settings.get("add_prefix_space")
-    if difference and isinstance(prefix_space, bool):
-        file = read_tokenizer_json(folder, prefix_space=prefix_space)
-        return difference if find_difference(tokenizer, file, named) else ""
+    """How the tokenizer differs from the file; empty if it does not, or only as the settings say in so many words."""
+    named, prefix_space = named_tokens(folder), settings.get("add_prefix_space")
+    difference = ""
+    for value in (None, prefix_space) if isinstance(prefix_space, bool) else (None,):
+        file = read_tokenizer_json(folder, prefix_space=value)
+        file.encode_special_tokens = settings.get("split_special_tokens") is True
+        found = find_difference(tokenizer, file, named)
+        if not found:
+            return ""
+        difference = difference or found
     return difference
 
 
@@ -206,24 +227,21 @@ def read_settings(folder: Path) -> dict[str, Any]:
     return settings
 
 
-def _add_missing_ends(tokenizer: Any, settings: dict[str, Any], note: Note) -> None:
-    """Put the begin and end tokens around a text where the settings of a class that obeyed them ask for it.
+def _add_missing_begin(tokenizer: Any, settings: dict[str, Any], note: Note) -> None:
+    """Put the begin token before each text where the settings of a class that obeyed them ask for it.
 
-    transformers 4 did; 5 drops both settings where there is a tokenizer.json.
+    transformers 4 did; 5 drops add_bos_token where there is a tokenizer.json.
     """
-    if str(settings.get("tokenizer_class")).removesuffix("Fast") not in OBEYED_ENDS or not tokenizer.is_fast:
+    by_class = str(settings.get("tokenizer_class")).removesuffix("Fast") in OBEYED_BOS
+    if not by_class or settings.get("add_bos_token") is not True or not tokenizer.is_fast:
         return
-    ids = tokenizer("", verbose=False)["input_ids"]
-    names = {"bos": ("{} $A", ids[:1]), "eos": ("$A {}", ids[-1:])}
-    for name, (template, there) in names.items():
-        token, index = getattr(tokenizer, f"{name}_token"), getattr(tokenizer, f"{name}_token_id")
-        if settings.get(f"add_{name}_token") is not True or index is None or there == [index]:
-            continue
-        ends = processors.TemplateProcessing(single=template.format(token), special_tokens=[(token, index)])
-        backend = tokenizer.backend_tokenizer
-        earlier = [backend.post_processor] if backend.post_processor is not None else []
-        backend.post_processor = processors.Sequence([*earlier, ends])
-        note(f"add_{name}_token is set in {SETTINGS}: each text has {token!r}, although {TOKENIZER_JSON} adds none")
+    token, index, backend = tokenizer.bos_token, tokenizer.bos_token_id, tokenizer.backend_tokenizer
+    if index is None or tokenizer("", verbose=False)["input_ids"][:1] == [index]:
+        return
+    begin = processors.TemplateProcessing(single=f"{token} $A", special_tokens=[(token, index)])
+    earlier = [backend.post_processor] if backend.post_processor is not None else []
+    backend.post_processor = processors.Sequence([*earlier, begin])
+    note(f"each text begins with {token!r}, as add_bos_token in {SETTINGS} says, although {TOKENIZER_JSON} adds none")
 
 
 def _one_line(exc: Exception) -> str:

@@ -145,10 +145,10 @@ class _Loader(yaml.SafeLoader):
             if not isinstance(key, yaml.ScalarNode) or key.tag == "tag:yaml.org,2002:merge":
                 continue
             line = key.start_mark.line + 1
-            first = lines.setdefault((key.tag, key.value), line)
-            if first != line:
+            if first := lines.get((key.tag, key.value)):
                 problem = f"the key {key.value!r} is there twice, in lines {first} and {line}; keep one"
                 raise yaml.constructor.ConstructorError(None, None, problem)
+            lines[key.tag, key.value] = line
         return super().construct_mapping(node, deep)
 
 

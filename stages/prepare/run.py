@@ -28,7 +28,7 @@ from pipeline.progress import Progress, Reporter
 from pipeline.settings import resolved
 from pipeline.tokenizer import TokenizerIdentity, identify, load_tokenizer, save_tokenizer
 from stages.prepare.documents import Document, DocumentEncoder
-from stages.prepare.inputs import UNIT_BYTES, InputFile, InputFiles, describe, divide, find_inputs
+from stages.prepare.inputs import UNIT_BYTES, InputFile, InputFiles, describe, divide, find_inputs, same_files
 from stages.prepare.packing import PACKERS
 from stages.prepare.readers import BadLines, Record, read_records
 from stages.prepare.units import (
@@ -225,7 +225,7 @@ def _finished(
     if manifest.statistics["bad_lines"] and not config.skip_bad_lines:
         check_same(config.out, manifest.settings, {"skip_bad_lines": False})
     found, wanted = manifest.settings["input_files"], [file.identity for file in inputs.files]
-    if found != wanted:
+    if not same_files(inputs.files, found):
         changed = [identity for identity in [*wanted, *found] if identity not in found or identity not in wanted]
         name = changed[0][0] if changed else "their order"
         raise ConfigError(

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from pipeline.config import TrainConfig
-from pipeline.errors import ConfigError
+from pipeline.errors import CacheMismatchError, ConfigError
 from pipeline.files import read_json, write_json
 from pipeline.manifest import CacheManifest
-from stages.train_student.checks import RUN, open_folder, require_same_targets
+from stages.train_student.checks import RUN, open_folder, require_room, require_same_targets
 from stages.train_student.sampler import StepShape
 from tests.small import llama_config, make_cache
 
@@ -94,3 +94,10 @@ def test_temperature_that_the_held_out_cache_lacks_names_that_cache(config):
     held_out = dataclasses.replace(train, temperatures=(1.0,))
     with pytest.raises(ConfigError, match=r"held-out: temperature 2 was not captured; the cache is exact at: 1\."):
         require_same_targets(config, train, held_out)
+
+
+def test_held_out_sequences_longer_than_the_context_name_that_cache(config):
+    held_out = CacheManifest.read(config.eval_cache)
+    require_room(config, held_out.sequence_length, held_out)
+    with pytest.raises(CacheMismatchError, match=r"held-out: sequences of 96 tokens; .*student has a context of 95"):
+        require_room(config, 95, held_out)

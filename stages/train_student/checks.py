@@ -60,6 +60,15 @@ def require_same_targets(config: TrainConfig, train: CacheManifest, held_out: Ca
         raise ConfigError(f"{config.eval_cache}: holds draws alone (top_k is 0); an evaluation needs a top k.")
 
 
+def require_room(config: TrainConfig, context_length: int, held_out: CacheManifest) -> None:
+    """Refuse a held-out cache whose sequences are longer than the student's context."""
+    if held_out.sequence_length > context_length:
+        raise CacheMismatchError(
+            f"{config.eval_cache}: sequences of {held_out.sequence_length} tokens; the student {config.student} has a "
+            f"context of {context_length}; evaluate on a cache with a shorter --sequence-length."
+        )
+
+
 def open_folder(config: TrainConfig, cache: CacheManifest, held_out: CacheManifest | None, shape: StepShape) -> None:
     """Record what is trained in the output folder, or check that it is the run that is there.
 

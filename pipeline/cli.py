@@ -8,6 +8,7 @@ command imports its stage inside its function, so that `--help` loads neither to
 import os
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import click
@@ -263,6 +264,7 @@ def run() -> None:
     Native threads of its libraries now and then abort the process there (exit code -6), when all work
     is done and on the disk.
     """
+    _leave_working_directory()
     try:
         main()
     except SystemExit as leaving:
@@ -271,6 +273,17 @@ def run() -> None:
             sys.stderr.flush()
             os._exit(leaving.code)
         raise
+
+
+def _leave_working_directory() -> None:
+    """Take no module from the working directory, which `python -m` puts first, in this process and those it starts.
+
+    A stages/ or config.py of the user's may lie there. Beside a pipeline.py, `python -m pipeline.cli` gets no further
+    than that file; `python -P -m` and the command `pipeline` do.
+    """
+    if sys.path[0] in ("", os.getcwd()) and Path.cwd() != Path(__file__).parent.parent:
+        del sys.path[0]
+    os.environ.setdefault("PYTHONSAFEPATH", "1")
 
 
 if __name__ == "__main__":

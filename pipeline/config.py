@@ -42,6 +42,9 @@ class PrepareConfig(Settings):
     )
     partition_tokens: int = setting(16_777_216, "Tokens in one file of the corpus.")
     skip_bad_lines: bool = setting(False, "Count and skip records that cannot be read, instead of stopping.")
+    trust_remote_code: bool = setting(
+        False, "Run the code that the tokenizer's folder brings along; for those whose maker you trust."
+    )
 
     def check(self) -> None:
         if not self.inputs:
@@ -304,6 +307,7 @@ class AuditConfig(Settings):
     )
 
     def check(self) -> None:
+        self.seed_fits()
         for name in ("sequences", "tensor_parallel", "pipeline_parallel", "batch_tokens"):
             self.at_least(name, 1)
         self.at_least("noise", 0)
@@ -383,10 +387,16 @@ class TrainConfig(Settings):
         self.positive("temperature", (self.temperature,))
         self.positive("learning_rate", (self.learning_rate,))
         self.positive("epochs", (self.epochs,))
+        self.seed_fits()
         self.at_least("keep_checkpoints", 1)
         self.at_least("loader_workers", 0)
         self.at_least("lora_rank", 1)
         self.positive("lora_alpha", (self.lora_alpha,))
+        if self.eval_steps is not None and self.eval_cache is None:
+            raise ConfigError(
+                f"eval_steps is {self.eval_steps} without eval_cache: there is nothing to evaluate on; give --eval-cache, "
+                "or leave --eval-steps out."
+            )
         if self.lora_head and self.lora_rank is None:
             raise ConfigError("lora_head is set without lora_rank; give --lora-rank, such as 16.")
         if self.divergence != "forward" and self.tail != "ghost":

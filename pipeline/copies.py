@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from pipeline.storage import Location, ObjectPath
+from pipeline.storage import Location, ObjectPath, at_home
 
 COPIES, COPIES_GB = "LOGIT_CACHE_DIR", "LOGIT_CACHE_GB"
 """Environment variables: the folder for local copies of shards, and how much it may hold, in GB."""
@@ -27,7 +27,7 @@ ABANDONED_S = 86_400.0
 def copies_folder() -> Path:
     """The folder for local copies of shards, made if need be."""
     default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "logit-cache-pipeline"
-    folder = Path(os.environ.get(COPIES) or default)
+    folder = at_home(Path(os.environ.get(COPIES) or default))
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 

@@ -17,10 +17,12 @@ from typing import Any, TypeVar
 import yaml
 
 from pipeline.errors import ConfigError
-from pipeline.storage import Location, ObjectPath, location
+from pipeline.storage import Location, ObjectPath, at_home, location
 
 Config = TypeVar("Config", bound="Settings")
 _REQUIRED: Any = object()
+SEEDS = 1 << 32
+"""numpy's number of seeds, the fewest."""
 
 
 def setting(
@@ -53,7 +55,8 @@ class Settings:
 
     def __post_init__(self) -> None:
         for spec in dataclasses.fields(self):
-            value = getattr(self, spec.name)
+            value = _expanded(getattr(self, spec.name))
+            object.__setattr__(self, spec.name, value)
             if value is None and spec.metadata["required"]:
                 raise ConfigError(f"{flag_of(spec)} is missing; give it as a flag or as `{spec.name}:` in the file.")
             choices = spec.metadata["choices"]
@@ -69,6 +72,12 @@ class Settings:
         value = getattr(self, name)
         if value is not None and not (value >= minimum and math.isfinite(value)):
             raise ConfigError(f"{name} is {value}; it must be at least {minimum}.")
+
+    def seed_fits(self, name: str = "seed") -> None:
+        """Raise ConfigError unless a seed is one that torch, numpy and transformers all take."""
+        value = getattr(self, name)
+        if not 0 <= value < SEEDS:
+            raise ConfigError(f"{name} is {value}; it must lie in [0, {SEEDS - 1}].")
 
     def positive(self, name: str, values: tuple[float, ...]) -> None:
         """Raise ConfigError, which names the field, if a value is not above 0 and finite."""
@@ -119,11 +128,38 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, tuple) else value
 
 
+def _expanded(value: Any) -> Any:
+    """The value with ~ and ~user at the beginning of paths replaced; URLs and other values as they are."""
+    if isinstance(value, tuple):
+        return tuple(map(_expanded, value))
+    return at_home(value) if isinstance(value, Path) else value
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's, which takes the last of equal keys, made to refuse them. A merged key (<<) may be overridden."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """The mapping; raises ConstructorError at a key that was there before."""
+        lines: dict[tuple[str, str], int] = {}
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+            if not isinstance(key, yaml.ScalarNode) or key.tag == "tag:yaml.org,2002:merge":
+                continue
+            line = key.start_mark.line + 1
+            if first := lines.get((key.tag, key.value)):
+                problem = f"the key {key.value!r} is there twice, in lines {first} and {line}; keep one"
+                raise yaml.constructor.ConstructorError(None, None, problem)
+            lines[key.tag, key.value] = line
+        return super().construct_mapping(node, deep)
+
+
 def _read_yaml(path: Path) -> dict[str, Any]:
+    path = at_home(path)
     if not path.is_file():
         raise ConfigError(f"{path}: no such file; give the path of a YAML file with the command's settings.")
     try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+        document = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except yaml.constructor.ConstructorError as exc:
+        raise ConfigError(f"{path}: {' '.join(str(exc).split())}.") from exc
     except (yaml.YAMLError, UnicodeDecodeError) as exc:
         raise ConfigError(f"{path}: not YAML: {' '.join(str(exc).split())}") from exc
     if document is None:
@@ -174,6 +210,6 @@ def _number(value: Any, kind: type) -> tuple[Any, bool]:
     """YAML reads 1e-4 as a string: take any spelling of a number, but no fraction for an integer."""
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return value, False
     return (number, True) if kind is float else (int(number) if number.is_integer() else value, number.is_integer())

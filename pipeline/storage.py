@@ -165,7 +165,7 @@ class ObjectPath:
     def download(self, target: Path) -> None:
         """Write the object into a file, several ranges at a time. Also in a process that was forked."""
         if _is_forked():
-            command = [sys.executable, "-m", "pipeline.storage", str(self), str(target)]
+            command = [sys.executable, "-P", "-m", "pipeline.storage", str(self), str(target)]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
                 raise StorageError(done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"{self}: no copy.")
@@ -210,7 +210,15 @@ Location = Path | ObjectPath
 
 def location(value: str | Path) -> Location:
     """A folder of this machine, or the URL of an object store."""
-    return ObjectPath(str(value)) if "://" in str(value) else Path(value)
+    return ObjectPath(str(value)) if "://" in str(value) else at_home(Path(value))
+
+
+def at_home(path: Path) -> Path:
+    """The path with ~ or ~user at its beginning replaced; raises ConfigError if there is no such user."""
+    try:
+        return path.expanduser()
+    except RuntimeError as exc:
+        raise ConfigError(f"{path}: there is no such user; write ./{path} for a file of that name.") from exc
 
 
 def _obstore() -> Any:

@@ -1,6 +1,7 @@
 """The command line: help, exit codes, and mistakes as one line without a traceback."""
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.runs.commits import SHARDS
+from pipeline.runs.launch import PIPELINE, TORCHRUN
 from tests.helpers import run, tiny_tokenizer
 from tests.small import make_cache
 
@@ -132,3 +134,36 @@ def test_full_disk_is_one_line(tmp_path, corpus, monkeypatch):
 
     monkeypatch.setattr(pipeline.shards.verify, "verify_cache", full)
     assert_refused("No space left on device", "verify", make_cache(tmp_path / "cache", corpus))
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        [sys.executable, *PIPELINE],
+        pytest.param(
+            [sys.executable, *TORCHRUN, "--nproc-per-node", "1", "--no-python", sys.executable, *PIPELINE],
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=["python", "torchrun"],
+)
+def test_modules_of_the_user_s_in_the_working_directory_are_not_ours(tmp_path, command):
+    """Also those of the libraries that we start: they find `stages` by an entry point."""
+    for name in ("pipeline.py", "config.py", "stages/__init__.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("raise SystemExit('the user's own')")
+    arguments = ["prepare", "nothing.txt", "--tokenizer", "t", "--out", "o"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([*command, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert "error: nothing.txt: no such file or folder" in done.stderr
+    assert "the user's own" not in done.stderr + done.stdout
+
+
+def test_stages_of_the_user_s_do_not_hide_ours_from_python_m(tmp_path):
+    (tmp_path / "stages").mkdir()
+    (tmp_path / "stages" / "__init__.py").write_text("raise SystemExit('the user's own')")
+    arguments = ["prepare", "nothing.txt", "--tokenizer", "t", "--out", "o"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "pipeline.cli", *arguments]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.stderr.startswith("error: nothing.txt: no such file or folder")

@@ -5,9 +5,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline.config import CacheConfig, PrepareConfig, SubmitConfig, TrainConfig
+from pipeline.config import AuditConfig, CacheConfig, PrepareConfig, SubmitConfig, TrainConfig
+from pipeline.copies import COPIES, copies_folder
 from pipeline.errors import ConfigError
 from pipeline.settings import load_config, resolved
+from pipeline.storage import location
 
 EXAMPLES = Path(__file__).parent.parent / "data" / "examples"
 CLASSES = {
@@ -21,6 +23,7 @@ NEEDED = {
     CacheConfig: {"teacher": "t", "corpus": "c", "out": "o"},
     SubmitConfig: {"launcher": "local", "cache_logits": "c.yaml"},
     TrainConfig: {"student": "s", "cache": "c", "out": "o"},
+    AuditConfig: {"cache": "c", "teacher": "t"},
 }
 
 
@@ -82,6 +85,16 @@ def test_yaml_number_without_a_point_is_a_number(tmp_path):
         (TrainConfig, {"temperature": float("nan")}, "temperature is nan"),
         (TrainConfig, {"tail": "bucket"}, "choose one of: ghost, hybrid, sampled, zero, renormalise, uniform"),
         (TrainConfig, {"batch_size": True}, "batch_size is True; expected a value of type int"),
+        (TrainConfig, {"eval_steps": 5}, "eval_steps is 5 without eval_cache"),
+        *(
+            (config_class, {"seed": seed}, f"seed is {seed}; it must lie in \\[0, 4294967295\\]")
+            for config_class in (TrainConfig, AuditConfig)
+            for seed in (-1, 2**32, 2**64)
+        ),
+        (TrainConfig, {"seed": 10**400}, "seed is 10{400}; expected a value of type int"),
+        (TrainConfig, {"seed": 1.5}, "expected a value of type int"),
+        (PrepareConfig, {"tokenizer": "~no-such-user/t"}, "~no-such-user/t: there is no such user"),
+        (CacheConfig, {"out": "~no-such-user/t"}, "~no-such-user/t: there is no such user"),
         (PrepareConfig, {"inputs": []}, "no input was given"),
         (PrepareConfig, {"sequence_length": 1}, "sequence_length is 1; it must be at least 2"),
     ],
@@ -100,6 +113,9 @@ def test_mistakes_are_named(config_class, changes, message):
         ("xyzzy: 3", "unknown key 'xyzzy'; valid keys are: teacher, corpus"),
         ("- a\n- b", "found a list; expected `key: value` lines"),
         ("a: [", "not YAML"),
+        ("top_k: 3\nout: o\ntop_k: 4", "the key 'top_k' is there twice, in lines 1 and 3"),
+        ("top_k: 3\n'top_k': 3", "the key 'top_k' is there twice, in lines 1 and 2"),
+        ("temperatures: [{a: 1, a: 2}]", "the key 'a' is there twice, in lines 1 and 1"),
     ],
 )
 def test_file_mistakes_are_named_with_the_file(tmp_path, contents, message):
@@ -108,3 +124,27 @@ def test_file_mistakes_are_named_with_the_file(tmp_path, contents, message):
     with pytest.raises(ConfigError, match=message) as error:
         load_config(CacheConfig, path)
     assert str(path) in str(error.value)
+
+
+def test_merged_key_may_be_given_again(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("<<: {top_k: 3, out: o}\ntop_k: 4\nteacher: t\ncorpus: c\n")
+    assert load_config(CacheConfig, path).top_k == 4
+
+
+def test_home_is_meant_wherever_a_path_is_taken(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "run.yaml").write_text("teacher: ~/t\ncorpus: '~'\nout: ~/o\nreuse: [~/r, s3://bucket/~/r]\n")
+    config = load_config(CacheConfig, Path("~/run.yaml"))
+    assert (config.teacher, config.corpus, config.out) == (tmp_path / "t", tmp_path, tmp_path / "o")
+    assert list(map(str, config.reuse)) == [f"{tmp_path}/r", "s3://bucket/~/r"]
+    assert load_config(PrepareConfig, None, {**NEEDED[PrepareConfig], "inputs": ["a/~b", "~/c"]}).inputs == (
+        Path("a/~b"),
+        tmp_path / "c",
+    )
+    submit = load_config(SubmitConfig, None, {"launcher": "local", "cache_logits": "~/run.yaml"})
+    assert load_config(CacheConfig, submit.cache_logits) == config
+    assert TrainConfig(student=Path("~root"), cache=Path("c"), out=Path("o")).student == Path("~root").expanduser()
+    assert location("~/cache") == tmp_path / "cache"
+    monkeypatch.setenv(COPIES, "~/copies")
+    assert copies_folder() == tmp_path / "copies"

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import kubernetes_validate
@@ -123,7 +124,8 @@ def test_kubernetes_accepts_the_manifests(tmp_path, monkeypatch):
     container = spec["template"]["spec"]["containers"][0]
     assert container["resources"]["limits"] == {"nvidia.com/gpu": "1"}
     assert {"name": "PIPELINE_WORKERS", "value": "32"} in container["env"]
-    assert container["command"][-3:] == ["--config", "/settings/cache-logits.yaml", "--worker-from-env"]
+    command = ["cache-logits", "--config", "/settings/cache-logits.yaml", "--worker-from-env"]
+    assert container["command"] == ["python", "-P", "-m", "pipeline.cli", *command]
     assert json.loads(documents["settings.yaml"]["data"]["cache-logits.yaml"])["top_k"] == 8
     assert documents["student.yaml"]["spec"]["suspend"] is True
     run(["bash", "-n", str(job.folder / "submit.sh")])
@@ -157,6 +159,17 @@ def test_slurm_scripts_are_shell_and_say_what_was_asked(tmp_path, nodes):
     assert "--gres" not in scripts["gate.sbatch"]
     assert ("--rdzv-endpoint" in scripts["student.sbatch"]) == (nodes == 2)
     assert "--nproc-per-node 8" in scripts["student.sbatch"]
+    assert f"--no-python {sys.executable} -P -m pipeline.cli train-student " in scripts["student.sbatch"]
+    assert all("-P -m" in line for text in scripts.values() for line in text.splitlines() if " -m " in line)
+
+
+def test_kubernetes_takes_no_home_which_is_another_in_its_containers(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    job = submitted(tmp_path, "kubernetes", image="registry/pipeline:1", volume="models")
+    document = json.loads(job.submit.cache_logits.read_text())
+    job.submit.cache_logits.write_text(json.dumps(document | {"corpus": "~/corpus"}))
+    with pytest.raises(ConfigError, match="corpus is ~/corpus; give the absolute path"):
+        write_manifests(job)
 
 
 @pytest.mark.parametrize(

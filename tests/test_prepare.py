@@ -164,6 +164,17 @@ def test_finished_corpus_is_returned_as_it_is(config: PrepareConfig) -> None:
     assert not (config.out / "units").exists()
 
 
+def test_moved_and_renamed_folders_are_the_same(config: PrepareConfig, inputs: Path, tmp_path: Path) -> None:
+    manifest = prepare(config)
+    (tmp_path / "elsewhere").mkdir()
+    moved = {"inputs": (inputs.rename(tmp_path / "elsewhere" / "text"),), "out": tmp_path / "elsewhere" / "tokens"}
+    config.out.rename(moved["out"])
+    assert prepare(changed(config, **moved)) == manifest
+    (tmp_path / "elsewhere" / "text" / "3.jsonl").rename(tmp_path / "elsewhere" / "text" / "9.jsonl")
+    with pytest.raises(ConfigError, match="differs"):
+        prepare(changed(config, **moved))
+
+
 @pytest.mark.parametrize(
     ("setting", "value"),
     [("sequence_length", 64), ("packing", "none"), ("text_field", "body"), ("partition_tokens", 9)],

@@ -18,6 +18,7 @@ from pipeline.config import DemoConfig
 from pipeline.errors import PipelineError
 from pipeline.files import canonical_json, read_json, write_json
 from pipeline.progress import Reporter, duration
+from pipeline.runs.launch import PIPELINE
 from stages.demo.recipe import DemoRecipe, student_config
 from stages.demo.report import write_report
 from stages.demo.results import STUDENTS, read_results
@@ -49,7 +50,7 @@ class Steps:
             return
         self.reporter.log(f"\n$ pipeline {' '.join(words)}")
         started = time.monotonic()
-        process = subprocess.run([sys.executable, "-m", "pipeline.cli", *words])
+        process = subprocess.run([sys.executable, *PIPELINE, *words])
         if process.returncode != 0:
             raise PipelineError(f"the demo's step {name!r} ended with exit code {process.returncode}; see above.")
         self.seconds[name] = time.monotonic() - started

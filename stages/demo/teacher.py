@@ -28,7 +28,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from pipeline.errors import CorpusError
 from pipeline.files import PARTIAL, canonical_json, hash_file, partial_path, publish, read_json, write_json
 from pipeline.progress import Progress, Reporter, duration
-from pipeline.tokenizer import load_tokenizer
+from pipeline.tokenizer import load_tokenizer, save_tokenizer
 from stages.demo.recipe import DemoRecipe, teacher_config
 from stages.demo.text import TRAIN, collect_text, read_documents
 
@@ -111,7 +111,7 @@ def train_tokenizer(train: Path, out: Path, *, vocab_size: int) -> Path:
 
 def train_teacher(
     train: Path,
-    tokenizer: Path,
+    tokenizer_folder: Path,
     out: Path,
     recipe: DemoRecipe | None = None,
     reporter: Reporter | None = None,
@@ -124,14 +124,15 @@ def train_teacher(
     started = time.monotonic() if started is None else started
     recipe, reporter = recipe or DemoRecipe(), reporter or Reporter()
     total_tokens = _steps(recipe) * recipe.teacher_batch_size * recipe.sequence_length
-    sequences = _tokenise(train, load_tokenizer(tokenizer), recipe.sequence_length)
+    tokenizer = load_tokenizer(tokenizer_folder)
+    sequences = _tokenise(train, tokenizer, recipe.sequence_length)
     torch.manual_seed(recipe.seed)
     teacher = LlamaForCausalLM(LlamaConfig.from_dict(teacher_config(recipe)))
     with _replacing(out) as partial:
         with reporter.progress("teacher", total_tokens) as progress:
             _train(teacher, sequences, recipe, progress)
         teacher.save_pretrained(partial)
-        load_tokenizer(tokenizer).save_pretrained(partial)
+        save_tokenizer(tokenizer, partial)
         stamp = {
             "key": _key(train, recipe),
             "recipe": recipe.to_dict(),

@@ -27,6 +27,11 @@ class InputFile:
         """JSON values that change with the file."""
         return [self.name, self.size, self.mtime_ns]
 
+    def is_known_as(self, identity: Sequence[str | int]) -> bool:
+        """Whether that is this file's identity, but for the name of the folder that was given, which may change."""
+        below = [str(name).partition("/")[2] or name for name in (self.name, identity[0])]
+        return below[0] == below[1] and [self.size, self.mtime_ns] == list(identity[1:])
+
 
 @dataclass(frozen=True, kw_only=True)
 class InputFiles:
@@ -39,6 +44,13 @@ class InputFiles:
     @property
     def size(self) -> int:
         return sum(file.size for file in self.files)
+
+
+def same_files(files: Sequence[InputFile], identities: Sequence[Sequence[str | int]]) -> bool:
+    """Whether files are those of the identities, in this order."""
+    return len(files) == len(identities) and all(
+        file.is_known_as(identity) for file, identity in zip(files, identities, strict=True)
+    )
 
 
 def suffix_of(path: Path) -> str:

@@ -7,7 +7,6 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -27,9 +26,9 @@ from pipeline.errors import ConfigError, CorpusError
 from pipeline.files import partial_path, publish
 from pipeline.progress import Progress, Reporter
 from pipeline.settings import resolved
-from pipeline.tokenizer import TokenizerIdentity, identify, load_tokenizer
+from pipeline.tokenizer import TokenizerIdentity, identify, load_tokenizer, save_tokenizer
 from stages.prepare.documents import Document, DocumentEncoder
-from stages.prepare.inputs import UNIT_BYTES, InputFile, InputFiles, describe, divide, find_inputs
+from stages.prepare.inputs import UNIT_BYTES, InputFile, InputFiles, describe, divide, find_inputs, same_files
 from stages.prepare.packing import PACKERS
 from stages.prepare.readers import BadLines, Record, read_records
 from stages.prepare.units import (
@@ -55,7 +54,7 @@ def prepare(config: PrepareConfig, reporter: Reporter | None = None, *, unit_byt
     reporter = reporter or Reporter()
     check_folder(config.out)
     inputs = find_inputs(config.inputs, config.out)
-    tokenizer = load_tokenizer(config.tokenizer)
+    tokenizer = load_tokenizer(config.tokenizer, trust_remote_code=config.trust_remote_code, note=reporter.log)
     identity = identify(tokenizer)
     settings = _compared_settings(config, tokenizer, identity)
     if manifest := _finished(config, settings, inputs, reporter):
@@ -64,7 +63,7 @@ def prepare(config: PrepareConfig, reporter: Reporter | None = None, *, unit_byt
         if manifest := _finished(config, settings, inputs, reporter):  # by the process that held the lock
             return manifest
         start(config.out, settings)
-        _save_tokenizer(tokenizer, identity, config.out / TOKENIZER)
+        _save_tokenizer(tokenizer, config)
         units = _run(config, tokenizer, divide(inputs.files, unit_bytes), reporter)
         statistics = sum((Counter(unit.statistics) for unit in units), Counter())
         names = [*units[0].statistics, "ignored_files"]
@@ -226,7 +225,7 @@ def _finished(
     if manifest.statistics["bad_lines"] and not config.skip_bad_lines:
         check_same(config.out, manifest.settings, {"skip_bad_lines": False})
     found, wanted = manifest.settings["input_files"], [file.identity for file in inputs.files]
-    if found != wanted:
+    if not same_files(inputs.files, found):
         changed = [identity for identity in [*wanted, *found] if identity not in found or identity not in wanted]
         name = changed[0][0] if changed else "their order"
         raise ConfigError(
@@ -238,14 +237,10 @@ def _finished(
     return manifest
 
 
-def _save_tokenizer(tokenizer: Any, identity: TokenizerIdentity, folder: Path) -> None:
+def _save_tokenizer(tokenizer: Any, config: PrepareConfig) -> None:
+    folder = config.out / TOKENIZER
     partial = partial_path(folder)
-    tokenizer.save_pretrained(str(partial))
-    difference = identify(load_tokenizer(partial)).difference(identity)
-    if difference:
-        raise ConfigError(
-            f"{tokenizer.name_or_path}: transformers does not save this tokenizer as it is: {difference}."
-        )
+    save_tokenizer(tokenizer, partial, trust_remote_code=config.trust_remote_code)
     shutil.rmtree(folder, ignore_errors=True)
     publish(partial, folder)
 

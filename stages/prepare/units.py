@@ -22,7 +22,7 @@ import xxhash
 from pipeline.corpus import MANIFEST, PARTITIONS, CorpusPartition
 from pipeline.errors import ConfigError, CorpusError
 from pipeline.files import PARTIAL, partial_path, publish, read_json, write_json
-from stages.prepare.inputs import InputFile
+from stages.prepare.inputs import InputFile, same_files
 
 UNITS = "units"
 SETTINGS = "settings.json"
@@ -128,7 +128,7 @@ def resume(out: Path, units: Sequence[Sequence[InputFile]], skip_bad_lines: bool
         document = read_json(path, CorpusError)
         document["partitions"] = tuple(CorpusPartition(**partition) for partition in document["partitions"])
         unit = FinishedUnit(**document)
-        if unit.files != [file.identity for file in files] or (unit.statistics["bad_lines"] and not skip_bad_lines):
+        if not same_files(files, unit.files) or (unit.statistics["bad_lines"] and not skip_bad_lines):
             break
         finished.append(unit)
     _discard_after(out, finished)

@@ -1,11 +1,19 @@
 """What is checked before a student is loaded."""
 
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
 from pipeline.config import TrainConfig
 from pipeline.errors import CacheMismatchError, ConfigError, PipelineError
-from pipeline.files import read_json, write_json
+from pipeline.files import canonical_json, read_json, write_json
 from pipeline.manifest import CacheManifest
 from pipeline.settings import resolved
 from pipeline.targets import column_of
+from pipeline.weights import hash_weights
 from stages.train_student.ranks import rank
 from stages.train_student.row_targets import DRAWN_TAILS
 from stages.train_student.sampler import StepShape
@@ -13,14 +21,20 @@ from stages.train_student.sampler import StepShape
 RUN = "run.json"
 FREE_TO_CHANGE = (
     *("out", "log_steps", "save_steps", "keep_checkpoints", "batch_size", "gradient_accumulation"),
-    *("loader_workers", "tensorboard", "on_bad_loss"),
+    *("loader_workers", "tensorboard", "on_bad_loss", "trust_remote_code"),
 )
 """Settings that a resumed run may change: with the same global batch they do not change what is trained."""
+PATHS = ("cache", "eval_cache", "student")
+"""Settings that say where something lies, which may change; what it is may not."""
+NOT_IN_CACHE = ("container", "partitions")
+"""Entries of a cache's identity that do not change what is read from it."""
+NOT_IN_STUDENT = ("_name_or_path", "transformers_version", "use_cache")
+"""Keys of config.json that can differ between copies of one model."""
 
 
 def require_targets(config: TrainConfig, manifest: CacheManifest) -> None:
     """Refuse a temperature or a tail that the cache does not hold."""
-    column_of(manifest.temperatures, config.temperature)
+    _require_temperature(config.cache, manifest, config.temperature)
     if manifest.top_k == 0 and config.tail != "sampled":
         raise ConfigError(f"{config.cache}: holds draws alone (top_k is 0); take --tail sampled, not {config.tail!r}.")
     if manifest.top_k > 0 and config.tail == "sampled":
@@ -41,31 +55,42 @@ def require_same_targets(config: TrainConfig, train: CacheManifest, held_out: Ca
     difference = held_out.tokenizer.difference(train.tokenizer)
     if difference:
         raise CacheMismatchError(f"{config.eval_cache}: its tokenizer is not that of {config.cache}: {difference}.")
-    column_of(held_out.temperatures, config.temperature)
+    _require_temperature(config.eval_cache, held_out, config.temperature)
     if held_out.top_k == 0:
         raise ConfigError(f"{config.eval_cache}: holds draws alone (top_k is 0); an evaluation needs a top k.")
 
 
-def open_folder(config: TrainConfig, manifest: CacheManifest, shape: StepShape) -> None:
+def require_room(config: TrainConfig, context_length: int, held_out: CacheManifest) -> None:
+    """Refuse a held-out cache whose sequences are longer than the student's context."""
+    if held_out.sequence_length > context_length:
+        raise CacheMismatchError(
+            f"{config.eval_cache}: sequences of {held_out.sequence_length} tokens; the student {config.student} has a "
+            f"context of {context_length}; evaluate on a cache with a shorter --sequence-length."
+        )
+
+
+def open_folder(config: TrainConfig, cache: CacheManifest, held_out: CacheManifest | None, shape: StepShape) -> None:
     """Record what is trained in the output folder, or check that it is the run that is there.
 
-    How a step's sequences are shared among ranks and micro-batches may change, their number may not: the position in
-    the data is the number of steps times the global batch.
+    Caches and student are compared by what they are, wherever they lie by now. How a step's sequences are shared
+    among ranks and micro-batches may change, their number may not: the position in the data is the number of steps
+    times the global batch.
     """
-    run = {key: value for key, value in resolved(config).items() if key not in FREE_TO_CHANGE}
-    run |= {"global_batch": shape.global_batch, "cache_corpus": manifest.corpus}
     if rank() != 0:
         return  # rank 0 looks for all
+    run = _description(config, cache, held_out, shape)
     path = config.out / RUN
     if not path.is_file():
         if config.out.exists() and (not config.out.is_dir() or any(config.out.iterdir())):
             raise ConfigError(f"{config.out}: exists and holds no training run; choose another --out or empty it.")
         config.out.mkdir(parents=True, exist_ok=True)
         write_json(path, run)
-    known = read_json(path, PipelineError)
-    different = [key for key in run if run[key] != known.get(key)]
+    known = _defaults() | read_json(path, PipelineError)
+    different = [key for key in run if key in known and key not in PATHS and run[key] != known[key]]
+    if (config.eval_cache is None) != (known["eval_cache"] is None):
+        different.append("eval_cache")
     if different:
-        found = "; ".join(f"{key} was {known.get(key)!r}, now {run[key]!r}" for key in different)
+        found = "; ".join(f"{key} was {known[key]!r}, now {run[key]!r}" for key in different)
         hint = ""
         if "global_batch" in different:
             hint = (
@@ -73,3 +98,40 @@ def open_folder(config: TrainConfig, manifest: CacheManifest, shape: StepShape) 
                 "ranks); the same global batch continues with any number of ranks"
             )
         raise ConfigError(f"{config.out}: holds a run with other settings: {found}{hint}; choose another --out.")
+
+
+def _description(
+    config: TrainConfig, cache: CacheManifest, held_out: CacheManifest | None, shape: StepShape
+) -> dict[str, Any]:
+    """What decides the outcome, and the paths of that time for whoever reads the file."""
+    run = {key: value for key, value in resolved(config).items() if key not in FREE_TO_CHANGE}
+    run |= {"global_batch": shape.global_batch, "cache_corpus": cache.corpus}
+    for name, manifest in (("cache", cache), ("eval_cache", held_out)):
+        entries = manifest.identity() if manifest is not None else {}
+        run |= {f"{name}: {key}": _json(value) for key, value in entries.items() if key not in NOT_IN_CACHE}
+    return run | {f"student: {key}": value for key, value in _student_identity(config.student).items()}
+
+
+def _student_identity(path: Path) -> dict[str, str]:
+    config_path = path if path.suffix == ".json" else path / "config.json"
+    document = json.loads(config_path.read_text(encoding="utf-8"))
+    kept = {key: value for key, value in document.items() if key not in NOT_IN_STUDENT}
+    identity = {"config": xxhash.xxh3_128_hexdigest(canonical_json(kept))}
+    return identity if path.suffix == ".json" else identity | {"weights": hash_weights(path)}
+
+
+def _defaults() -> dict[str, Any]:
+    """What an earlier version, which did not know all settings of today, trained with."""
+    return {spec.name: _json(spec.default) for spec in dataclasses.fields(TrainConfig)}
+
+
+def _json(value: Any) -> Any:
+    """The value as it is read back from a file."""
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _require_temperature(cache: Any, manifest: CacheManifest, temperature: float) -> None:
+    try:
+        column_of(manifest.temperatures, temperature)
+    except ConfigError as exc:
+        raise ConfigError(f"{cache}: {exc}") from exc

@@ -1,17 +1,23 @@
 """Writing the finished student, whole, from however it was trained."""
 
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from pipeline.config import TrainConfig
 from pipeline.files import publish, sync_folder
+from pipeline.progress import Reporter
+from pipeline.tokenizer import misreading, save_tokenizer
 from stages.train_student.lora import merged
 
 
-def write_student(trainer: Any, folder: Path, tokenizer: Any, fresh_model: Any) -> None:
-    """The student with its adapters merged, and its `tokenizer`; called on every rank, written by the first.
+def write_student(
+    trainer: Any, config: TrainConfig, tokenizer: Any, fresh_model: Callable[[], Any], reporter: Reporter
+) -> None:
+    """The student with its adapters merged, and its tokenizer; called on every rank, written by the first.
 
     Sharded parameters are gathered on its CPU and put into what `fresh_model()` gives. The config, without which
     nothing loads the folder, comes last.
@@ -26,9 +32,15 @@ def write_student(trainer: Any, folder: Path, tokenizer: Any, fresh_model: Any) 
         return
     else:
         model = trainer.accelerator.unwrap_model(trainer.model)
+    folder = config.out
     with tempfile.TemporaryDirectory(dir=folder, prefix=".student-") as scratch:
         merged(model).save_pretrained(scratch)
-        tokenizer.save_pretrained(scratch)
+        save_tokenizer(tokenizer, Path(scratch), trust_remote_code=config.trust_remote_code)
+        if problem := misreading(Path(scratch), trust_remote_code=config.trust_remote_code):
+            reporter.log(
+                f"{folder}: load this tokenizer with PreTrainedTokenizerFast: the class that AutoTokenizer takes for the "
+                f"student's kind of model reads otherwise: {problem}"
+            )
         for path in sorted(Path(scratch).iterdir(), key=lambda path: path.name == "config.json"):
             publish(path, folder / path.name)
     sync_folder(folder)

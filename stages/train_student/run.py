@@ -18,7 +18,7 @@ from pipeline.tokenizer import load_tokenizer
 from stages.train_student.agreement import require_agreement
 from stages.train_student.arguments import CHECKPOINTS, num_steps, training_arguments
 from stages.train_student.checkpoints import MarkWhole, newest_whole_checkpoint, read_mark, remove_torn_checkpoints
-from stages.train_student.checks import open_folder, require_same_targets, require_targets
+from stages.train_student.checks import open_folder, require_room, require_same_targets, require_targets
 from stages.train_student.dataset import CacheDataset, Collate
 from stages.train_student.evaluation import Evaluation
 from stages.train_student.export import write_student
@@ -56,24 +56,27 @@ def _train_student(config: TrainConfig, reporter: Reporter) -> dict[str, Any]:
     if held_out is not None:
         require_same_targets(config, cache.manifest, held_out.manifest)
     student = read_student(config.student, cache, trust_remote_code=config.trust_remote_code)
+    if held_out is not None:
+        require_room(config, student.model.context_length, held_out.manifest)
+    tokenizer = load_tokenizer(config.cache / TOKENIZER, trust_remote_code=config.trust_remote_code)
     shape = StepShape(
         batch_size=config.batch_size,
         accumulation=config.gradient_accumulation,
         rank=rank(),
         world_size=world_size(),
     )
-    open_folder(config, cache.manifest, shape)
+    open_folder(config, cache.manifest, held_out.manifest if held_out is not None else None, shape)
     if (config.out / METRICS).is_file():
         reporter.log(f"{config.out}: finished before; nothing to do.")
         return read_json(config.out / METRICS, PipelineError)
     with Drain() as drain:
         trainer = _trainer(config, student, cache, held_out, shape, drain, reporter)
-        metrics = {"train_seconds": _train(trainer, config, cache, student, reporter)}
+        metrics = {"train_seconds": _train(trainer, config, cache, student, tokenizer, reporter)}
     metrics |= {"steps": trainer.state.global_step, "tokens_seen": _tokens_seen(trainer, shape, cache)}
     if held_out is not None:
         metrics |= trainer.evaluate()
         metrics["eval_teacher_cross_entropy"] = _teacher_cross_entropy(held_out)
-    write_student(trainer, config.out, _tokenizer(config), lambda: _load(config, student))
+    write_student(trainer, config, tokenizer, lambda: _load(config, student), reporter)
     if trainer.is_world_process_zero():
         write_report(config, trainer.state.log_history, metrics, reporter)
         write_json(config.out / METRICS, metrics)
@@ -81,7 +84,12 @@ def _train_student(config: TrainConfig, reporter: Reporter) -> dict[str, Any]:
 
 
 def _train(
-    trainer: DistillationTrainer, config: TrainConfig, cache: Cache, student: Student, reporter: Reporter
+    trainer: DistillationTrainer,
+    config: TrainConfig,
+    cache: Cache,
+    student: Student,
+    tokenizer: Any,
+    reporter: Reporter,
 ) -> float:
     """Take every step that is left, and return the seconds they took; raises Drained if a signal came."""
     checkpoint = newest_whole_checkpoint(config.out / CHECKPOINTS)
@@ -90,7 +98,7 @@ def _train(
     if trainer.is_world_process_zero():
         remove_torn_checkpoints(config.out / CHECKPOINTS)
         reporter.log(_announcement(config, trainer, cache, checkpoint))
-        for note in (*student.notes, *special_token_notes(student, _tokenizer(config))):
+        for note in (*student.notes, *special_token_notes(student, tokenizer)):
             reporter.log(note)
     outcome = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if trainer.drained and trainer.state.global_step < trainer.state.max_steps:
@@ -99,10 +107,6 @@ def _train(
             "saved; run the same command again to continue."
         )
     return outcome.metrics["train_runtime"]
-
-
-def _tokenizer(config: TrainConfig) -> Any:
-    return load_tokenizer(config.cache / TOKENIZER, trust_remote_code=config.trust_remote_code)
 
 
 def _load(config: TrainConfig, student: Student) -> Any:

@@ -17,6 +17,8 @@ from pipeline.settings import load_config
 from pipeline.storage import Location
 
 MODULES = {name: f"pipeline.runs.launch.{name}" for name in ("local", "slurm", "ray", "kubernetes")}
+PIPELINE, TORCHRUN = ("-P", "-m", "pipeline.cli"), ("-P", "-m", "torch.distributed.run")
+"""What follows `python`. -P: a user's own pipeline.py or stages/ in the working directory is not taken for ours."""
 
 
 @dataclass(frozen=True)
@@ -66,20 +68,20 @@ class Job:
     def capture_command(self, python: str = sys.executable, config: Path | None = None) -> list[str]:
         """One worker; its rank comes from the environment."""
         path = str(config or self.submit.cache_logits.absolute())
-        return [python, "-m", "pipeline.cli", "cache-logits", "--config", path, "--worker-from-env"]
+        return [python, *PIPELINE, "cache-logits", "--config", path, "--worker-from-env"]
 
     def student_command(self, python: str = sys.executable, config: Path | None = None) -> list[str]:
         """The training on one node, with a process a GPU."""
         if self.submit.student_gpus <= 1:
-            return [python, *self.student_module(config)]
+            return self.student_process(python, config)
         processes = ["--standalone", "--nproc-per-node", str(self.submit.student_gpus)]
-        return [python, "-m", "torch.distributed.run", *processes, *self.student_module(config)]
+        return [python, *TORCHRUN, *processes, "--no-python", *self.student_process(python, config)]
 
-    def student_module(self, config: Path | None = None) -> list[str]:
-        """What follows `python` or `torchrun`."""
+    def student_process(self, python: str = sys.executable, config: Path | None = None) -> list[str]:
+        """One process of the training; what follows `torchrun --no-python`."""
         assert self.submit.train_student is not None
         path = str(config or self.submit.train_student.absolute())
-        return ["-m", "pipeline.cli", "train-student", "--config", path]
+        return [python, *PIPELINE, "train-student", "--config", path]
 
     def prepare_folder(self) -> None:
         """Make the folder of scripts and logs."""

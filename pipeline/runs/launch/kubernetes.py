@@ -17,7 +17,7 @@ import yaml
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.progress import Reporter
 from pipeline.runs.drain import EXIT_DRAINED
-from pipeline.runs.launch import Job
+from pipeline.runs.launch import PIPELINE, Job
 from pipeline.runs.launch.local import FAULT_OF_THE_USER
 from pipeline.runs.launch.scripts import write_script
 
@@ -56,6 +56,10 @@ def write_manifests(job: Job) -> None:
     """Write submit.sh and what it applies."""
     if isinstance(job.settings.out, Path) and not job.settings.out.is_absolute():
         raise ConfigError(f"out is {job.settings.out}; give the absolute path that it has in the containers.")
+    for path in filter(None, (job.submit.cache_logits, job.submit.train_student)):
+        for name, value in yaml.safe_load(path.read_text(encoding="utf-8")).items():
+            if str(value).startswith("~"):
+                raise ConfigError(f"{path}: {name} is {value}; give the absolute path that it has in the containers.")
     job.prepare_folder()
     documents = {"settings.yaml": settings_manifest(job), "capture.yaml": capture_manifest(job)}
     text = SUBMIT
@@ -101,7 +105,7 @@ def capture_manifest(job: Job) -> dict[str, Any]:
 
 def student_manifest(job: Job) -> dict[str, Any]:
     """The training on one node, behind a first container that verifies the cache."""
-    verify = _container(job, "gate", ["python", "-m", "pipeline.cli", "verify", str(job.settings.out)], 0, [])
+    verify = _container(job, "gate", ["python", *PIPELINE, "verify", str(job.settings.out)], 0, [])
     container = _container(
         job, "student", job.student_command("python", SETTINGS / STUDENT_SETTINGS), job.submit.student_gpus, []
     )

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.progress import Reporter
-from pipeline.runs.launch import Job
+from pipeline.runs.launch import PIPELINE, TORCHRUN, Job
 from pipeline.runs.launch.scripts import Script, write_script
 
 CAPTURE = """#!/bin/bash
@@ -98,8 +98,9 @@ fi
 exit $code
 """
 
-SEVERAL_NODES = """@python -m torch.distributed.run --nnodes @nodes --nproc-per-node @processes \\
-    --rdzv-backend c10d --rdzv-id $start --rdzv-endpoint $head:$port @module"""
+SEVERAL_NODES = """@python @torchrun --nnodes @nodes --nproc-per-node @processes \\
+    --rdzv-backend c10d --rdzv-id $start --rdzv-endpoint $head:$port \\
+    --no-python @process"""
 
 SUBMIT = """#!/bin/bash
 # What `pipeline submit --on slurm` runs. Run it again at any time: what is done stays done.
@@ -152,7 +153,7 @@ def write_scripts(job: Job) -> None:
         "cwd": shlex.quote(str(Path.cwd())),
         "setup": "\n".join(submit.setup),
         "capture": shlex.join(job.capture_command()),
-        "pipeline": shlex.join([sys.executable, "-m", "pipeline.cli"]),
+        "pipeline": shlex.join([sys.executable, *PIPELINE]),
     }
     write_script(job.folder / "capture.sbatch", CAPTURE, directives=_directives(job, job.gpus_per_worker), **values)
     write_script(job.folder / "gate.sbatch", GATE, directives=_directives(job, 0), **values)
@@ -169,9 +170,10 @@ def _student(job: Job) -> str:
         return shlex.join(job.student_command())
     return Script(SEVERAL_NODES).substitute(
         python=shlex.quote(sys.executable),
+        torchrun=shlex.join(TORCHRUN),
         nodes=job.submit.student_nodes,
         processes=max(job.submit.student_gpus, 1),
-        module=shlex.join(job.student_module()),
+        process=shlex.join(job.student_process()),
     )
 
 

@@ -1,0 +1,103 @@
+"""A training knows its caches and its student by what they are, wherever they lie."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from pipeline.config import TrainConfig
+from pipeline.errors import CacheMismatchError, ConfigError
+from pipeline.files import read_json, write_json
+from pipeline.manifest import CacheManifest
+from stages.train_student.checks import RUN, open_folder, require_room, require_same_targets
+from stages.train_student.sampler import StepShape
+from tests.small import llama_config, make_cache
+
+SHAPE = StepShape(batch_size=8, accumulation=1, rank=0, world_size=1)
+
+
+@pytest.fixture
+def config(tmp_path, corpus) -> TrainConfig:
+    """A run that has begun, with a student of random weights and a held-out cache."""
+    cache = make_cache(tmp_path / "cache", corpus)
+    shutil.copytree(cache, tmp_path / "held-out")
+    llama_config(400).save_pretrained(tmp_path / "student")
+    config = TrainConfig(
+        student=tmp_path / "student", cache=cache, out=tmp_path / "out", eval_cache=tmp_path / "held-out"
+    )
+    open_run(config)
+    return config
+
+
+def open_run(config: TrainConfig) -> None:
+    held_out = CacheManifest.read(config.eval_cache) if config.eval_cache is not None else None
+    open_folder(config, CacheManifest.read(config.cache), held_out, SHAPE)
+
+
+def test_moved_renamed_and_relative_paths_continue(config, tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    for name in ("cache", "held-out", "student", "out"):
+        (tmp_path / name).rename(tmp_path / "elsewhere" / f"my-{name}")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    moved = {"student": Path("my-student"), "cache": Path("my-cache"), "eval_cache": Path("./my-held-out")}
+    open_run(dataclasses.replace(config, **moved, out=Path("my-out"), trust_remote_code=True))
+
+
+def test_a_copy_in_the_other_container_continues(config, tmp_path, corpus):
+    other = make_cache(tmp_path / "zarr", corpus, container="zarr")
+    open_run(dataclasses.replace(config, cache=other))
+
+
+@pytest.mark.parametrize("name", ["cache", "eval_cache"])
+def test_another_cache_under_the_same_path_is_refused(config, corpus, name):
+    folder = getattr(config, name)
+    shutil.rmtree(folder)
+    make_cache(folder, corpus, top_k=4)
+    with pytest.raises(ConfigError, match=f"holds a run with other settings: {name}: top_k was 8, now 4; choose"):
+        open_run(config)
+
+
+def test_another_student_under_the_same_path_is_refused(config):
+    path = config.student / "config.json"
+    document = json.loads(path.read_text())
+    path.write_text(json.dumps(document | {"transformers_version": "9.9"}))
+    open_run(config)
+    path.write_text(json.dumps(document | {"rms_norm_eps": 1e-3}))
+    with pytest.raises(ConfigError, match="student: config was"):
+        open_run(config)
+    path.write_text(json.dumps(document))
+    (config.student / "model.safetensors").write_bytes(b"weights")
+    with pytest.raises(ConfigError, match="student: weights was"):
+        open_run(config)
+
+
+def test_held_out_cache_that_comes_or_goes_is_refused(config):
+    with pytest.raises(ConfigError, match=r"eval_cache was '.*held-out', now None"):
+        open_run(dataclasses.replace(config, eval_cache=None))
+
+
+def test_run_of_a_version_that_knew_fewer_settings_continues(config):
+    """It recorded paths alone, and no setting that came later."""
+    path = config.out / RUN
+    known = read_json(path, ConfigError)
+    early = {key: value for key, value in known.items() if ": " not in key and key != "lora_head"}
+    write_json(path, early | {"cache": "/other/place"})
+    open_run(config)
+    with pytest.raises(ConfigError, match="lora_head was False, now True"):
+        open_run(dataclasses.replace(config, lora_rank=4, lora_head=True))
+
+
+def test_temperature_that_the_held_out_cache_lacks_names_that_cache(config):
+    train = CacheManifest.read(config.cache)
+    held_out = dataclasses.replace(train, temperatures=(1.0,))
+    with pytest.raises(ConfigError, match=r"held-out: temperature 2 was not captured; the cache is exact at: 1\."):
+        require_same_targets(config, train, held_out)
+
+
+def test_held_out_sequences_longer_than_the_context_name_that_cache(config):
+    held_out = CacheManifest.read(config.eval_cache)
+    require_room(config, held_out.sequence_length, held_out)
+    with pytest.raises(CacheMismatchError, match=r"held-out: sequences of 96 tokens; .*student has a context of 95"):
+        require_room(config, 95, held_out)

@@ -75,18 +75,20 @@ def _set_prefix_space(pre_tokenizer: dict[str, Any], value: bool) -> None:
 def find_difference(tokenizer: Any, file: Tokenizer, named: set[str]) -> str:
     """How a transformers tokenizer differs from its tokenizer.json, in words; empty if no text shows a difference.
 
-    Tokens that the file lacks may be added if another file of the folder names them: `named`. `file` is changed.
+    Tokens that the file lacks, or does not read whole, may be added if another file of the folder names them: `named`.
+    An end token of the vocabulary may be its class's. `file` is changed.
     """
     own, said = tokenizer.get_vocab(), file.get_vocab(with_added_tokens=True)
     for token, index in sorted(said.items(), key=lambda pair: pair[1]):
         if own.get(token) != index:
             return f"the token {token!r} gets the id {own.get(token)}; tokenizer.json says {index}"
-    more = sorted(own.keys() - said.keys(), key=own.__getitem__)
+    whole = {token.content for token in file.get_added_tokens_decoder().values()}
+    added = {str(token): token for token in tokenizer.added_tokens_decoder.values()}
+    more = sorted((own.keys() - said.keys()) | (added.keys() - whole), key=own.__getitem__)
     for token in more:
-        if token not in named:
+        if token not in named and not (token in said and token == tokenizer.eos_token):
             return f"the token {token!r} is added (id {own[token]}), which no file of the folder names"
-    added = tokenizer.added_tokens_decoder
-    file.add_tokens([added.get(own[token], AddedToken(token)) for token in more])
+    file.add_tokens([added.get(token, AddedToken(token)) for token in more])
     for text in _texts(file):
         ids, expected = tokenizer.encode(text, add_special_tokens=False, verbose=False), _encode(file, text)
         if ids != expected:

@@ -132,12 +132,15 @@ def misreading(folder: Path, *, trust_remote_code: bool = False) -> str:
 
 
 def _load_as_the_file_says(folder: Path, settings: dict[str, Any], own_code: bool, note: Note) -> Any:
-    problem = ""
+    problem, end = "", None
     for load in (_by_class, _by_code_on_file if own_code else _by_file):
         before = [f"read as {TOKENIZER_JSON} says, not as its class would: there {problem}"] if problem else []
         try:
             with heard(folder) as warnings:
                 tokenizer = load(folder, own_code)
+            if end is not None and tokenizer.eos_token is None and end in tokenizer.get_vocab():
+                tokenizer.add_special_tokens({"eos_token": end})  # that of the class, where the settings name none
+            end = tokenizer.eos_token
             problem = _difference(tokenizer, folder, settings)
         except ConfigError:
             raise

@@ -144,6 +144,34 @@ def test_tokens_that_the_settings_add_are_taken(files, tmp_path, settings):
     assert tokenizer.decode(ids) == "a <more>b"
 
 
+def test_word_that_the_settings_make_a_token_is_no_difference(files, tmp_path):
+    """It stands in the very texts that are compared."""
+    tokenizer = load_tokenizer(make_folder(tmp_path, files["deepseek"], extra_special_tokens=["first"]))
+    assert "first" in tokenizer.tokenize("the first of all")
+    assert "Ġfirst" in load_tokenizer(files["deepseek"].parent).tokenize("the first of all")
+
+
+def test_end_token_that_only_the_class_knows_is_kept_if_the_vocabulary_has_it(files, tmp_path):
+    folder = make_folder(tmp_path / "in", files["deepseek"], "Qwen2Tokenizer")
+    document = json.loads((folder / "tokenizer.json").read_text().replace(EOS, "<|endoftext|>"))
+    (folder / "tokenizer.json").write_text(json.dumps(document))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "Qwen2Tokenizer"}))
+    tokenizer = load_tokenizer(folder)
+    assert (type(tokenizer), tokenizer.eos_token) == (PreTrainedTokenizerFast, "<|endoftext|>")
+    save_tokenizer(tokenizer, tmp_path / "out")
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").eos_token == "<|endoftext|>"
+    (folder / "tokenizer.json").write_text(json.dumps(document).replace("<|endoftext|>", "<|other|>"))
+    assert load_tokenizer(folder).eos_token is None
+
+
+def test_end_token_that_no_vocabulary_has_is_not_added(files, tmp_path):
+    """This class would be right, but for its own special tokens."""
+    folder = make_folder(tmp_path, files["byte-level"])
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "GPT2Tokenizer"}))
+    tokenizer = load_tokenizer(folder)
+    assert (tokenizer.eos_token, len(tokenizer)) == (None, len(load_tokenizer(files["byte-level"].parent)))
+
+
 def test_space_before_a_text_is_the_settings_to_decide(files, tmp_path):
     for value in (True, False):
         folder = make_folder(tmp_path / f"{value}", files["byte-level"], "GPT2Tokenizer", add_prefix_space=value)

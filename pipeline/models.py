@@ -221,7 +221,13 @@ def read_model(
 
 def text_body(model: Any) -> Any:
     """The module that makes hidden states of token ids: after the final norm, before the head."""
-    return model.get_decoder() if type(model.config) is not type(model.config.get_text_config()) else model.base_model
+    if type(model.config) is not type(model.config.get_text_config()):
+        return model.get_decoder()
+    if model.base_model is not model:
+        return model.base_model
+    heads = (model.get_output_embeddings(),)  # some classes have the wrong name for their body (Llama 4)
+    (body,) = (child for child in model.children() if child not in heads and hasattr(child, "base_model"))
+    return body
 
 
 def _as_transformers_reads_it(folder: Path, trust_remote_code: bool) -> Any:

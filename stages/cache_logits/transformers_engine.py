@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pipeline.config import CacheConfig
 from pipeline.errors import ConfigError, EngineError
+from pipeline.hidden import ALLOWED, first_forward, mean_difference, perturbed_embeddings
 from pipeline.models import text_body
 from pipeline.targets import SparseTargets
 from stages.cache_logits.draws import reduce_rows
@@ -20,6 +21,8 @@ PROBE_TOKENS = 8
 """Tokens on which the float32 head is compared with the model's own logits at start."""
 CAUSAL_TOLERANCE = 1e-3
 """Share of the largest hidden value by which arithmetic alone may change a state when a later token changes."""
+PADDING_PROBE = 48
+"""Tokens of the longer of two texts that are run alone and padded, at start."""
 SORTED_BATCHES = 16
 """Batches' worth of requests that are sorted by length, so that batches hold little padding."""
 
@@ -42,8 +45,10 @@ class TransformersEngine:
         self._head_VH = head.weight[: self._vocab_size].float()
         self._bias_V = head.bias[: self._vocab_size].float() if getattr(head, "bias", None) is not None else None
         self._scale, self._soft_cap = teacher.model.logit_scale, teacher.model.logit_softcap
-        self._check_direction()
-        self._check_head()
+        with first_forward(type(model).__name__):
+            self._check_direction()
+            self._check_padding()
+            self._check_head()
 
     @torch.inference_mode()
     def score(self, requests: Iterable[Request]) -> Iterator[tuple[Hashable, SparseTargets]]:
@@ -62,7 +67,7 @@ class TransformersEngine:
         del self._model, self._head_VH
 
     def _hidden(self, token_ids: list[Tensor]) -> Tensor:
-        """[batch, longest, H] after the final norm. Padding lies to the right, where causal attention never looks."""
+        """[batch, longest, H] after the final norm. Padding lies to the right, where no causal model looks."""
         padded = torch.nn.utils.rnn.pad_sequence(token_ids, batch_first=True).to(self._device)
         return text_body(self._model)(input_ids=padded, use_cache=False).last_hidden_state
 
@@ -106,6 +111,23 @@ class TransformersEngine:
             raise EngineError(
                 f"{type(self._model).__name__}: its state at a position depends on the tokens after it; targets need a "
                 "teacher that predicts the next token from those before it."
+            )
+
+    @torch.inference_mode()
+    def _check_padding(self) -> None:
+        """Refuse a model whose hidden states depend on what follows a token, be it text or the padding of a batch."""
+        whole = torch.randint(self._vocab_size, (PADDING_PROBE,), generator=torch.Generator().manual_seed(0))
+        short = whole[: PADDING_PROBE // 2]
+        alone, short_alone = self._hidden([whole])[0], self._hidden([short])[0]
+        with perturbed_embeddings(self._model):
+            allowed = ALLOWED * mean_difference(self._hidden([whole])[0], alone)
+        together, padded = self._hidden([whole, short])
+        pairs = [(together, alone), (padded[: len(short)], short_alone), (short_alone, alone[: len(short)])]
+        difference = max(mean_difference(*pair) for pair in pairs)
+        if not difference <= allowed:
+            raise EngineError(
+                f"{type(self._model).__name__}: the hidden states of a text differ by {difference:.2g} when other text or "
+                f"padding follows it, and arithmetic explains {allowed:.2g}, as of a model that is not causal; take another teacher."
             )
 
 

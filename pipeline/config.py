@@ -354,6 +354,11 @@ class TrainConfig(Settings):
     lora_rank: int | None = setting(None, "Train low-rank adapters of this rank on the body; none trains every weight.")
     lora_alpha: float = setting(32.0, "An adapter's update is scaled by this over its rank.")
     lora_head: bool = setting(False, "Adapters on the LM head too; without, it is frozen as the rest.")
+    router_aux_loss: float | None = setting(
+        None,
+        "Weight of the loss that balances the experts of a mixture, where transformers has one for its kind; none takes "
+        "the weight in the model's own config, 0 leaves it out.",
+    )
     gradient_checkpointing: bool = setting(False, "Recompute activations: less memory, more time.")
     sharding: str = setting(
         "none",
@@ -382,7 +387,7 @@ class TrainConfig(Settings):
     def check(self) -> None:
         for name in ("max_steps", "batch_size", "gradient_accumulation", "log_steps", "save_steps", "eval_steps"):
             self.at_least(name, 1)
-        for name in ("weight_decay", "max_grad_norm"):
+        for name in ("weight_decay", "max_grad_norm", "router_aux_loss"):
             self.at_least(name, 0)
         self.positive("temperature", (self.temperature,))
         self.positive("learning_rate", (self.learning_rate,))

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
 from pipeline.errors import PipelineError
 
 EPSILON = torch.finfo(torch.float32).eps

@@ -17,6 +17,7 @@ from pipeline.config import TrainConfig
 from pipeline.errors import ConfigError
 from pipeline.settings import resolved
 from stages.train_student import train_student
+from tests.kinds import kind_config
 from tests.small import llama_config, make_cache
 
 ROOT = Path(__file__).parent.parent
@@ -130,6 +131,23 @@ def test_sharded_bfloat16_is_of_weights_and_products_and_not_of_the_batch_or_the
     assert losses == pytest.approx(exact, rel=2**-8)  # a bfloat16 has 8 bits
     assert all(torch.tensor(loss).bfloat16().item() != loss for loss in losses)
     assert {weight.dtype for weight in AutoModelForCausalLM.from_pretrained(config.out).parameters()} == {torch.float32}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sharding", ["none", "fsdp2"])
+@pytest.mark.parametrize("kind", ["mamba2", "qwen3_moe", "trocr"])
+def test_every_kind_of_student_trains_on_two_ranks_as_on_one(tmp_path, base, kind, sharding):
+    """Documents computed one by one; adapters on stacked experts; parameters that nothing uses."""
+    student = tmp_path / "student"
+    kind_config(kind, open_cache(base.cache).manifest.vocab_size).save_pretrained(student)
+    adapters = {"lora_rank": 2, "lora_alpha": 4.0} if kind == "qwen3_moe" else {}
+    settings = {"student": student, "max_steps": 4, "router_aux_loss": 0.0, "save_steps": 100}
+    alone = dataclasses.replace(base, out=tmp_path / "alone", **settings, **adapters)
+    train_student(alone)
+    config = two_ranks(base, tmp_path / "run", sharding=sharding, **settings, **adapters)
+    code, errors = launch(config)
+    assert code == 0, errors
+    assert_same_student(config, alone)
 
 
 def test_global_batch_may_be_shared_out_anew_but_not_changed(tmp_path, whole, base):

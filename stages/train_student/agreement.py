@@ -20,12 +20,13 @@ TOLERANCE = 1e-3
 
 def require_agreement(model: Any, batch: dict[str, Any], head: HeadLoss) -> None:
     """Raise PipelineError unless both losses of the first rows of a batch of one sequence agree; no autocast."""
-    device = next(model.parameters()).device
-    batch = {name: value.to(device) if torch.is_tensor(value) else value for name, value in _first_rows(batch).items()}
+    batch = first_rows(batch, next(model.parameters()).device)
     was_training = model.training
     model.eval()
     with torch.no_grad():
-        fused = model(**batch).loss.item()
+        out = model(**batch)
+        balance = 0.0 if out.router_loss is None else head.router.weight * out.router_loss
+        fused = (out.loss - balance).item()
         tokens = {name: batch[name] for name in ("input_ids", "position_ids")}
         logits = model(**tokens, use_cache=False).logits  # a cache would let attention cross packed documents
     model.train(was_training)
@@ -61,10 +62,11 @@ def dense_loss(logits_NV: Tensor, batch: dict[str, Any], head: HeadLoss) -> Tens
     return ((1 - head.alpha) * cross_entropy_N + head.alpha * temperature**2 * divergence_N).mean()
 
 
-def _first_rows(batch: dict[str, Any]) -> dict[str, Any]:
+def first_rows(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """The first ROWS target tokens, and no more of the sequence than they need."""
     columns = ("shift_labels", "target_rows", "teacher_ids", "teacher_probs", "teacher_tail", "teacher_entropy")
     cut = {name: batch[name][:ROWS] for name in columns if name in batch}
     length = int(cut["target_rows"].max()) + 1
-    tokens = {name: batch[name][:1, :length] for name in ("input_ids", "position_ids")}
-    return {**cut, **tokens, "temperature": batch["temperature"], "tail": batch["tail"]}
+    cut |= {name: batch[name][:1, :length] for name in ("input_ids", "position_ids")}
+    on_device = {name: value.to(device) for name, value in cut.items()}
+    return {**on_device, "temperature": batch["temperature"], "tail": batch["tail"]}

@@ -4,6 +4,7 @@ Shapes: B sequences of a batch, S their padded length, M target tokens of the wh
 K stored entries.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -38,8 +39,8 @@ class CacheDataset(Dataset[CachedSequence]):
 class Collate:
     """Makes a batch of sequences; a callable object, so that worker processes can be sent it.
 
-    Padding is a document of its own behind the others, without targets. Position ids restart with
-    every document: transformers then keeps attention inside it.
+    Position ids restart with every document: most kinds of models then keep attention inside it, and isolation.py finds
+    the others.
     """
 
     def __init__(self, temperature: float, tail: str = "ghost") -> None:
@@ -61,22 +62,17 @@ class Collate:
         With a tail of draws, K counts the draws too: a repeated draw is one entry with its draws' weight,
         and the place of the others is padding, which repeats the row's first id with probability 0.
         """
-        longest = max(len(sequence.token_ids) for sequence in sequences)
-        input_ids = np.zeros((len(sequences), longest), np.int64)
-        position_ids = np.zeros((len(sequences), longest), np.int64)
-        for row, sequence in enumerate(sequences):
-            length = len(sequence.token_ids)
-            input_ids[row, :length] = sequence.token_ids
-            padding = [longest - length] if length < longest else []
-            position_ids[row] = np.concatenate([np.arange(n) for n in [*sequence.document_lengths, *padding]])
+        input_ids, position_ids = stack_rows(
+            [(sequence.token_ids, sequence.document_lengths) for sequence in sequences]
+        )
         targets = [sequence.targets for sequence in sequences]
-        starts = np.arange(len(sequences)) * longest
+        starts = np.arange(len(sequences)) * input_ids.shape[1]
         columns = {
             "shift_labels": [sequence.token_ids[sequence.target_positions + 1] for sequence in sequences],
             "target_rows": [start + sequence.target_positions for start, sequence in zip(starts, sequences)],
         }
         batch: dict[str, Any] = {name: _int64(np.concatenate(parts)) for name, parts in columns.items()}
-        batch |= {"input_ids": torch.from_numpy(input_ids), "position_ids": torch.from_numpy(position_ids)}
+        batch |= {"input_ids": input_ids, "position_ids": position_ids}
         ids, probs = (np.concatenate(parts) for parts in zip(*map(self._entries, targets)))
         batch |= {"teacher_ids": _int64(ids), "teacher_probs": torch.from_numpy(probs)}
         batch["teacher_tail"] = torch.from_numpy(np.concatenate([t.tail_mass(self.temperature) for t in targets]))
@@ -94,6 +90,21 @@ class Collate:
         drawn, weights = merge_draws(targets.draws, targets.tail_mass(self.temperature))
         ids, probs = np.hstack([targets.ids, drawn]), np.hstack([targets.probs(self.temperature), weights])
         return np.where((probs > 0) | (np.arange(ids.shape[1]) < targets.top_k), ids, ids[:, :1]), probs
+
+
+def stack_rows(rows: Sequence[tuple[np.ndarray, Sequence[int]]]) -> tuple[Tensor, Tensor]:
+    """input_ids and position_ids, int64 [B, S], of rows of token ids and the lengths of their documents.
+
+    Padding is a document of its own behind the others, without targets.
+    """
+    longest = max(len(token_ids) for token_ids, _ in rows)
+    input_ids, position_ids = np.zeros((2, len(rows), longest), np.int64)
+    for row, (token_ids, lengths) in enumerate(rows):
+        length = len(token_ids)
+        input_ids[row, :length] = token_ids
+        padding = [longest - length] if length < longest else []
+        position_ids[row] = np.concatenate([np.arange(n) for n in [*lengths, *padding]])
+    return torch.from_numpy(input_ids), torch.from_numpy(position_ids)
 
 
 def merge_draws(draws_ND: np.ndarray, tail_mass_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

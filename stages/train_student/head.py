@@ -16,9 +16,10 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 
 from pipeline.errors import ConfigError
-from pipeline.models import text_body
+from stages.train_student.documents import target_hidden
 from stages.train_student.lora import head_adapter
 from stages.train_student.loss import fused_distillation_loss
+from stages.train_student.routers import RouterLoss
 
 
 @dataclass
@@ -28,6 +29,8 @@ class DistillationOutput(ModelOutput):
     loss: Tensor | None = None
     cross_entropy: Tensor | None = None
     kl: Tensor | None = None
+    router_loss: Tensor | None = None
+    """Of a mixture of experts, its share of the step; in `loss` times its weight. None where nothing balances routers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +44,7 @@ class HeadLoss:
     divergence: str = "forward"
     logit_scale: float = 1.0
     logit_softcap: float | None = None
+    router: RouterLoss | None = None
 
 
 def attach_fused_loss(model: PreTrainedModel, settings: HeadLoss) -> None:
@@ -48,12 +52,14 @@ def attach_fused_loss(model: PreTrainedModel, settings: HeadLoss) -> None:
 
     `num_items_in_batch` is the number of target tokens of the whole step, over all micro-batches
     and ranks; without it the mean is over the batch. With `measure`, what
-    `measure(hidden_MH, head_weight_VH, adapter=...)` makes of the target rows is returned instead. Raises ConfigError for a head with a bias.
+    `measure(hidden_MH, head_weight_VH, adapter=...)` makes of the target rows is returned instead. With the model's
+    attribute `one_by_one` set, every document is computed as a row of its own. Raises ConfigError for a head with a bias.
     """
     head = model.get_output_embeddings()
     if getattr(head, "bias", None) is not None:
         raise ConfigError(f"{type(model).__name__}: its head has a bias, which the fused loss does not know.")
     head_forward, model_forward = head.forward, model.forward
+    model.one_by_one = False
 
     def fused_head(self: Any, hidden: Tensor, function: Callable[..., Any] | None = None) -> Any:
         if function is None:
@@ -79,10 +85,11 @@ def attach_fused_loss(model: PreTrainedModel, settings: HeadLoss) -> None:
     ) -> Any:
         if target_rows is None:
             return model_forward(input_ids=input_ids, position_ids=position_ids, **kwargs)
-        hidden_BSH = text_body(self)(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
-        hidden_MH = hidden_BSH.flatten(0, 1)[target_rows]
+        router = settings.router if measure is None else None
+        how = {"one_by_one": self.one_by_one, "routers": router is not None}
+        body = target_hidden(self, input_ids, position_ids, target_rows, **how)
         if measure is not None:
-            return self.get_output_embeddings()(hidden_MH, measure)
+            return self.get_output_embeddings()(body.hidden_MH, measure)
         loss = functools.partial(
             fused_distillation_loss,
             labels_N=shift_labels,
@@ -99,7 +106,13 @@ def attach_fused_loss(model: PreTrainedModel, settings: HeadLoss) -> None:
             logit_scale=settings.logit_scale,
             logit_softcap=settings.logit_softcap,
         )
-        return DistillationOutput(*self.get_output_embeddings()(hidden_MH, loss))
+        out = DistillationOutput(*self.get_output_embeddings()(body.hidden_MH, loss))
+        balance = router(body.router_logits) if router is not None else None
+        if balance is not None:
+            share = 1.0 if num_items_in_batch is None else len(target_rows) / num_items_in_batch
+            out.router_loss = balance.detach() * share
+            out.loss = out.loss + router.weight * share * balance
+        return out
 
     head.forward = types.MethodType(fused_head, head)
     model.forward = types.MethodType(forward, model)

@@ -1,15 +1,25 @@
-"""Low-rank adapters on a student, by the peft library."""
+"""Low-rank adapters on a student, by the peft library: on linear layers, and on the stacked weights of experts."""
 
+import contextlib
 import functools
+import warnings
+from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+from transformers.pytorch_utils import Conv1D
 
 from pipeline.errors import ConfigError
+from pipeline.models import text_body
+
+PRODUCTS = (torch.nn.Linear.forward, Conv1D.forward)
+"""A subclass with a forward of its own does something else, which an adapter would not."""
 
 
 def add_adapters(model: Any, *, rank: int, alpha: float, on_head: bool) -> Any:
-    """`model` with adapters on every linear layer of its body, and on its head if asked; all else is frozen.
+    """`model` with adapters on every linear layer and stack of experts of its body, and on its head if asked; all else is
+    frozen.
 
     Raises ConfigError where peft is missing, or the head is tied to the embeddings and should get one.
     """
@@ -20,16 +30,54 @@ def add_adapters(model: Any, *, rank: int, alpha: float, on_head: bool) -> Any:
     head = model.get_output_embeddings()
     if on_head and head.weight is model.get_input_embeddings().weight:
         raise ConfigError(f"{type(model).__name__}: its head is tied to the embeddings; train it without --lora-head.")
-    chosen = [
+    body = set(text_body(model).modules())
+    products = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and (module is not head or on_head)
+        if type(module).forward in PRODUCTS and (module in body or (module is head and on_head))
     ]
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=chosen, task_type="CAUSAL_LM")
-    adapted = get_peft_model(model, config)
+    places = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    # two adapters of one weight would both be merged into it
+    alone = [name for name in products if places[id(model.get_submodule(name).weight)] == 1]
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        target_modules=alone,
+        target_parameters=_expert_stacks(model, body),
+        task_type="CAUSAL_LM",
+    )
+    with warnings.catch_warnings(), _no_renaming(model.config):
+        # of a setting that the weights of a Conv1D need, and that peft takes itself
+        warnings.filterwarnings("ignore", message="fan_in_fan_out")
+        adapted = get_peft_model(model, config)
     # peft would put a frozen head beside its adapter into every checkpoint
     adapted.save_pretrained = functools.partial(adapted.save_pretrained, save_embedding_layers=False)
     return adapted
+
+
+def _expert_stacks(model: Any, body: set[torch.nn.Module]) -> list[str]:
+    """Names of the parameters [experts, out, in] that a module of experts in the body multiplies with."""
+    return [
+        f"{name}.{own}"
+        for name, module in model.named_modules()
+        if module in body and "expert" in f"{name.rpartition('.')[2]} {type(module).__name__}".lower()
+        for own, parameter in module.named_parameters(recurse=False)
+        if parameter.ndim == 3
+    ]
+
+
+@contextlib.contextmanager
+def _no_renaming(config: Any) -> Iterator[None]:
+    """Inside, peft does not know the model's kind.
+
+    It would take the names of shared experts and dense layers for those of experts that transformers 5 keeps in one
+    parameter, and leave them frozen.
+    """
+    vars(config)["model_type"] = ""  # hides the attribute of the class
+    try:
+        yield
+    finally:
+        del vars(config)["model_type"]
 
 
 def head_adapter(head: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:

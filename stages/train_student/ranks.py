@@ -39,3 +39,12 @@ def own_process_group() -> Iterator[None]:
             gc.collect()
             torch.distributed.destroy_process_group()
             AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def on_any_rank(flag: bool) -> bool:
+    """Whether the flag is set on any rank; a collective."""
+    if not torch.distributed.is_initialized():
+        return flag
+    flags: list[bool | None] = [None] * world_size()
+    torch.distributed.all_gather_object(flags, flag)
+    return any(flags)

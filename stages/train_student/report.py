@@ -18,6 +18,7 @@ CURVES = (
     ("loss", "Loss, (1 - alpha) CE + alpha T² D", NATS),
     ("cross_entropy", "Cross-entropy, training", NATS),
     ("kl", "Divergence of teacher and student at T, training", NATS),
+    ("router_loss", "Balancing loss of the routers, not weighted", ""),
     ("eval_cross_entropy", "Cross-entropy, held out", NATS),
     ("eval_kl_", "KL to the teacher, held out (ghost tail)", NATS),
     ("eval_top1_agreement", "Top-1 agreement with the teacher, held out", "share of tokens"),

@@ -5,30 +5,35 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import set_seed
+from transformers import TrainingArguments, set_seed
 
 from pipeline.config import TrainConfig
 from pipeline.errors import Drained, PipelineError
 from pipeline.files import read_json, write_json
+from pipeline.hidden import first_forward
 from pipeline.manifest import TOKENIZER
 from pipeline.progress import Reporter
 from pipeline.runs.drain import Drain
 from pipeline.shards.reader import Cache, open_cache
 from pipeline.tokenizer import load_tokenizer
-from stages.train_student.agreement import require_agreement
+from stages.train_student.agreement import first_rows, require_agreement
 from stages.train_student.arguments import CHECKPOINTS, num_steps, training_arguments
 from stages.train_student.checkpoints import MarkWhole, newest_whole_checkpoint, read_mark, remove_torn_checkpoints
 from stages.train_student.checks import open_folder, require_room, require_same_targets, require_targets
+from stages.train_student.coverage import coverage_notes
 from stages.train_student.dataset import CacheDataset, Collate
 from stages.train_student.evaluation import Evaluation
 from stages.train_student.export import write_student
+from stages.train_student.gradients import reaches_all
 from stages.train_student.guards import TrainingStoppedError, record_bad_step
 from stages.train_student.head import HeadLoss, attach_fused_loss
+from stages.train_student.isolation import Documents, isolate_documents, probe
 from stages.train_student.loader import BatchLoader
 from stages.train_student.lora import add_adapters
 from stages.train_student.progress import ReportProgress, tensorboard_callbacks
-from stages.train_student.ranks import own_process_group, rank, world_size
+from stages.train_student.ranks import on_any_rank, own_process_group, rank, world_size
 from stages.train_student.report import write_report
+from stages.train_student.routers import router_loss
 from stages.train_student.sampler import StepShape, StreamSampler
 from stages.train_student.schedules import AlphaSchedule
 from stages.train_student.student import Student, read_student, special_token_notes
@@ -129,17 +134,9 @@ def _trainer(
     steps = num_steps(config, len(cache), shape)
     arguments = training_arguments(config, steps, evaluates=held_out is not None)
     collate = Collate(config.temperature, config.tail)
-    head = HeadLoss(
-        vocab_size=student.vocab_size,
-        alpha=config.alpha,
-        divergence=config.divergence,
-        logit_scale=student.model.logit_scale,
-        logit_softcap=student.model.logit_softcap,
-    )
-    model = _load(config, student)
-    attach_fused_loss(model.get_base_model() if config.lora_rank else model, head)
     dataset = CacheDataset(cache, student.vocab_size)
-    require_agreement(model, collate([next(sequence for sequence in dataset if len(sequence.targets))]), head)
+    batch = collate([next(sequence for sequence in dataset if len(sequence.targets))])
+    model, head = _ready_student(config, student, cache, held_out, batch, arguments, reporter)
     evaluation = None
     if held_out is not None:
         temperatures = tuple(sorted({config.temperature, *({1.0} & set(held_out.manifest.temperatures))}))
@@ -158,12 +155,65 @@ def _trainer(
         drain=drain,
         on_bad_step=_on_bad_step(config, reporter),
         epochs_per_step=shape.global_batch / len(cache),
+        log_note=reporter.log,
+        has_router_loss=head.router is not None,
     )
     trainer.add_callback(MarkWhole(config.keep_checkpoints, trainer.progress))
     trainer.add_callback(ReportProgress(reporter, config.out))
     for callback in tensorboard_callbacks(config):
         trainer.add_callback(callback)
     return trainer
+
+
+def _ready_student(
+    config: TrainConfig,
+    student: Student,
+    cache: Cache,
+    held_out: Cache | None,
+    batch: dict[str, Any],
+    arguments: TrainingArguments,
+    reporter: Reporter,
+) -> tuple[Any, HeadLoss]:
+    """The model with its loss, tried on the device of the training; says what it needs and what of it is not trained."""
+    model = _load(config, student)
+    base = model.get_base_model() if config.lora_rank else model
+    router, router_note = router_loss(base, config.router_aux_loss)
+    head = HeadLoss(
+        vocab_size=student.vocab_size,
+        alpha=config.alpha,
+        divergence=config.divergence,
+        logit_scale=student.model.logit_scale,
+        logit_softcap=student.model.logit_softcap,
+        router=router,
+    )
+    attach_fused_loss(base, head)
+    if config.sharding == "none":
+        model.to(arguments.device)
+    caches = [cache] if held_out is None else [cache, held_out]
+    probes = [probe(known, known.manifest.packing, few_tokens=config.sharding != "none") for known in caches]
+    notes = _try_out(model, base, batch, head, probes)
+    if world_size() > 1 and config.sharding == "none":
+        arguments.ddp_find_unused_parameters = on_any_rank(not _reaches_all(model, batch))
+    for note in [*coverage_notes(model), *notes, router_note]:
+        if note is not None and rank() == 0:
+            reporter.log(note)
+    return model, head
+
+
+def _try_out(model: Any, base: Any, batch: dict[str, Any], head: HeadLoss, probes: list[Documents]) -> list[str]:
+    """Notes on what a student needs to be trained rightly; refuses one that cannot be.
+
+    On the device of the training; a model that is to be sharded is still on the CPU.
+    """
+    with first_forward(type(base).__name__):
+        require_agreement(model, batch, head)
+        notes = [isolate_documents(model, base, documents) for documents in probes]
+    base.one_by_one = on_any_rank(base.one_by_one)
+    return list(dict.fromkeys(note for note in notes if note is not None))
+
+
+def _reaches_all(model: Any, batch: dict[str, Any]) -> bool:
+    return reaches_all(model, model(**first_rows(batch, next(model.parameters()).device)).loss)
 
 
 def _on_bad_step(config: TrainConfig, reporter: Reporter) -> Any:

@@ -1,5 +1,6 @@
 """transformers.Trainer with the fused loss: its data, what it judges of every step, and what it logs."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 
 from pipeline.runs.drain import Drain
 from stages.train_student.evaluation import Evaluation
+from stages.train_student.gradients import GradientWatch
 from stages.train_student.guards import StepGuard
 from stages.train_student.loader import BatchLoader
 from stages.train_student.schedules import AlphaSchedule
@@ -36,6 +38,8 @@ class DistillationTrainer(Trainer):
         drain: Drain,
         on_bad_step: Any,
         epochs_per_step: float,
+        log_note: Callable[[str], None],
+        has_router_loss: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -50,7 +54,9 @@ class DistillationTrainer(Trainer):
         self._grad_norm = 0.0
         self._step_terms: Tensor | None = None
         self._step_keys: list[str] = []
-        self.sums, self.good_steps = [0.0] * len(TERMS), 0
+        self.terms = TERMS + (("router_loss",) if has_router_loss else ())
+        self.sums, self.good_steps = [0.0] * len(self.terms), 0
+        self._gradients, self._log_note = GradientWatch(), log_note
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
         self.add_callback(_StepHooks(self))
@@ -94,7 +100,7 @@ class DistillationTrainer(Trainer):
         self._step_keys += inputs.pop("keys")
         with self.accelerator.autocast():  # of sharded models accelerate does not see to it
             outputs = model(**inputs, num_items_in_batch=num_items_in_batch, alpha=self.alpha)
-        terms = torch.stack([getattr(outputs, name).detach() for name in TERMS])
+        terms = torch.stack([getattr(outputs, name).detach() for name in self.terms])
         self._step_terms = terms if self._step_terms is None else self._step_terms + terms
         loss = outputs.loss * self.accelerator.num_processes  # gradients are averaged over ranks
         return (loss, outputs) if return_outputs else loss
@@ -120,6 +126,9 @@ class DistillationTrainer(Trainer):
         if problem is None:
             self.sums = [known + term for known, term in zip(self.sums, terms)]
             self.good_steps += 1
+            note = self._gradients.look(self.model, self.state.max_steps, lambda t: self.accelerator.reduce(t, "sum"))
+            if note is not None and self.is_world_process_zero():
+                self._log_note(note)
         else:
             self._on_bad_step(self.state.global_step + 1, problem, self._all_keys())
             self.optimizer.zero_grad()  # AdamW leaves a parameter without a gradient as it is
@@ -136,13 +145,13 @@ class DistillationTrainer(Trainer):
         """Means over the good steps since the last line, in the place of the Trainer's own loss; and the speed."""
         if "loss" in logs:
             steps = max(self.good_steps, 1) if self.good_steps else float("nan")
-            logs |= {name: total / steps for name, total in zip(TERMS, self.sums)}
+            logs |= {name: total / steps for name, total in zip(self.terms, self.sums)}
             seconds, waiting = self._batches.waiting.read()
             logs["alpha"] = self._alpha.at(max(self.state.global_step - 1, 0), self.state.max_steps)
             logs["tokens_per_second"] = round(self._tokens * self.args.world_size / seconds, 1)
             logs["data_wait_share"] = round(waiting, 5)
             self._tokens = 0
-            self.sums, self.good_steps = [0.0] * len(TERMS), 0
+            self.sums, self.good_steps = [0.0] * len(self.terms), 0
         super().log(logs, start_time)
 
     def progress(self) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Small random models of kinds that differ in how they know the documents of a row, and in what their weights are."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -85,3 +86,9 @@ def kind_model(kind: str, vocab_size: int, dtype: str = "float32", **changes: An
     config.dtype = "float32"
     plain = {"experts_implementation": "eager"} if dtype == "float64" else {}
     return AutoModelForCausalLM.from_config(config, **plain).to(getattr(torch, dtype))
+
+
+def kind_student(folder: Path, kind: str, vocab_size: int) -> Path:
+    """The config.json, in `folder`, of a student that starts from random weights."""
+    kind_config(kind, vocab_size).save_pretrained(folder)
+    return folder / "config.json"

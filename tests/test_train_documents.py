@@ -18,7 +18,7 @@ from stages.train_student.dataset import Collate, stack_rows
 from stages.train_student.documents import LENGTH_CLASSES, _length_classes, target_hidden
 from stages.train_student.head import HeadLoss, attach_fused_loss
 from stages.train_student.isolation import isolate_documents, probe
-from tests.kinds import APART, MIXED, kind_config, kind_model
+from tests.kinds import APART, MIXED, kind_model, kind_student
 from tests.oracle import softmax
 from tests.small import make_cache, true_logits
 
@@ -137,9 +137,8 @@ def test_failing_forward_is_one_line():
 
 def test_recurrent_student_trains_on_packed_rows_as_on_documents_alone(tmp_path, cache):
     """The run says that it takes longer; its loss and held-out metrics are those of every document by itself."""
-    student = tmp_path / "student"
     vocab_size = open_cache(cache).manifest.vocab_size
-    kind_config("mamba2", vocab_size).save_pretrained(student)
+    student = kind_student(tmp_path / "student", "mamba2", vocab_size)
     values = {"max_steps": 2, "batch_size": 4, "log_steps": 1, "save_steps": 100, "learning_rate": 1e-3}
     config = TrainConfig(student=student, cache=cache, out=tmp_path / "run", eval_cache=cache, **values)
     notes = Notes()

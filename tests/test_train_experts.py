@@ -18,7 +18,7 @@ from stages.train_student.gradients import WATCHED_STEPS, GradientWatch
 from stages.train_student.head import HeadLoss, attach_fused_loss
 from stages.train_student.lora import add_adapters, merged
 from stages.train_student.routers import router_loss
-from tests.kinds import kind_config, kind_model
+from tests.kinds import kind_model, kind_student
 from tests.small import make_cache
 from tests.test_train_documents import Notes
 
@@ -176,8 +176,7 @@ def test_kinds_without_a_balancing_loss_say_so_and_dense_ones_nothing():
 
 
 def adapted_run(folder, cache, **changes):
-    student = folder / "student"
-    kind_config("qwen3_moe", vocab_of(cache)).save_pretrained(student)
+    student = kind_student(folder / "student", "qwen3_moe", vocab_of(cache))
     values = {"max_steps": 2, "batch_size": 4, "log_steps": 1, "save_steps": 100, "learning_rate": 1e-2}
     adapters = {"lora_rank": 2, "lora_alpha": 4.0, "router_aux_loss": 0.5}
     return TrainConfig(student=student, cache=cache, out=folder / "run", **values | adapters | changes)
@@ -232,8 +231,7 @@ def test_parameters_without_a_gradient_are_named_once_after_the_first_steps():
 
 def test_part_that_a_students_forward_does_not_use_is_said(tmp_path, cache):
     """A cross-attention without an encoder."""
-    student = tmp_path / "student"
-    kind_config("trocr", vocab_of(cache)).save_pretrained(student)
+    student = kind_student(tmp_path / "student", "trocr", vocab_of(cache))
     values = {"max_steps": 2, "batch_size": 4, "log_steps": 1, "save_steps": 100, "learning_rate": 1e-3}
     notes = Notes()
     train_student(TrainConfig(student=student, cache=cache, out=tmp_path / "run", **values), notes)

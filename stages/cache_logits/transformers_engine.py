@@ -115,7 +115,7 @@ class TransformersEngine:
 
     @torch.inference_mode()
     def _check_padding(self) -> None:
-        """Refuse a model whose hidden states depend on what follows a token, be it text or the padding of a batch."""
+        """Refuse a model whose hidden states change with what pads a batch, or with the length of a text."""
         whole = torch.randint(self._vocab_size, (PADDING_PROBE,), generator=torch.Generator().manual_seed(0))
         short = whole[: PADDING_PROBE // 2]
         alone, short_alone = self._hidden([whole])[0], self._hidden([short])[0]
@@ -127,7 +127,7 @@ class TransformersEngine:
         if not difference <= allowed:
             raise EngineError(
                 f"{type(self._model).__name__}: the hidden states of a text differ by {difference:.2g} when other text or "
-                f"padding follows it, and arithmetic explains {allowed:.2g}, as of a model that is not causal; take another teacher."
+                f"padding follows it, and arithmetic explains {allowed:.2g}; take another teacher."
             )
 
 

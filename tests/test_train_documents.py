@@ -127,6 +127,13 @@ def test_length_classes_pad_a_document_to_less_than_twice_its_length():
         assert max(found) < 2 * min(found)
 
 
+@pytest.mark.parametrize("one_by_one", [False, True])
+def test_batch_without_target_rows_has_no_hidden_states(documents, one_by_one):
+    model, none = kind_model("mamba2", VOCAB), torch.zeros(0, dtype=torch.long)
+    positions = torch.arange(len(documents[0]))[None]
+    assert target_hidden(model, documents[0][None], positions, none, one_by_one=one_by_one).hidden_MH.shape == (0, 32)
+
+
 def test_failing_forward_is_one_line():
     with (
         pytest.raises(PipelineError, match="Some: its forward ends in ValueError: two lines; this model"),

@@ -94,12 +94,12 @@ def _routers(out: Any, settings: dict[str, Any]) -> tuple[Tensor, ...]:
 
 
 def _documents(position_ids: Tensor, target_rows: Tensor) -> tuple[list[int], list[int]]:
-    """First tokens, in the flattened batch, and lengths of the documents that hold target rows."""
+    """First tokens, in the flattened batch, and lengths of the documents that hold target rows; of the first if none do."""
     is_first = position_ids.flatten() == 0
     document_of = is_first.cumsum(0) - 1
     starts = is_first.nonzero().squeeze(1)
     ends = torch.cat([starts[1:], starts.new_tensor([is_first.numel()])])
-    used = document_of[target_rows].unique()
+    used = document_of[target_rows].unique() if len(target_rows) else document_of[:1]
     return starts[used].tolist(), (ends - starts)[used].tolist()
 
 

@@ -9,14 +9,17 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Callable
+import stat
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
+from pipeline.documents import Kind, Refusal, document_of, printable
 from pipeline.storage import Location, ObjectPath
 
+LARGEST_DOCUMENT = 64 << 20
+"""Bytes; more are not even read."""
 PARTIAL = ".partial"
 """Suffix of files that are being written; nothing reads them."""
 
@@ -121,16 +124,45 @@ def write_json(path: Location, document: dict[str, Any], *, first_wins: bool = F
         partial.unlink(missing_ok=True)
 
 
-def read_json(path: Location, error: Callable[[str], Exception]) -> dict[str, Any]:
+def read_json(path: Location, error: Refusal) -> dict[str, Any]:
     """The document that `write_json` wrote, less its checksum; raises `error(message)` unless every byte is as it was."""
-    contents = path.read_bytes()
+    contents = read_small(path, error)
     head, mark, _ = contents.rpartition(_MARK)
     body = head + b"\n}"
     if not mark or contents != head + _seal(body):
         raise error(
             f"{path}: its checksum does not match its contents; the file is damaged, foreign or edited by hand."
         )
-    return json.loads(body)
+    return parse_json(body, path, error)
+
+
+def read_document(path: Location, kind: type[Kind], error: Refusal) -> Kind:
+    """The document of a class that `write_json` wrote, every entry checked; raises `error(message)`."""
+    return document_of(kind, read_json(path, error), path, error)
+
+
+def parse_json(contents: bytes, where: object, error: Refusal) -> dict[str, Any]:
+    """A JSON object; raises `error(message)` if it is anything else."""
+    try:
+        document = json.loads(contents)
+    except (ValueError, RecursionError) as exc:
+        raise error(f"{where}: not JSON ({printable(str(exc))}); the file is damaged or foreign.") from None
+    if not isinstance(document, dict):
+        raise error(f"{where}: JSON of type {type(document).__name__}; expected an object.")
+    return document
+
+
+def read_small(path: Location, error: Refusal) -> bytes:
+    """The contents of a file that holds one document; raises `error(message)` if it is too large for that."""
+    if isinstance(path, ObjectPath):
+        contents = path.read_bytes(at_most=LARGEST_DOCUMENT)
+        if contents is None:
+            raise error(f"{path}: more than {LARGEST_DOCUMENT:,} bytes; not a document of this pipeline.")
+        return contents
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode) or status.st_size > LARGEST_DOCUMENT:
+        raise error(f"{path}: no plain file of {LARGEST_DOCUMENT:,} bytes or less; not a document of this pipeline.")
+    return path.read_bytes()
 
 
 _MARK = b',\n "checksum": "'

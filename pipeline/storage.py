@@ -11,6 +11,7 @@ store's own tools read them. Dropped connections, server errors and throttling a
 import contextlib
 import functools
 import itertools
+import math
 import os
 import posixpath
 import subprocess
@@ -109,16 +110,17 @@ class ObjectPath:
         names = [entry["path"] for entry in found["objects"]] + list(found["common_prefixes"])
         return iter(sorted(ObjectPath(f"{self._root}/{name}") for name in names))
 
-    def read_bytes(self) -> bytes:
-        """The whole object; raises FileNotFoundError."""
-        return self._call("read", lambda store, key: bytes(_obstore().get(store, key).bytes()))
+    def read_bytes(self, at_most: float = math.inf) -> bytes | None:
+        """The whole object, None if it is larger than that; raises FileNotFoundError."""
+        return self.read_dated(at_most)[0]
 
-    def read_dated(self) -> tuple[bytes, float]:
+    def read_dated(self, at_most: float = math.inf) -> tuple[bytes | None, float]:
         """The whole object, and the store's time of its last change; raises FileNotFoundError."""
 
-        def get(store: Any, key: str) -> tuple[bytes, float]:
+        def get(store: Any, key: str) -> tuple[bytes | None, float]:
             found = _obstore().get(store, key)
-            return bytes(found.bytes()), found.meta["last_modified"].timestamp()
+            contents = bytes(found.bytes()) if found.meta["size"] <= at_most else None
+            return contents, found.meta["last_modified"].timestamp()
 
         return self._call("read", get)
 

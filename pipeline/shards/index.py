@@ -22,8 +22,9 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
-from pipeline.errors import CacheIncompleteError
-from pipeline.files import PARTIAL, hash_file, owner_is_dead, owner_name, publish
+from pipeline.documents import Count, document_of
+from pipeline.errors import CacheCorruptError, CacheIncompleteError
+from pipeline.files import PARTIAL, hash_file, owner_is_dead, owner_name, parse_json, publish
 from pipeline.manifest import MANIFEST, CacheManifest
 from pipeline.parallel import map_in_threads
 from pipeline.runs.commits import COMMITS, ShardCommit, read_commit
@@ -36,7 +37,7 @@ REQUESTS = 32
 
 SCHEMA = pa.schema(
     [
-        pa.field(field.name, pa.int64() if field.type in (int, "int") else pa.string(), nullable=False)
+        pa.field(field.name, pa.int64() if field.type == Count else pa.string(), nullable=False)
         for field in fields(ShardCommit)
     ]
 )
@@ -46,8 +47,8 @@ SCHEMA = pa.schema(
 class CommitIndex(Sequence[ShardCommit]):
     """The commit records of a complete cache, in the order of the partitions; each is made when asked for."""
 
-    def __init__(self, table: pa.Table) -> None:
-        self._table = table.combine_chunks()
+    def __init__(self, table: pa.Table, where: Location) -> None:
+        self._table, self._where = table.combine_chunks(), where
 
     def __len__(self) -> int:
         return self._table.num_rows
@@ -56,7 +57,8 @@ class CommitIndex(Sequence[ShardCommit]):
         if isinstance(partition, slice):
             return [self[index] for index in range(*partition.indices(len(self)))]
         (row,) = self._table.slice(range(len(self))[partition], 1).to_pylist()
-        return ShardCommit(**row | {"statistics": json.loads(row["statistics"])})
+        row["statistics"] = parse_json(row["statistics"], self._where, CacheCorruptError)
+        return document_of(ShardCommit, row, self._where, CacheCorruptError)
 
     def column(self, name: str) -> np.ndarray:
         """int64 [partitions]: one number of every record."""
@@ -66,14 +68,14 @@ class CommitIndex(Sequence[ShardCommit]):
 def open_index(folder: Location, manifest: CacheManifest) -> CommitIndex:
     """The records of the complete cache in `folder`; raises CacheIncompleteError if partitions are missing."""
     if isinstance(folder, ObjectPath):
-        return CommitIndex(_collect(folder, manifest, REQUESTS))
+        return CommitIndex(_collect(folder, manifest, REQUESTS), folder / COMMITS)
     path, stamp = folder / INDEX, _stamp(folder)
     table = _read(path, stamp)
     if table is None:
         table = _collect(folder, manifest, workers=1)
         with contextlib.suppress(OSError):  # a read-only folder or a full disk: the records serve as well
             _write(path, table, stamp)
-    return CommitIndex(table)
+    return CommitIndex(table, path)
 
 
 def _stamp(folder: Path) -> str:

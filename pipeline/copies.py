@@ -1,5 +1,6 @@
 """Copies on this machine of what lies in an object store: shards, in limited room."""
 
+import contextlib
 import fcntl
 import hashlib
 import os
@@ -10,6 +11,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from pipeline.documents import is_file_name, short
+from pipeline.errors import StorageError
+from pipeline.files import read_small
 from pipeline.storage import Location, ObjectPath, at_home
 
 COPIES, COPIES_GB = "LOGIT_CACHE_DIR", "LOGIT_CACHE_GB"
@@ -41,11 +45,11 @@ def copy_name(path: ObjectPath, checksum: str) -> str:
     return hashlib.sha256(f"{path} {checksum}".encode()).hexdigest()[:32]
 
 
-def local_copy(path: ObjectPath, checksum: str, is_whole: Callable[[Path], bool]) -> Path:
-    """A file of this machine with the contents of an object, whose hash is `checksum`.
+def local_copy(path: ObjectPath, checksum: str, num_bytes: int, is_whole: Callable[[Path], bool]) -> Path:
+    """A file of this machine with the contents of an object of a size, whose hash is `checksum`.
 
     The copy is kept for the next time, under `copy_name`; those used longest ago make room. Raises
-    FileNotFoundError, and ValueError if two downloads in turn are not `is_whole`.
+    FileNotFoundError, and ValueError if the object has another size or two downloads in turn are not `is_whole`.
     """
     folder = copies_folder()
     copy = folder / copy_name(path, checksum)
@@ -56,7 +60,7 @@ def local_copy(path: ObjectPath, checksum: str, is_whole: Callable[[Path], bool]
                 os.utime(copy)
                 return copy
             with tempfile.TemporaryDirectory(dir=folder, prefix=DOWNLOAD) as scratch:
-                path.download(Path(scratch) / copy.name)
+                path.download(Path(scratch) / copy.name, num_bytes)
                 os.replace(Path(scratch) / copy.name, copy)
             _make_room(copy)
         if is_whole(copy):
@@ -71,7 +75,10 @@ def local_folder(folder: Location, scratch: Path) -> Path:
         return folder
     scratch.mkdir(parents=True, exist_ok=True)
     for path in folder.iterdir():
-        (scratch / path.name).write_bytes(path.read_bytes())
+        if not is_file_name(path.name) or path.parent != folder:
+            raise StorageError(f"{folder}: holds an object of name {short(path.name)}; expected plain files.")
+        with contextlib.suppress(FileNotFoundError):  # a folder
+            (scratch / path.name).write_bytes(read_small(path, StorageError))
     return scratch
 
 

@@ -64,9 +64,15 @@ def entry_of(values: dict[str, Any], name: str, kind: Any, default: Any, where: 
         raise error(f"{where}: {name} is {short(values[name])}; {_expected(str(exc))}.") from None
 
 
-def short(value: Any) -> str:
+def is_file_name(name: str) -> bool:
+    """Whether it is a FileName."""
+    return re.search(_NAME, name) is not None
+
+
+def short(value: Any, *, quoted: bool = True) -> str:
     """A value for a message: one line that a terminal shows as it is, of SHOWN characters at most."""
-    text = repr(value if not isinstance(value, str) else value[: 2 * SHOWN])
+    text = value[: 2 * SHOWN] if isinstance(value, str) else str(value)
+    text = repr(value) if quoted and isinstance(value, str) else text
     return printable(text if len(text) <= SHOWN else f"{text[: SHOWN - 3]}...")
 
 
@@ -84,8 +90,13 @@ def _problem(message: str, values: Any) -> str:
     place = re.search(r" - at `(?:key in )?\$\.?(.*)`\Z", message, re.DOTALL)
     if place is None or not isinstance(values, dict):
         return _expected(message)
-    name = re.split(r"[.\[]", place[1], maxsplit=1)[0]
-    return f"{printable(place[1])} is {short(values.get(name))}; {_expected(message[: place.start()])}"
+    found = values
+    for part in re.findall(r"[^.\[\]]+", place[1]):
+        if isinstance(found, dict) and part in found:
+            found = found[part]
+        elif isinstance(found, list) and part.isdecimal() and int(part) < len(found):
+            found = found[int(part)]
+    return f"{printable(place[1])} is {short(found)}; {_expected(message[: place.start()])}"
 
 
 def _expected(message: str) -> str:

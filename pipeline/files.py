@@ -7,9 +7,11 @@ Knows nothing of corpora or caches.
 
 import json
 import os
+import re
 import shutil
 import socket
 import stat
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,7 @@ def owner_name() -> str:
 def owner_is_dead(owner: str) -> bool:
     """True only if `owner` is a process of this host and pid namespace that no longer runs."""
     place, _, pid = owner.rpartition(".")
-    if place != owner_name().rpartition(".")[0] or not pid.isdigit():
+    if place != owner_name().rpartition(".")[0] or not re.fullmatch("[0-9]{1,9}", pid):
         return False
     try:
         os.kill(int(pid), 0)
@@ -107,6 +109,12 @@ def list_names(folder: Location) -> list[str]:
     return [name for name in names if name[:1].isdigit() and not name.endswith(PARTIAL)]
 
 
+def numbers_in(names: Iterable[str], form: str) -> list[tuple[int, ...]]:
+    """The numbers in the names that have this form, a regular expression; names of others are not ours."""
+    found = (re.fullmatch(form, name, re.ASCII) for name in names)
+    return [tuple(map(int, match.groups())) for match in found if match]
+
+
 def write_json(path: Location, document: dict[str, Any], *, first_wins: bool = False) -> bool:
     """Write `document` with a checksum of itself, atomically; False if `first_wins` and the name was taken."""
     body = json.dumps(document, indent=1, ensure_ascii=False).encode()
@@ -152,17 +160,17 @@ def parse_json(contents: bytes, where: object, error: Refusal) -> dict[str, Any]
     return document
 
 
-def read_small(path: Location, error: Refusal) -> bytes:
+def read_small(path: Location, error: Refusal, at_most: int = LARGEST_DOCUMENT) -> bytes:
     """The contents of a file that holds one document; raises `error(message)` if it is too large for that."""
     if isinstance(path, ObjectPath):
-        contents = path.read_bytes(at_most=LARGEST_DOCUMENT)
-        if contents is None:
-            raise error(f"{path}: more than {LARGEST_DOCUMENT:,} bytes; not a document of this pipeline.")
-        return contents
-    status = path.stat()
-    if not stat.S_ISREG(status.st_mode) or status.st_size > LARGEST_DOCUMENT:
-        raise error(f"{path}: no plain file of {LARGEST_DOCUMENT:,} bytes or less; not a document of this pipeline.")
-    return path.read_bytes()
+        contents = path.read_bytes(at_most)
+    else:
+        status = path.stat()
+        fits = stat.S_ISREG(status.st_mode) and status.st_size <= at_most
+        contents = path.read_bytes() if fits else None
+    if contents is None:
+        raise error(f"{path}: not a plain file of {at_most:,} bytes or less, as a document of this pipeline is.")
+    return contents
 
 
 _MARK = b',\n "checksum": "'
@@ -180,8 +188,11 @@ def canonical_json(value: Any) -> bytes:
 
 def hash_folder(folder: Location) -> dict[str, str]:
     """xxh3-128 of every file directly in `folder`, by name; empty if there is no such folder."""
-    paths = folder.iterdir() if folder.is_dir() else ()
-    return {path.name: xxhash.xxh3_128_hexdigest(path.read_bytes()) for path in paths if path.is_file()}
+    paths = [path for path in folder.iterdir() if path.is_file()] if folder.is_dir() else []
+    return {
+        path.name: hash_file(path) if isinstance(path, Path) else xxhash.xxh3_128_hexdigest(path.read_bytes())
+        for path in paths
+    }
 
 
 def remove_tree(folder: Location) -> None:

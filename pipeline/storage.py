@@ -164,10 +164,13 @@ class ObjectPath:
 
         self._call("write", put)
 
-    def download(self, target: Path) -> None:
-        """Write the object into a file, several ranges at a time. Also in a process that was forked."""
+    def download(self, target: Path, num_bytes: int) -> None:
+        """Write the object into a file, several ranges at a time; ValueError if it is of another size.
+
+        Also in a process that was forked.
+        """
         if _is_forked():
-            command = [sys.executable, "-P", "-m", "pipeline.storage", str(self), str(target)]
+            command = [sys.executable, "-P", "-m", "pipeline.storage", str(self), str(target), str(num_bytes)]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
                 raise StorageError(done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"{self}: no copy.")
@@ -175,6 +178,8 @@ class ObjectPath:
         from pipeline.parallel import in_threads
 
         size = self.stat().st_size
+        if size != num_bytes:
+            raise ValueError(f"{self}: {size} bytes; {num_bytes} are expected")
         with target.open("wb") as file:
 
             def copy(start: int) -> None:
@@ -252,11 +257,11 @@ def _is_forked() -> bool:
     return _first_user not in (None, os.getpid())
 
 
-def main(url: str, target: str) -> None:
+def main(url: str, target: str, num_bytes: str) -> None:
     """Download an object; what a forked process starts."""
     try:
-        ObjectPath(url).download(Path(target))
-    except (StorageError, FileNotFoundError) as error:
+        ObjectPath(url).download(Path(target), int(num_bytes))
+    except (StorageError, FileNotFoundError, ValueError) as error:
         sys.exit(str(error))
 
 

@@ -19,6 +19,7 @@ from pipeline.files import (
     PARTIAL,
     hash_file,
     list_names,
+    numbers_in,
     owner_is_dead,
     owner_name,
     publish,
@@ -103,7 +104,7 @@ def read_commit(folder: Location, partition: int) -> ShardCommit | None:
 
 def list_commits(folder: Location) -> set[int]:
     """The partitions that are done, from one listing."""
-    return {int(name.removesuffix(".json")) for name in list_names(folder / COMMITS)}
+    return {partition for (partition,) in numbers_in(list_names(folder / COMMITS), r"(\d{5,15})\.json")}
 
 
 def is_committed(folder: Location, partition: int) -> bool:
@@ -120,7 +121,8 @@ def remove_leftovers(folder: Location) -> int:
         return len(dead)
     shards: dict[int, list[str]] = {}
     for name in list_names(folder / SHARDS):
-        shards.setdefault(int(name.partition("-")[0]), []).append(name)
+        for (partition,) in numbers_in([name], r"(\d{5,15})-.*"):
+            shards.setdefault(partition, []).append(name)
     done = list_commits(folder)
     removed = [name for name in os.listdir(folder / SHARDS) if name.endswith(PARTIAL)]
     for partition, names in shards.items():

@@ -14,6 +14,7 @@ from collections import deque
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from pipeline.documents import Count, Finite, Text
 from pipeline.files import owner_is_dead, owner_name
 from pipeline.runs.events import EventLog
 from pipeline.runs.leases import Leases
@@ -35,25 +36,25 @@ ENDED = ("done", "drained", "failed")
 class WorkerRecord:
     """What a worker said of itself at its last beat."""
 
-    worker: int
-    workers: int
-    owner: str
-    host: str
-    pid: int
-    state: str
+    worker: Count
+    workers: Count
+    owner: Text
+    host: Text
+    pid: Count
+    state: Text
     """loading, capturing, draining or waiting; at its end done, drained or failed."""
-    reason: str
-    held: list[int]
-    num_partitions: int
+    reason: Text
+    held: list[Count]
+    num_partitions: Count
     """Committed by this worker."""
-    num_tokens: int
+    num_tokens: Count
     """Scored by this worker, whether committed yet or not."""
-    bytes: int
-    seconds: float
+    bytes: Count
+    seconds: Finite
     """Since the worker began."""
-    tokens_per_s: float
+    tokens_per_s: Finite
     """Of late."""
-    beat_s: float
+    beat_s: Finite
     """Seconds between two beats."""
 
 

@@ -21,6 +21,10 @@ from pcodec import standalone as pcodec
 from pipeline.errors import CacheCorruptError
 
 CRC_BYTES = 4
+INDEX_BYTES = 16
+"""Of a chunk in its bundle's index."""
+LARGEST_BUNDLE = 1 << 16
+"""Blocks."""
 ABSENT = 2**64 - 1
 """Offset and length of a chunk that lies outside the array."""
 KEPT_BLOCKS = 2
@@ -66,7 +70,8 @@ class Archive:
         info = self._entries[name]
         names = self.contents[info.header_offset + 26 : info.header_offset + 30]
         start = info.header_offset + 30 + sum(np.frombuffer(names, "<u2").tolist())
-        if info.compress_type != zipfile.ZIP_STORED or start + info.file_size > len(self.contents):
+        is_inside = info.header_offset >= 0 and start + info.file_size <= len(self.contents)
+        if info.compress_type != zipfile.ZIP_STORED or not is_inside:
             raise ValueError(f"entry {name!r} is compressed or does not fit the file")
         return start, start + info.file_size
 
@@ -94,23 +99,32 @@ class ArchivedArray:
         """`codecs(shape)` is what the metadata must say of the chunks; a shape of None is any one-dimensional one."""
         self._archive, self._name, self._dtype = archive, name, dtype
         found = archive.json(f"{name}/zarr.json")
-        self.shape = tuple(found["shape"]) if shape is None else shape
+        self.shape = tuple(map(int, found["shape"])) if shape is None else shape
         expected = {"shape": list(self.shape), "data_type": dtype.name, "codecs": codecs(self.shape), "zarr_format": 3}
         different = [key for key, value in expected.items() if found.get(key) != value]
         if different or (shape is None and len(self.shape) != 1):
             raise ValueError(f"array {name!r} differs from the manifest in {', '.join(different)}")
         self._chunk_shape = tuple(expected["codecs"][0]["configuration"]["chunk_shape"])
-        bundle_rows = found["chunk_grid"]["configuration"]["chunk_shape"][0]
+        bundle_rows = int(found["chunk_grid"]["configuration"]["chunk_shape"][0])
+        if not 0 < bundle_rows <= LARGEST_BUNDLE * self._chunk_shape[0] or min(self.shape) < 0:
+            raise ValueError(f"array {name!r} of shape {self.shape} in bundles of {bundle_rows} rows")
         self._across = -(-self.shape[1] // self._chunk_shape[1]) if len(self.shape) > 1 else 1
         self._blocks_in_bundle = bundle_rows // self._chunk_shape[0]
         columns = "/0" * (len(self.shape) - 1)
         bundles = range(-(-len(self) // bundle_rows))
         self.extents = [archive.extent(f"{name}/c/{bundle}{columns}") for bundle in bundles]
+        self._require_room()
         self._indexes: dict[int, list[list[int]]] = {}
         self._kept: OrderedDict[int, np.ndarray] = OrderedDict()
 
     def __len__(self) -> int:
         return self.shape[0]
+
+    def _require_room(self) -> None:
+        """Raise ValueError if the file is too short for the indexes of so many chunks."""
+        blocks = -(-len(self) // self._chunk_shape[0])
+        if sum(stop - start for start, stop in self.extents) < blocks * self._across * INDEX_BYTES:
+            raise ValueError(f"array {self._name!r}: {len(self)} rows are not in the file")
 
     def __getitem__(self, rows: slice) -> np.ndarray:
         start, stop, _ = rows.indices(len(self))
@@ -142,23 +156,29 @@ class ArchivedArray:
 
     def _chunk(self, start: int, stop: int, block: int) -> np.ndarray:
         contents = self._checked(start, stop, f"chunk {block}")
+        values = np.empty(self._chunk_shape, self._dtype)
         if self._dtype.itemsize == 1:
-            values = np.frombuffer(self._archive.zstd.decompress(contents), self._dtype)
+            found = zstandard.get_frame_parameters(contents).content_size  # the memory that is asked for
+            whole = found == values.nbytes
+            if whole:
+                values.reshape(-1)[:] = np.frombuffer(self._archive.zstd.decompress(contents), self._dtype)
         else:
-            values = pcodec.simple_decompress(contents)
-            if values is None or values.dtype != self._dtype:
-                raise ValueError(f"{self._name}: chunk {block} is not of type {self._dtype.name}")
-        return values.reshape(self._chunk_shape)
+            found = pcodec.simple_decompress_into(contents, values.reshape(-1)).n_processed
+            whole = found == values.size
+        if not whole:
+            raise ValueError(f"{self._name}: chunk {block} has not the size of a chunk")
+        return values
 
     def _index(self, bundle: int) -> list[list[int]]:
         """Where every chunk of a bundle begins and ends in the file."""
         if bundle not in self._indexes:
             start, stop = self.extents[bundle]
-            size = self._blocks_in_bundle * self._across * 16
+            size = self._blocks_in_bundle * self._across * INDEX_BYTES
             contents = self._checked(max(start, stop - size - CRC_BYTES), stop, f"index of bundle {bundle}")
             index = np.frombuffer(contents, "<u8").reshape(-1, 2).astype(np.int64)  # absent chunks become -1
             index[:, 1] += index[:, 0]
-            self._indexes[bundle] = np.where(index < 0, 0, index + start).tolist()
+            inside = (index >= 0).all(1) & (index[:, 1] <= stop - start)
+            self._indexes[bundle] = np.where(inside[:, None], index + start, 0).tolist()
         return self._indexes[bundle]
 
     def _checked(self, start: int, stop: int, what: str) -> bytes:

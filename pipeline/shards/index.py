@@ -13,6 +13,7 @@ import contextlib
 import json
 import os
 import secrets
+import struct
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -25,6 +26,7 @@ import xxhash
 from pipeline.documents import Count, document_of
 from pipeline.errors import CacheCorruptError, CacheIncompleteError
 from pipeline.files import PARTIAL, hash_file, owner_is_dead, owner_name, parse_json, publish
+from pipeline.ipc import stream_batches
 from pipeline.manifest import MANIFEST, CacheManifest
 from pipeline.parallel import map_in_threads
 from pipeline.runs.commits import COMMITS, ShardCommit, read_commit
@@ -58,7 +60,10 @@ class CommitIndex(Sequence[ShardCommit]):
             return [self[index] for index in range(*partition.indices(len(self)))]
         (row,) = self._table.slice(range(len(self))[partition], 1).to_pylist()
         row["statistics"] = parse_json(row["statistics"], self._where, CacheCorruptError)
-        return document_of(ShardCommit, row, self._where, CacheCorruptError)
+        commit = document_of(ShardCommit, row, self._where, CacheCorruptError)
+        if commit.partition != partition % len(self):
+            raise CacheCorruptError(f"{self._where}: row {partition} is the record of partition {commit.partition}.")
+        return commit
 
     def column(self, name: str) -> np.ndarray:
         """int64 [partitions]: one number of every record."""
@@ -71,7 +76,7 @@ def open_index(folder: Location, manifest: CacheManifest) -> CommitIndex:
         return CommitIndex(_collect(folder, manifest, REQUESTS), folder / COMMITS)
     path, stamp = folder / INDEX, _stamp(folder)
     table = _read(path, stamp)
-    if table is None:
+    if table is None or table.num_rows != manifest.num_partitions:
         table = _collect(folder, manifest, workers=1)
         with contextlib.suppress(OSError):  # a read-only folder or a full disk: the records serve as well
             _write(path, table, stamp)
@@ -95,8 +100,11 @@ def _read(path: Path, stamp: str) -> pa.Table | None:
     body = contents.slice(0, max(0, contents.size - SEAL_BYTES))
     if xxhash.xxh3_128_digest(body) != contents.slice(body.size).to_pybytes():
         return None
-    table = pa.ipc.open_stream(body).read_all()
-    return table if table.schema.equals(SCHEMA.with_metadata({"stamp": stamp}), check_metadata=True) else None
+    schema = SCHEMA.with_metadata({"stamp": stamp})
+    try:
+        return pa.Table.from_batches(stream_batches(body, schema), schema)
+    except (pa.ArrowException, OSError, ValueError, struct.error):
+        return None
 
 
 def _collect(folder: Location, manifest: CacheManifest, workers: int) -> pa.Table:

@@ -69,8 +69,9 @@ def verify_cache(
     for partition, problem in _duplicates(folder, [outcomes[part] for part in sorted(outcomes)]):
         report.problems.append(problem)
         report.damaged.append(partition)
+    hashes = hash_folder(folder / TOKENIZER) if manifest.tokenizer_files else {}
     for name, wanted in manifest.tokenizer_files.items():
-        if hash_folder(folder / TOKENIZER).get(name) != wanted:
+        if hashes.get(name) != wanted:
             report.problems.append(f"{folder / TOKENIZER / name}: missing, or its checksum is not the manifest's.")
             report.tokenizer_damaged = True
     if not _equals_manifest(folder / COPY, folder / MANIFEST):

@@ -5,22 +5,36 @@ Only marked ones are resumed from, and an older one goes only when a newer one h
 
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from pipeline.documents import Count
 from pipeline.errors import PipelineError
-from pipeline.files import read_json, sync_file, write_json
+from pipeline.files import read_document, sync_file, write_json
 
 MARK = "whole.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mark:
+    """What a checkpoint holds beside the Trainer's own state, for a log that continues to the bit."""
+
+    step: Count
+    sums: list[float]
+    """Of the loss terms since the last line of the log."""
+    good_steps: Count
+    history: list[float]
+    """The latest losses, by which a bad one is told."""
 
 
 class MarkWhole(TrainerCallback):
     """Marks every checkpoint after all ranks have written it; the mark holds what `extra` gives, too."""
 
-    def __init__(self, keep: int, extra: Callable[[], dict[str, Any]] = dict) -> None:
+    def __init__(self, keep: int, extra: Callable[[], dict[str, Any]]) -> None:
         self._keep, self._extra = keep, extra
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
@@ -52,9 +66,12 @@ def newest_whole_checkpoint(folder: Path) -> Path | None:
     return newest
 
 
-def read_mark(checkpoint: Path) -> dict[str, Any]:
+def read_mark(checkpoint: Path) -> Mark:
     """What the mark of a whole checkpoint holds."""
-    return read_json(checkpoint / MARK, PipelineError)
+    mark = read_document(checkpoint / MARK, Mark, PipelineError)
+    if mark.step != _step(checkpoint):
+        raise PipelineError(f"{checkpoint / MARK}: is the mark of step {mark.step}; the checkpoint was renamed.")
+    return mark
 
 
 def remove_torn_checkpoints(folder: Path) -> None:

@@ -8,6 +8,7 @@ import torch
 from transformers import set_seed
 
 from pipeline.config import TrainConfig
+from pipeline.documents import document_of
 from pipeline.errors import Drained, PipelineError
 from pipeline.files import read_json, write_json
 from pipeline.manifest import TOKENIZER
@@ -68,7 +69,7 @@ def _train_student(config: TrainConfig, reporter: Reporter) -> dict[str, Any]:
     open_folder(config, cache.manifest, held_out.manifest if held_out is not None else None, shape)
     if (config.out / METRICS).is_file():
         reporter.log(f"{config.out}: finished before; nothing to do.")
-        return read_json(config.out / METRICS, PipelineError)
+        return read_metrics(config.out)
     with Drain() as drain:
         trainer = _trainer(config, student, cache, held_out, shape, drain, reporter)
         metrics = {"train_seconds": _train(trainer, config, cache, student, tokenizer, reporter)}
@@ -81,6 +82,12 @@ def _train_student(config: TrainConfig, reporter: Reporter) -> dict[str, Any]:
         write_report(config, trainer.state.log_history, metrics, reporter)
         write_json(config.out / METRICS, metrics)
     return metrics
+
+
+def read_metrics(out: Path) -> dict[str, Any]:
+    """The metrics of a finished training."""
+    document = read_json(out / METRICS, PipelineError)
+    return document_of(dict[str, int | float | None], document, out / METRICS, PipelineError)
 
 
 def _train(

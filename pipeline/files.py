@@ -106,7 +106,7 @@ def list_names(folder: Location) -> list[str]:
         names = os.listdir(folder) if isinstance(folder, Path) else [path.name for path in folder.iterdir()]
     except FileNotFoundError:
         return []
-    return [name for name in names if name[:1].isdigit() and not name.endswith(PARTIAL)]
+    return [name for name in names if "0" <= name[:1] <= "9" and not name.endswith(PARTIAL)]
 
 
 def numbers_in(names: Iterable[str], form: str) -> list[tuple[int, ...]]:

@@ -154,7 +154,8 @@ class CacheManifest:
         found = (document.pop("format", None), document.pop("format_version", None), document.pop("alignment", None))
         if found != (FORMAT, FORMAT_VERSION, ALIGNMENT):
             raise CacheMismatchError(
-                f"{path}: format {short(found[:2])}; this version reads {(FORMAT, FORMAT_VERSION)}."
+                f"{path}: format {short(found[:2])}, alignment {short(found[2])}; "
+                f"this version reads {(FORMAT, FORMAT_VERSION)}, {ALIGNMENT!r}."
             )
         return document_of(cls, document, path, CacheCorruptError)
 

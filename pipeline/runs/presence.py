@@ -7,6 +7,7 @@ record is advice, like the leases: a beat that fails is left out.
 import contextlib
 import json
 import os
+import re
 import socket
 import threading
 import time
@@ -23,6 +24,7 @@ from pipeline.runs.rank import Rank
 from pipeline.storage import Location
 
 WORKERS = "workers"
+RECORD_NAME = re.compile(r"[0-9]{4,}-.*\.json")
 BEATS_A_LEASE = 8
 """Heartbeats in the time after which a lease expires."""
 RATE_BEATS = 4

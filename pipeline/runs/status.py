@@ -22,7 +22,7 @@ from pipeline.runs.events import describe_event, read_events
 from pipeline.runs.failures import list_failures, read_failure
 from pipeline.runs.leases import list_leases, read_lease
 from pipeline.runs.notes import NOT_WRITTEN, Note, notes_in
-from pipeline.runs.presence import BEATS_A_LEASE, ENDED, WORKERS, WorkerRecord
+from pipeline.runs.presence import BEATS_A_LEASE, ENDED, RECORD_NAME, WORKERS, WorkerRecord
 from pipeline.storage import Location
 
 EXIT_CODES = {"complete": 0, "incomplete": 3, "failed": 4}
@@ -176,7 +176,8 @@ class StatusReader:
         return {partition: failure.reason for (partition, _), failure in zip(last, found)}
 
     def _workers(self, now: float) -> list[WorkerStatus]:
-        notes = filter(None, map_in_threads(self._records.read, sorted(self._records.names()), READERS))
+        names = sorted(name for name in self._records.names() if RECORD_NAME.fullmatch(name))
+        notes = filter(None, map_in_threads(self._records.read, names, READERS))
         found = [(self._record(note), max(now - note.time, 0.0)) for note in notes]
         states = [_state(record, age) for record, age in found]
         speeds = [record.tokens_per_s for (record, _), state in zip(found, states) if state == "capturing"]

@@ -103,6 +103,9 @@ def open_shard(folder: Location, manifest: CacheManifest, commit: ShardCommit, *
     """A committed shard; raises CacheCorruptError unless its size and structure, with `check` every byte, are as
     they were committed."""
     where, path = folder / SHARDS / commit.file, shard_file(folder, commit, check=check)
+    first, stop = manifest.partitions[commit.partition : commit.partition + 2]
+    if commit.num_sequences != stop - first:
+        raise CacheCorruptError(f"{where}: {commit.num_sequences} sequences; the manifest plans {stop - first}.")
     shard = CONTAINERS[manifest.container].open(path, layout_of_commit(manifest, commit))
     if len(shard) != commit.num_sequences:
         raise CacheCorruptError(f"{where}: holds {len(shard)} sequences; its commit says {commit.num_sequences}.")

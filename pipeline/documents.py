@@ -34,7 +34,7 @@ Count = Annotated[int, Meta(ge=0, le=2**53)]
 Width = Annotated[int, Meta(ge=0, le=2**24)]
 """Columns of an array, ids of a vocabulary: what memory is asked for by."""
 Finite = Annotated[float, Meta(ge=-1e300, le=1e300)]
-Temperature = Annotated[float, Meta(ge=1e-6, le=1e6)]
+Temperature = Annotated[float, Meta(gt=0, le=1e300)]
 SHOWN = 60
 """Characters of a value that a message shows."""
 

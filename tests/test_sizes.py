@@ -61,8 +61,8 @@ class Forger:
         shard = cache / SHARDS / commit.file
         found = {"bytes": shard.stat().st_size, "xxh3_128": hash_file(shard)} | changes
         commit = dataclasses.replace(commit, **found)
-        manifest = CacheManifest.read(cache)
         try:
+            manifest = CacheManifest.read(cache)
             with closing(CONTAINERS[manifest.container].open(shard, layout_of_commit(manifest, commit))) as opened:
                 commit = dataclasses.replace(commit, structure=structure_of(shard, opened))
         except CacheError:
@@ -137,6 +137,46 @@ def forge_zarr(forger: Forger, made: Path) -> None:
         forger.zarr(f"index-{what}", {"token_ids/c/0": bytes(forged)})
     for name in ("num_sequences", "num_tokens", "num_documents", "num_targets"):
         forger.zarr(f"record-{name}", {}, **{name: HUGE})
+
+
+def forge_sequences(forger: Forger, made: Path) -> None:
+    """Twenty million sequences in a file of a few megabytes: nothing but their keys says how large it must be."""
+    count = 128 * 4096 * 40
+    arrays = {"key": (np.uint8, 16), "checksum": (np.uint64, 1)} | dict.fromkeys(
+        ("num_tokens", "num_documents", "num_targets"), (np.int32, 1)
+    )
+    commit = read_commit(made / "zarr", 0)
+    entries = {}
+    with zipfile.ZipFile(made / "zarr" / SHARDS / commit.file) as archive:
+        for name, (dtype, width) in arrays.items():
+            document = json.loads(archive.read(f"{name}/zarr.json"))
+            document["shape"][0] = count
+            entries[f"{name}/zarr.json"] = json.dumps(document).encode()
+            shape = (count, width) if width > 1 else (count,)
+            rows = np.broadcast_to(np.zeros((), dtype), (bundle_shape(name, shape)[0], *shape[1:]))
+            zeros = np.zeros(chunk_shape(name, shape), dtype)
+            chunk = zstandard.ZstdCompressor().compress(zeros) if width > 1 else pcodec(zeros)
+            whole = bundle(name, rows, chunk)
+            entries |= {f"{name}/c/{number}{'/0' * (width > 1)}": whole for number in range(count // len(rows))}
+    forger.zarr("sequences", entries, num_sequences=count)
+    cache = forger.caches[-1]
+    manifest = read_json(cache / MANIFEST, CacheCorruptError)
+    (cache / MANIFEST).unlink()
+    write_json(cache / MANIFEST, manifest | {"partitions": [0, count]})
+
+
+def forge_grid(forger: Forger, made: Path) -> None:
+    """Temperatures so high that the grid takes gigabytes, in the manifest and in the shard."""
+    warm = [1e5, 2e5]
+    with zipfile.ZipFile(made / "zarr" / SHARDS / read_commit(made / "zarr", 0).file) as archive:
+        group = json.loads(archive.read("zarr.json"))
+    group["attributes"]["temperatures"] = warm
+    forger.zarr("grid", {"zarr.json": json.dumps(group).encode()})
+    cache = forger.caches[-1]
+    manifest = read_json(cache / MANIFEST, CacheCorruptError)
+    (cache / MANIFEST).unlink()
+    write_json(cache / MANIFEST, manifest | {"temperatures": warm})
+    forger.commit(cache)
 
 
 def forge_arrow(forger: Forger, made: Path) -> None:
@@ -226,6 +266,8 @@ def sealed(head: bytes) -> bytes:
 def test_what_promises_more_than_it_has_is_refused_in_little_memory(made, tmp_path):
     forger = Forger(made, tmp_path)
     forge_zarr(forger, made)
+    forge_sequences(forger, made)
+    forge_grid(forger, made)
     forge_arrow(forger, made)
     forge_documents(forger)
     sound = [made / "arrow", made / "zarr"]
@@ -245,3 +287,21 @@ def test_what_promises_more_than_it_has_is_refused_in_little_memory(made, tmp_pa
             assert "llocat" not in message, message
             assert "emory" not in message, message
         assert line["seconds"] < 5, cache.name
+
+
+def test_columns_that_count_other_rows_are_refused(made):
+    """Though every offset lies inside its values: the row of one sequence given to the next."""
+    commit, manifest = read_commit(made / "arrow", 0), CacheManifest.read(made / "arrow")
+    layout = layout_of_commit(manifest, commit)
+    path = made / "arrow" / SHARDS / commit.file
+    contents = path.read_bytes()
+    table = pa.ipc.open_file(contents).read_all()
+    for name in ("loss_mask", "logits", "entropies"):
+        ends = table.column(name).combine_chunks().offsets.to_numpy().copy()
+        ours = ends.tobytes()
+        ends[1] += 1
+        forged = path.with_name("forged.arrow")
+        forged.write_bytes(contents[::-1].replace(ours[::-1], ends.tobytes()[::-1], 1)[::-1])
+        with pytest.raises(CacheCorruptError, match="counts other rows than its neighbours"):
+            CONTAINERS["arrow"].open(forged, layout)
+        forged.unlink()

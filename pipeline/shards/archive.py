@@ -21,10 +21,6 @@ from pcodec import standalone as pcodec
 from pipeline.errors import CacheCorruptError
 
 CRC_BYTES = 4
-INDEX_BYTES = 16
-"""Of a chunk in its bundle's index."""
-LARGEST_BUNDLE = 1 << 16
-"""Blocks."""
 ABSENT = 2**64 - 1
 """Offset and length of a chunk that lies outside the array."""
 KEPT_BLOCKS = 2
@@ -99,32 +95,23 @@ class ArchivedArray:
         """`codecs(shape)` is what the metadata must say of the chunks; a shape of None is any one-dimensional one."""
         self._archive, self._name, self._dtype = archive, name, dtype
         found = archive.json(f"{name}/zarr.json")
-        self.shape = tuple(map(int, found["shape"])) if shape is None else shape
+        self.shape = tuple(found["shape"]) if shape is None else shape
         expected = {"shape": list(self.shape), "data_type": dtype.name, "codecs": codecs(self.shape), "zarr_format": 3}
         different = [key for key, value in expected.items() if found.get(key) != value]
         if different or (shape is None and len(self.shape) != 1):
             raise ValueError(f"array {name!r} differs from the manifest in {', '.join(different)}")
         self._chunk_shape = tuple(expected["codecs"][0]["configuration"]["chunk_shape"])
-        bundle_rows = int(found["chunk_grid"]["configuration"]["chunk_shape"][0])
-        if not 0 < bundle_rows <= LARGEST_BUNDLE * self._chunk_shape[0] or min(self.shape) < 0:
-            raise ValueError(f"array {name!r} of shape {self.shape} in bundles of {bundle_rows} rows")
+        bundle_rows = found["chunk_grid"]["configuration"]["chunk_shape"][0]
         self._across = -(-self.shape[1] // self._chunk_shape[1]) if len(self.shape) > 1 else 1
         self._blocks_in_bundle = bundle_rows // self._chunk_shape[0]
         columns = "/0" * (len(self.shape) - 1)
         bundles = range(-(-len(self) // bundle_rows))
         self.extents = [archive.extent(f"{name}/c/{bundle}{columns}") for bundle in bundles]
-        self._require_room()
         self._indexes: dict[int, list[list[int]]] = {}
         self._kept: OrderedDict[int, np.ndarray] = OrderedDict()
 
     def __len__(self) -> int:
         return self.shape[0]
-
-    def _require_room(self) -> None:
-        """Raise ValueError if the file is too short for the indexes of so many chunks."""
-        blocks = -(-len(self) // self._chunk_shape[0])
-        if sum(stop - start for start, stop in self.extents) < blocks * self._across * INDEX_BYTES:
-            raise ValueError(f"array {self._name!r}: {len(self)} rows are not in the file")
 
     def __getitem__(self, rows: slice) -> np.ndarray:
         start, stop, _ = rows.indices(len(self))
@@ -173,12 +160,11 @@ class ArchivedArray:
         """Where every chunk of a bundle begins and ends in the file."""
         if bundle not in self._indexes:
             start, stop = self.extents[bundle]
-            size = self._blocks_in_bundle * self._across * INDEX_BYTES
+            size = self._blocks_in_bundle * self._across * 16
             contents = self._checked(max(start, stop - size - CRC_BYTES), stop, f"index of bundle {bundle}")
             index = np.frombuffer(contents, "<u8").reshape(-1, 2).astype(np.int64)  # absent chunks become -1
             index[:, 1] += index[:, 0]
-            inside = (index >= 0).all(1) & (index[:, 1] <= stop - start)
-            self._indexes[bundle] = np.where(inside[:, None], index + start, 0).tolist()
+            self._indexes[bundle] = np.where(index < 0, 0, index + start).tolist()
         return self._indexes[bundle]
 
     def _checked(self, start: int, stop: int, what: str) -> bytes:

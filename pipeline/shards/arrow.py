@@ -88,6 +88,8 @@ class ArrowShard:
         except FileNotFoundError:
             raise
         except (pa.ArrowException, OSError, ValueError, struct.error) as exc:
+            if isinstance(exc, MemoryError):
+                raise
             raise CacheCorruptError(
                 f"{path}: not a whole Arrow file of this cache; the shard is truncated or foreign "
                 f"({printable(str(exc))})."

@@ -112,9 +112,9 @@ def open_shard(folder: Location, manifest: CacheManifest, commit: ShardCommit, *
     if structure_of(path, shard) != commit.structure:
         raise CacheCorruptError(f"{where}: its structure is not the committed one; bytes of the file have changed.")
     heads = shard.heads()
-    sums = {name: int(heads[name].sum(dtype=np.int64)) for name in ("num_tokens", "num_documents", "num_targets")}
-    if different := [name for name, found in sums.items() if found != getattr(commit, name)]:
-        raise CacheCorruptError(f"{where}: {different[0]} of its sequences are not those of its commit.")
+    for name in ("num_tokens", "num_documents", "num_targets"):
+        if heads[name].min(initial=0) < 0 or heads[name].sum(dtype=np.int64) != getattr(commit, name):
+            raise CacheCorruptError(f"{where}: {name} of its sequences do not add up to those of its commit.")
     if (longest := int(heads["num_tokens"].max(initial=0))) > manifest.sequence_length:
         raise CacheCorruptError(f"{where}: a sequence of {longest} tokens; the longest has {manifest.sequence_length}.")
     return shard

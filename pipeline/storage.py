@@ -14,9 +14,11 @@ import itertools
 import math
 import os
 import posixpath
+import re
 import subprocess
 import sys
 import time
+import urllib.parse
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -46,7 +48,8 @@ class ObjectPath:
         scheme, _, rest = url.partition("://")
         bucket, _, key = rest.partition("/")
         if scheme not in SCHEMES or not bucket:
-            raise ConfigError(f"{url}: not the URL of an object store; expected {'://..., '.join(SCHEMES)}://...")
+            shown = without_secrets(url)
+            raise ConfigError(f"{shown}: not the URL of an object store; expected {'://..., '.join(SCHEMES)}://...")
         self._root, self._key = f"{scheme}://{bucket}", posixpath.normpath(key).strip("/") if key else ""
         self._patience_s = patience_s
 
@@ -206,7 +209,7 @@ class ObjectPath:
                 return request(_store(self._root, retry_s), self._key)
             except BaseError as exc:  # the client has tried again itself, but not where a body broke off
                 if not isinstance(exc, GenericError) or attempt == ATTEMPTS or time.monotonic() > deadline:
-                    reason = " ".join(str(exc).split("\n\nDebug source")[0].split())
+                    reason = without_secrets(" ".join(str(exc).split("\n\nDebug source")[0].split()))
                     raise StorageError(f"{self}: cannot {verb} it: {reason[:400]}") from exc
             time.sleep(0.1 * 2**attempt)
         raise AssertionError
@@ -216,8 +219,18 @@ Location = Path | ObjectPath
 
 
 def location(value: str | Path) -> Location:
-    """A folder of this machine, or the URL of an object store."""
-    return ObjectPath(str(value)) if "://" in str(value) else at_home(Path(value))
+    """A folder of this machine, or the URL of an object store; ConfigError if it carries credentials.
+
+    URLs are written into manifests, scripts, logs and messages.
+    """
+    url = str(value)
+    if "://" not in url:
+        return at_home(Path(value))
+    if (bare := _without_credentials(url)) != url:
+        raise ConfigError(
+            f"{bare}: carries credentials or a query; give them in the environment, as the store's own tools read them."
+        )
+    return ObjectPath(url)
 
 
 def at_home(path: Path) -> Path:
@@ -226,6 +239,27 @@ def at_home(path: Path) -> Path:
         return path.expanduser()
     except RuntimeError as exc:
         raise ConfigError(f"{path}: there is no such user; write ./{path} for a file of that name.") from exc
+
+
+def without_secrets(text: str) -> str:
+    """The text with *** for what its URLs carry of user, password and query, and for secrets of the environment."""
+    text = _without_credentials(text)
+    secrets = {value for name, value in os.environ.items() if _SECRET_NAME.search(name) and len(value) >= LEAST_SECRET}
+    for secret in sorted(secrets, key=len, reverse=True):
+        text = text.replace(secret, "***").replace(urllib.parse.quote(secret, safe=""), "***")
+    return text
+
+
+def _without_credentials(text: str) -> str:
+    return _QUERY.sub(r"\1?***", _USER.sub(r"\1***@", text))
+
+
+_USER = re.compile(r"\b((?!abfss?:)[a-z0-9+]+://|abfss?://[^/@\s]*:)[^/@\s]*@")
+"""User and password before the host; in abfs://container@account the first is none."""
+_QUERY = re.compile(r"(\b[a-z0-9+]+://[^\s?\"']*)\?[^\s\"')]*")
+_SECRET_NAME = re.compile("SECRET|TOKEN|PASSWORD|CREDENTIAL|SIGNATURE|_SAS|_KEY")
+LEAST_SECRET = 8
+"""Characters; a shorter value might be a word of the message."""
 
 
 def _obstore() -> Any:

@@ -21,7 +21,7 @@ from pipeline.runs.events import EventLog
 from pipeline.runs.leases import Leases
 from pipeline.runs.notes import NOT_WRITTEN, notes_in
 from pipeline.runs.rank import Rank
-from pipeline.storage import Location
+from pipeline.storage import Location, without_secrets
 
 WORKERS = "workers"
 RECORD_NAME = re.compile(r"[0-9]{4,}-.*\.json")
@@ -165,4 +165,4 @@ class Presence:
 
 def one_line(exc: BaseException) -> str:
     """An exception as a line for a record."""
-    return " ".join(f"{type(exc).__name__}: {exc}".split())[:500]
+    return without_secrets(" ".join(f"{type(exc).__name__}: {exc}".split()))[:500]

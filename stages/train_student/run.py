@@ -1,10 +1,12 @@
 """The command `pipeline train-student`, from its settings to a finished student."""
 
+import pickle
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
 from transformers import set_seed
 
 from pipeline.config import TrainConfig
@@ -18,7 +20,14 @@ from pipeline.shards.reader import Cache, open_cache
 from pipeline.tokenizer import load_tokenizer
 from stages.train_student.agreement import require_agreement
 from stages.train_student.arguments import CHECKPOINTS, num_steps, training_arguments
-from stages.train_student.checkpoints import MarkWhole, newest_whole_checkpoint, read_mark, remove_torn_checkpoints
+from stages.train_student.checkpoints import (
+    MarkWhole,
+    newest_whole_checkpoint,
+    read_mark,
+    remove_torn_checkpoints,
+    unpickling_problem,
+    weights_only,
+)
 from stages.train_student.checks import open_folder, require_room, require_same_targets, require_targets
 from stages.train_student.dataset import CacheDataset, Collate
 from stages.train_student.evaluation import Evaluation
@@ -107,7 +116,16 @@ def _train(
         reporter.log(_announcement(config, trainer, cache, checkpoint))
         for note in (*student.notes, *special_token_notes(student, tokenizer)):
             reporter.log(note)
-    outcome = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    try:
+        with weights_only():
+            outcome = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except (pickle.UnpicklingError, CheckpointException) as exc:
+        if (reason := unpickling_problem(exc)) is None:
+            raise
+        raise PipelineError(
+            f"{checkpoint}: a file of it is damaged, or wants code to be run ({reason}); delete the checkpoint to "
+            "continue from the one before."
+        ) from exc
     if trainer.drained and trainer.state.global_step < trainer.state.max_steps:
         raise Drained(
             f"{config.out}: a signal asked to stop; step {trainer.state.global_step} of {trainer.state.max_steps} is "

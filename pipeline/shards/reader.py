@@ -54,10 +54,17 @@ class Cache:
 
     def _require_vocabulary(self, sequence: CachedSequence, where: str) -> None:
         """Raise CacheCorruptError if an id is none: it would index a model's table. Below 0 is far above as uint32."""
-        targets, size = sequence.targets, self.manifest.vocab_size
-        for ids, limit in ((sequence.token_ids, size), (targets.ids, size), (targets.draws + 1, size + 1)):  # -1: none
+        targets, size, largest = sequence.targets, self.manifest.vocab_size, self.manifest.largest_token_id
+        tokens = size if largest is None else min(largest + 1, size)
+        for ids, limit in (
+            (sequence.token_ids, tokens),
+            (targets.ids, size),
+            (targets.draws + 1, size + 1),
+        ):  # -1: none
             if ids.size and int(ids.view(np.uint32).max()) >= limit:
-                raise CacheCorruptError(f"{where}: an id outside the vocabulary of {size}.")
+                raise CacheCorruptError(
+                    f"{where}: an id of {limit} or above, which the manifest rules out."
+                )
 
     def batch(self, indexes: Iterable[int]) -> list[CachedSequence]:
         """The sequences at `indexes`, in that order; read in the order of the files."""

@@ -100,6 +100,8 @@ def _problem(message: str, values: Any) -> str:
 
 
 def _expected(message: str) -> str:
+    if "enum value" in message:
+        return "which is none of those that this version knows"
     for pattern, words in _SAID.items():
         message = message.replace(f"`str` matching regex {pattern}", words)
     return printable(f"{message[:1].lower()}{message[1:]}".replace("`", ""))

@@ -104,7 +104,7 @@ def list_names(folder: Location) -> list[str]:
     """Names of the numbered files in a folder, less those that are being written; empty if there is no folder."""
     try:
         names = os.listdir(folder) if isinstance(folder, Path) else [path.name for path in folder.iterdir()]
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
     return [name for name in names if "0" <= name[:1] <= "9" and not name.endswith(PARTIAL)]
 

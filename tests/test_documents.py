@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import random
 import resource
 import shutil
@@ -45,6 +46,11 @@ from tests.workers import run_worker
 
 MEMORY_MB = 300
 """What all cases of a test may add to the process."""
+
+
+def slow(value: str) -> Any:
+    """A value for which a test takes seconds."""
+    return pytest.param(value, marks=pytest.mark.slow)
 
 
 @dataclasses.dataclass
@@ -103,7 +109,8 @@ def read_all(cache: Path, scene: Scene) -> None:
 
 def look(cache: Path, scene: Scene) -> None:
     assert describe(StatusReader(cache).read(num_events=20))
-    assert read_failure(cache, 0, 1).partition in range(2**53)
+    if (cache / "failures" / "00000.1.json").exists():
+        assert read_failure(cache, 0, 1).partition in range(2**53)
 
 
 def verify(cache: Path, scene: Scene) -> None:
@@ -350,3 +357,33 @@ def test_files_of_other_names_are_passed_over(scene, work, place, name):
 def test_record_of_a_partition_beyond_the_plan_completes_nothing(scene, work):
     commit_path(work / "arrow", 0).rename(commit_path(work / "arrow", 99))
     assert StatusReader(work / "arrow").read().state == "incomplete"
+
+
+@pytest.mark.parametrize("kind", ["pipe", *(slow(kind) for kind in ("absent", "empty", "folder", "link to itself"))])
+@pytest.mark.parametrize("container", ["arrow", slow("zarr")])
+def test_files_that_are_none(scene, work, container, kind):
+    """In the place of every file and folder of a cache; nothing waits for a pipe."""
+    cache = work / container
+    open_cache(cache)
+    places = [
+        cache / place for place in (*documents_of(cache), COMMITS, WORKERS, EVENTS, LEASES, TOKENIZER, "shards", INDEX)
+    ]
+    places += [
+        next((cache / "shards").iterdir()),
+        next((cache / EVENTS).iterdir()),
+        cache / TOKENIZER / "tokenizer.json",
+    ]
+    for path in places:
+        for use in (read_all, look, verify, repair):
+            shutil.rmtree(cache)
+            shutil.copytree(scene.caches[container], cache)
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            if kind == "empty":
+                path.write_bytes(b"")
+            elif kind == "folder":
+                path.mkdir()
+            elif kind == "pipe":
+                os.mkfifo(path)
+            elif kind == "link to itself":
+                path.symlink_to(path.name)
+            attempt(lambda use=use: use(cache, scene), cache, f"{use.__name__}: {kind} {path.name}")

@@ -172,8 +172,14 @@ class StatusReader:
 
     def _reasons(self, failures: dict[int, int]) -> dict[int, str]:
         last = sorted(failures.items())
-        found = map_in_threads(lambda failure: read_failure(self.folder, *failure), last, READERS)
-        return {partition: failure.reason for (partition, _), failure in zip(last, found)}
+
+        def read(failure: tuple[int, int]) -> str | None:
+            with contextlib.suppress(FileNotFoundError):  # --retry-failed may have taken it away
+                return read_failure(self.folder, *failure).reason
+            return None
+
+        found = map_in_threads(read, last, READERS)
+        return {partition: reason for (partition, _), reason in zip(last, found) if reason is not None}
 
     def _workers(self, now: float) -> list[WorkerStatus]:
         names = sorted(name for name in self._records.names() if RECORD_NAME.fullmatch(name))

@@ -85,7 +85,8 @@ def open_index(folder: Location, manifest: CacheManifest) -> CommitIndex:
 
 def _stamp(folder: Path) -> str:
     """Changes with the manifest and with the name, size or modification time of any commit record."""
-    with os.scandir(folder / COMMITS) as entries:
+    found = []
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder / COMMITS) as entries:
         found = sorted((entry.name, entry.stat()) for entry in entries if entry.name.endswith(".json"))
     lines = [f"{name} {status.st_size} {status.st_mtime_ns}" for name, status in found]
     return xxhash.xxh3_128_hexdigest("\n".join([hash_file(folder / MANIFEST), *lines]).encode())
@@ -93,9 +94,11 @@ def _stamp(folder: Path) -> str:
 
 def _read(path: Path, stamp: str) -> pa.Table | None:
     """The table of a whole index with this stamp, memory-mapped; None if there is none."""
+    if not path.is_file():  # a pipe would be waited for
+        return None
     try:
         contents = pa.memory_map(str(path)).read_buffer()
-    except (FileNotFoundError, pa.ArrowInvalid):
+    except (OSError, pa.ArrowInvalid):
         return None
     body = contents.slice(0, max(0, contents.size - SEAL_BYTES))
     if xxhash.xxh3_128_digest(body) != contents.slice(body.size).to_pybytes():

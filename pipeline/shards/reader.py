@@ -62,9 +62,7 @@ class Cache:
             (targets.draws + 1, size + 1),
         ):  # -1: none
             if ids.size and int(ids.view(np.uint32).max()) >= limit:
-                raise CacheCorruptError(
-                    f"{where}: an id of {limit} or above, which the manifest rules out."
-                )
+                raise CacheCorruptError(f"{where}: an id of {limit} or above, which the manifest rules out.")
 
     def batch(self, indexes: Iterable[int]) -> list[CachedSequence]:
         """The sequences at `indexes`, in that order; read in the order of the files."""

@@ -196,12 +196,14 @@ def hash_folder(folder: Location) -> dict[str, str]:
 
 
 def remove_tree(folder: Location) -> None:
-    """Delete a folder and the files in it, if it is there."""
+    """Delete a folder and the files in it, or what has its name, if it is there."""
     if isinstance(folder, ObjectPath):
         for path in folder.iterdir():
             path.unlink()
-    else:
+    elif folder.is_dir():  # a pipe of that name would be waited for
         shutil.rmtree(folder, ignore_errors=True)
+    else:
+        folder.unlink(missing_ok=True)
 
 
 def hash_file(path: Path, block_bytes: int = 1 << 22) -> str:

@@ -27,6 +27,7 @@ from pipeline.config import (
     TrainConfig,
     VerifyConfig,
 )
+from pipeline.documents import printable
 from pipeline.errors import MENDABLE, CacheCorruptError, Drained, PipelineError
 from pipeline.options import config_command
 from pipeline.progress import TerminalReporter
@@ -47,10 +48,10 @@ class _Main(click.Group):
         try:
             return super().invoke(context)
         except Drained as drained:
-            click.echo(str(drained), err=True)
+            click.echo(printable(str(drained)), err=True)
             sys.exit(drained.exit_code)
         except PipelineError as error:
-            click.echo(f"error: {error}", err=True)
+            click.echo(f"error: {printable(str(error))}", err=True)
         except OSError as error:
             if error.errno not in MENDABLE:
                 raise
@@ -150,14 +151,14 @@ def verify_command(config: VerifyConfig) -> None:
             repair_manifest(config.cache)
         num_tokens = CacheManifest.read(config.cache).num_tokens
     except CacheCorruptError as damage:
-        click.echo(damage)
+        click.echo(printable(str(damage)))
         if config.repair:
             click.echo(f"{config.cache}: the manifest and its copy are damaged; put one back from a backup.")
         sys.exit(1)
     with TerminalReporter().progress("verify", num_tokens) as progress:
         report = verify_cache(config.cache, progress.advance, config.workers)
     for problem in report.problems:
-        click.echo(problem)
+        click.echo(printable(problem))
     if config.repair:
         repair_cache(config.cache, report)
     if report.problems:
@@ -188,7 +189,7 @@ def audit_command(config: AuditConfig) -> None:
 
     report = audit_cache(config, TerminalReporter())
     for problem in report.problems[:SHOWN_PROBLEMS]:
-        click.echo(problem)
+        click.echo(printable(problem))
     outcome = f"{len(report.problems)} disagreements" if report.problems else "the teacher agrees"
     click.echo(
         f"{config.cache}: {outcome}: {report.num_sequences:,} sequences, {report.num_targets:,} targets; the largest "

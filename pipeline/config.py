@@ -6,6 +6,7 @@ from pathlib import Path
 from pipeline.devices import DEVICES
 from pipeline.errors import ConfigError
 from pipeline.settings import Settings, required, setting
+from pipeline.shards.grid import WARMEST
 from pipeline.storage import Location
 
 ENGINES = ("vllm", "transformers")
@@ -118,6 +119,8 @@ class CacheConfig(Settings):
         if not self.temperatures:
             raise ConfigError("temperatures is empty; give at least one, such as --temperature 2.0.")
         self.positive("temperatures", self.temperatures)
+        if min(self.temperatures) > WARMEST:
+            raise ConfigError(f"temperatures is {list(self.temperatures)}; the smallest must be {WARMEST:g} or less.")
         if len(set(self.temperatures)) != len(self.temperatures):
             raise ConfigError(f"temperatures is {list(self.temperatures)}; each may be given once.")
         if self.draw_temperature is not None and self.draw_temperature not in self.temperatures:

@@ -1,6 +1,8 @@
-"""Copies on this machine of what lies in an object store: shards under their checksum, in limited room."""
+"""Copies on this machine of what lies in an object store: shards, in limited room."""
 
+import contextlib
 import fcntl
+import hashlib
 import os
 import re
 import shutil
@@ -9,6 +11,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from pipeline.documents import is_file_name, short
+from pipeline.errors import StorageError
+from pipeline.files import read_small
 from pipeline.storage import Location, ObjectPath, at_home
 
 COPIES, COPIES_GB = "LOGIT_CACHE_DIR", "LOGIT_CACHE_GB"
@@ -17,7 +22,7 @@ DEFAULT_GB = 100.0
 JUST_USED_S = 10.0
 """A copy that was used so recently is not removed: its reader may be about to open it."""
 COPY = re.compile("[0-9a-f]{32}")
-"""Name of a copy: the checksum."""
+"""Name of a copy."""
 DOWNLOAD = ".download-"
 """Begins the name of a folder in which a copy arrives."""
 ABANDONED_S = 86_400.0
@@ -32,23 +37,31 @@ def copies_folder() -> Path:
     return folder
 
 
-def local_copy(path: ObjectPath, checksum: str, is_whole: Callable[[Path], bool]) -> Path:
-    """A file of this machine with the contents of an object, whose hash is `checksum`.
+def copy_name(path: ObjectPath, checksum: str) -> str:
+    """Name of the copy of an object: ours, whatever a record claims the checksum to be.
 
-    The copy is kept for the next time, under the hash; those used longest ago make room. Raises
-    FileNotFoundError, and ValueError if two downloads in turn are not `is_whole`.
+    Two objects never share a copy. xxh3 does not withstand intent: a stranger can make a file of any given hash.
+    """
+    return hashlib.sha256(f"{path} {checksum}".encode()).hexdigest()[:32]
+
+
+def local_copy(path: ObjectPath, checksum: str, num_bytes: int, is_whole: Callable[[Path], bool]) -> Path:
+    """A file of this machine with the contents of an object of a size, whose hash is `checksum`.
+
+    The copy is kept for the next time, under `copy_name`; those used longest ago make room. Raises
+    FileNotFoundError, and ValueError if the object has another size or two downloads in turn are not `is_whole`.
     """
     folder = copies_folder()
-    copy = folder / checksum
-    with (folder / f".lock-{checksum[:2]}").open("w") as lock:
+    copy = folder / copy_name(path, checksum)
+    with (folder / f".lock-{copy.name[:2]}").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # the ranks of one machine download a shard once
         for _ in range(2):
             if copy.is_file() and is_whole(copy):
                 os.utime(copy)
                 return copy
             with tempfile.TemporaryDirectory(dir=folder, prefix=DOWNLOAD) as scratch:
-                path.download(Path(scratch) / checksum)
-                os.replace(Path(scratch) / checksum, copy)
+                path.download(Path(scratch) / copy.name, num_bytes)
+                os.replace(Path(scratch) / copy.name, copy)
             _make_room(copy)
         if is_whole(copy):
             return copy
@@ -62,7 +75,10 @@ def local_folder(folder: Location, scratch: Path) -> Path:
         return folder
     scratch.mkdir(parents=True, exist_ok=True)
     for path in folder.iterdir():
-        (scratch / path.name).write_bytes(path.read_bytes())
+        if not is_file_name(path.name) or path.parent != folder:
+            raise StorageError(f"{folder}: holds an object of name {short(path.name)}; expected plain files.")
+        with contextlib.suppress(FileNotFoundError):  # a folder
+            (scratch / path.name).write_bytes(read_small(path, StorageError))
     return scratch
 
 

@@ -8,6 +8,7 @@
 Knows nothing of text, teachers or targets.
 """
 
+import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -18,8 +19,10 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
+from pipeline.documents import Count, FileName, Hash, Text, Width, document_of, printable, short
 from pipeline.errors import CorpusError
 from pipeline.files import canonical_json, hash_file, partial_path, publish, read_json, write_json
+from pipeline.ipc import file_batches
 from pipeline.tokenizer import TokenizerIdentity
 
 FORMAT = "tokenised-corpus"
@@ -77,25 +80,25 @@ def target_positions(loss_mask: np.ndarray) -> np.ndarray:
 class CorpusPartition:
     """One file of a corpus, as its manifest records it."""
 
-    file: str
-    num_sequences: int
-    num_tokens: int
-    num_targets: int
-    bytes: int
-    xxh3_128: str
+    file: FileName
+    num_sequences: Count
+    num_tokens: Count
+    num_targets: Count
+    bytes: Count
+    xxh3_128: Hash
 
 
 @dataclass(frozen=True, kw_only=True)
 class CorpusManifest:
     """What a finished corpus holds and how it was made."""
 
-    sequence_length: int
-    packing: str
+    sequence_length: Width
+    packing: Text
     tokenizer: TokenizerIdentity
     partitions: tuple[CorpusPartition, ...]
     settings: dict[str, Any]
     """The resolved settings of `pipeline prepare`."""
-    statistics: dict[str, int]
+    statistics: dict[str, Count]
     """Counts of what was read, skipped, cut and deduplicated."""
 
     @property
@@ -129,10 +132,8 @@ class CorpusManifest:
         document = read_json(path, CorpusError)
         found = (document.pop("format", None), document.pop("format_version", None))
         if found != (FORMAT, FORMAT_VERSION):
-            raise CorpusError(f"{path}: format {found}; this version reads {(FORMAT, FORMAT_VERSION)}.")
-        document["tokenizer"] = TokenizerIdentity(**document["tokenizer"])
-        document["partitions"] = tuple(CorpusPartition(**part) for part in document["partitions"])
-        return cls(**document)
+            raise CorpusError(f"{path}: format {short(found)}; this version reads {(FORMAT, FORMAT_VERSION)}.")
+        return document_of(cls, document, path, CorpusError)
 
 
 def write_partition(folder: Path, index: int, sequences: Sequence[TokenSequence]) -> CorpusPartition:
@@ -158,14 +159,35 @@ def write_partition(folder: Path, index: int, sequences: Sequence[TokenSequence]
 
 
 def read_partition(folder: Path, partition: CorpusPartition) -> pa.Table:
-    """The rows of one partition, memory-mapped; raises CorpusError unless the file is as it was written."""
+    """The rows of one partition, memory-mapped; raises CorpusError unless the file is as it was written and sound."""
     path = folder / PARTITIONS / partition.file
     if not path.is_file():
         raise CorpusError(f"{path}: missing, although {MANIFEST} names it; run `pipeline prepare` again.")
     if path.stat().st_size != partition.bytes or hash_file(path) != partition.xxh3_128:
         raise CorpusError(f"{path}: not the file that was written (checksum); delete {folder} and prepare it again.")
-    with pa.memory_map(str(path)) as source:
-        return pa.ipc.open_file(source).read_all()
+    try:
+        with pa.memory_map(str(path)) as source:
+            batches = file_batches(source.read_buffer(), SCHEMA)
+        table = pa.Table.from_batches(batches, SCHEMA)
+        _require_sound(table, partition)
+    except (pa.ArrowException, OSError, ValueError, struct.error) as exc:
+        raise CorpusError(f"{path}: not a partition of a corpus ({printable(str(exc))}); prepare it again.") from exc
+    return table
+
+
+def _require_sound(table: pa.Table, partition: CorpusPartition) -> None:
+    """Raise ValueError unless tokens, masks and documents fit each other and the record."""
+    (tokens, token_ends), (masks, mask_ends) = lists_of(table, "token_ids"), lists_of(table, "loss_mask")
+    lengths, document_ends = lists_of(table, "document_lengths")
+    if (table.num_rows, len(tokens)) != (partition.num_sequences, partition.num_tokens):
+        raise ValueError(f"{table.num_rows} sequences of {len(tokens)} tokens; {MANIFEST} says otherwise")
+    if len(masks) != len(tokens) or not np.array_equal(token_ends, mask_ends):
+        raise ValueError("its tokens and masks do not fit each other")
+    ends = np.cumsum(np.concatenate([[0], lengths]), dtype=np.int64)[document_ends]
+    if (lengths < 1).any() or (token_ends[1:] == token_ends[:-1]).any() or not np.array_equal(ends, token_ends):
+        raise ValueError("its documents do not fit its tokens")
+    if len(tokens) and int(tokens.min()) < 0:
+        raise ValueError("a token id is below 0")
 
 
 class Corpus:

@@ -19,8 +19,9 @@ a PipelineError is a bug of ours or a fault of the machine and keeps its traceba
 import errno
 
 MENDABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG}
+MENDABLE |= {errno.ENOTDIR, errno.EISDIR, errno.ELOOP}
 """Operating-system errors that are the user's to mend, and that no other partition would be spared: a full disk, a
-read-only folder."""
+read-only folder, a file in the place of a folder."""
 
 
 class PipelineError(Exception):

@@ -7,16 +7,21 @@ Knows nothing of corpora or caches.
 
 import json
 import os
+import re
 import shutil
 import socket
-from collections.abc import Callable
+import stat
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
+from pipeline.documents import Kind, Refusal, document_of, printable
 from pipeline.storage import Location, ObjectPath
 
+LARGEST_DOCUMENT = 64 << 20
+"""Bytes; more are not even read."""
 PARTIAL = ".partial"
 """Suffix of files that are being written; nothing reads them."""
 
@@ -30,7 +35,7 @@ def owner_name() -> str:
 def owner_is_dead(owner: str) -> bool:
     """True only if `owner` is a process of this host and pid namespace that no longer runs."""
     place, _, pid = owner.rpartition(".")
-    if place != owner_name().rpartition(".")[0] or not pid.isdigit():
+    if place != owner_name().rpartition(".")[0] or not re.fullmatch("[0-9]{1,9}", pid):
         return False
     try:
         os.kill(int(pid), 0)
@@ -99,9 +104,15 @@ def list_names(folder: Location) -> list[str]:
     """Names of the numbered files in a folder, less those that are being written; empty if there is no folder."""
     try:
         names = os.listdir(folder) if isinstance(folder, Path) else [path.name for path in folder.iterdir()]
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
-    return [name for name in names if name[:1].isdigit() and not name.endswith(PARTIAL)]
+    return [name for name in names if "0" <= name[:1] <= "9" and not name.endswith(PARTIAL)]
+
+
+def numbers_in(names: Iterable[str], form: str) -> list[tuple[int, ...]]:
+    """The numbers in the names that have this form, a regular expression; names of others are not ours."""
+    found = (re.fullmatch(form, name, re.ASCII) for name in names)
+    return [tuple(map(int, match.groups())) for match in found if match]
 
 
 def write_json(path: Location, document: dict[str, Any], *, first_wins: bool = False) -> bool:
@@ -121,16 +132,45 @@ def write_json(path: Location, document: dict[str, Any], *, first_wins: bool = F
         partial.unlink(missing_ok=True)
 
 
-def read_json(path: Location, error: Callable[[str], Exception]) -> dict[str, Any]:
+def read_json(path: Location, error: Refusal) -> dict[str, Any]:
     """The document that `write_json` wrote, less its checksum; raises `error(message)` unless every byte is as it was."""
-    contents = path.read_bytes()
+    contents = read_small(path, error)
     head, mark, _ = contents.rpartition(_MARK)
     body = head + b"\n}"
     if not mark or contents != head + _seal(body):
         raise error(
             f"{path}: its checksum does not match its contents; the file is damaged, foreign or edited by hand."
         )
-    return json.loads(body)
+    return parse_json(body, path, error)
+
+
+def read_document(path: Location, kind: type[Kind], error: Refusal) -> Kind:
+    """The document of a class that `write_json` wrote, every entry checked; raises `error(message)`."""
+    return document_of(kind, read_json(path, error), path, error)
+
+
+def parse_json(contents: bytes, where: object, error: Refusal) -> dict[str, Any]:
+    """A JSON object; raises `error(message)` if it is anything else."""
+    try:
+        document = json.loads(contents)
+    except (ValueError, RecursionError) as exc:
+        raise error(f"{where}: not JSON ({printable(str(exc))}); the file is damaged or foreign.") from None
+    if not isinstance(document, dict):
+        raise error(f"{where}: JSON of type {type(document).__name__}; expected an object.")
+    return document
+
+
+def read_small(path: Location, error: Refusal, at_most: int = LARGEST_DOCUMENT) -> bytes:
+    """The contents of a file that holds one document; raises `error(message)` if it is too large for that."""
+    if isinstance(path, ObjectPath):
+        contents = path.read_bytes(at_most)
+    else:
+        status = path.stat()
+        fits = stat.S_ISREG(status.st_mode) and status.st_size <= at_most
+        contents = path.read_bytes() if fits else None
+    if contents is None:
+        raise error(f"{path}: not a plain file of {at_most:,} bytes or less, as a document of this pipeline is.")
+    return contents
 
 
 _MARK = b',\n "checksum": "'
@@ -148,17 +188,22 @@ def canonical_json(value: Any) -> bytes:
 
 def hash_folder(folder: Location) -> dict[str, str]:
     """xxh3-128 of every file directly in `folder`, by name; empty if there is no such folder."""
-    paths = folder.iterdir() if folder.is_dir() else ()
-    return {path.name: xxhash.xxh3_128_hexdigest(path.read_bytes()) for path in paths if path.is_file()}
+    paths = [path for path in folder.iterdir() if path.is_file()] if folder.is_dir() else []
+    return {
+        path.name: hash_file(path) if isinstance(path, Path) else xxhash.xxh3_128_hexdigest(path.read_bytes())
+        for path in paths
+    }
 
 
 def remove_tree(folder: Location) -> None:
-    """Delete a folder and the files in it, if it is there."""
+    """Delete a folder and the files in it, or what has its name, if it is there."""
     if isinstance(folder, ObjectPath):
         for path in folder.iterdir():
             path.unlink()
-    else:
+    elif folder.is_dir():  # a pipe of that name would be waited for
         shutil.rmtree(folder, ignore_errors=True)
+    else:
+        folder.unlink(missing_ok=True)
 
 
 def hash_file(path: Path, block_bytes: int = 1 << 22) -> str:

@@ -13,10 +13,15 @@ two stages. `identity` is what must be equal for two runs to write into one fold
 """
 
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from itertools import pairwise
+from typing import Annotated, Any, Literal
 
+from msgspec import Meta
+
+from pipeline.documents import Count, FileName, Hash, Temperature, Text, Width, document_of, short
 from pipeline.errors import CacheCorruptError, CacheIncompleteError, CacheMismatchError
 from pipeline.files import read_json, write_json
+from pipeline.shards.grid import WARMEST
 from pipeline.shards.layout import ALIGNMENT, ShardLayout
 from pipeline.storage import Location
 from pipeline.tokenizer import TokenizerIdentity
@@ -39,40 +44,52 @@ class CacheManifest:
     teacher: dict[str, Any]
     """Architecture, hashes of config and weights, dtypes of body and head, quantisation, engine."""
     tokenizer: TokenizerIdentity
-    vocab_size: int
+    vocab_size: Width
     """Real vocabulary: columns of the teacher's head from here on are padding and take no part."""
-    padded_vocab_size: int
+    padded_vocab_size: Width
     """Rows of the teacher's head."""
-    top_k: int
-    temperatures: tuple[float, ...]
-    tail_samples: int
+    top_k: Width
+    temperatures: Annotated[tuple[Temperature, ...], Meta(min_length=1, max_length=1024)]
+    tail_samples: Width
     """Draws from the tail of each position."""
-    draw_temperature: float | None
+    draw_temperature: Temperature | None
     """Temperature of the draws; None without draws."""
-    max_kl_error: float
+    max_kl_error: Annotated[float, Meta(ge=0, le=1)]
     """Bound on the mean KL error of every shard's rounding, nats, at every temperature; 0 is lossless."""
-    container: str
-    corpus: str
+    container: Literal["arrow", "zarr"]
+    corpus: Hash
     """Fingerprint of the tokenised corpus."""
-    packing: str
-    sequence_length: int
+    packing: Text
+    sequence_length: Width
     """Longest sequence, tokens."""
-    num_tokens: int
-    num_targets: int
-    partitions: tuple[int, ...]
+    num_tokens: Count
+    num_targets: Count
+    partitions: Annotated[tuple[Count, ...], Meta(min_length=1)]
     """Row boundaries: partition i holds the sequences partitions[i] to partitions[i + 1]."""
     settings: dict[str, Any]
     """The resolved settings of the run that made the folder; not part of the identity."""
-    software: dict[str, str]
+    software: dict[Text, Text]
     """Versions of the libraries; not part of the identity."""
-    chat_template: str | None = None
+    chat_template: Text | None = None
     """Hash of the tokenizer's template, which wrote the corpus's conversations, if it has any; not part of the
     identity, since the tokens are."""
-    tokenizer_files: dict[str, str] = field(default_factory=dict)
+    tokenizer_files: dict[FileName, Hash] = field(default_factory=dict)
     """xxh3-128 of every file in tokenizer/; not part of the identity, which is `tokenizer`."""
-
-    largest_token_id: int | None = None
+    largest_token_id: Count | None = None
     """In any sequence; None if the cache was written before it was recorded."""
+
+    def __post_init__(self) -> None:
+        """Raise ValueError if the entries contradict each other."""
+        starts = self.partitions
+        on_grid = self.top_k > 0 and self.max_kl_error > 0
+        rules = {
+            "partitions must rise from 0": starts[0] == 0 and all(one < other for one, other in pairwise(starts)),
+            "vocab_size is above padded_vocab_size": self.vocab_size <= self.padded_vocab_size,
+            "num_targets is above num_tokens": self.num_targets <= self.num_tokens,
+            f"no grid has a lowest temperature above {WARMEST:g}": not on_grid or min(self.temperatures) <= WARMEST,
+        }
+        if broken := [rule for rule, holds in rules.items() if not holds]:
+            raise ValueError("; ".join(broken))
 
     @property
     def num_sequences(self) -> int:
@@ -116,7 +133,7 @@ class CacheManifest:
         """Raise CacheMismatchError, naming every difference, unless both describe the same targets."""
         different = _differences(self.identity(), requested.identity())
         if different:
-            found = "; ".join(f"{name} is {_short(old)}, now {_short(new)}" for name, (old, new) in different.items())
+            found = "; ".join(f"{name} is {short(old)}, now {short(new)}" for name, (old, new) in different.items())
             raise CacheMismatchError(f"{folder}: holds a cache made by other settings: {found}; choose another --out.")
 
     def write(self, folder: Location) -> bool:
@@ -136,17 +153,12 @@ class CacheManifest:
         document = read_json(path, CacheCorruptError)
         found = (document.pop("format", None), document.pop("format_version", None), document.pop("alignment", None))
         if found != (FORMAT, FORMAT_VERSION, ALIGNMENT):
-            raise CacheMismatchError(f"{path}: format {found[:2]}; this version reads {(FORMAT, FORMAT_VERSION)}.")
-        document["tokenizer"] = TokenizerIdentity(**document["tokenizer"])
-        document["temperatures"] = tuple(document["temperatures"])
-        document["partitions"] = tuple(document["partitions"])
-        return cls(**document)
+            raise CacheMismatchError(
+                f"{path}: format {short(found[:2])}, alignment {short(found[2])}; "
+                f"this version reads {(FORMAT, FORMAT_VERSION)}, {ALIGNMENT!r}."
+            )
+        return document_of(cls, document, path, CacheCorruptError)
 
 
 def _differences(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     return {name: (ours[name], theirs.get(name)) for name in ours if ours[name] != theirs.get(name)}
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -6,6 +6,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from pipeline.documents import printable
+
 LOG_INTERVAL_S = 60.0
 FIRST_LOG_INTERVAL_S = 15.0
 """Seconds between two progress lines where there is no terminal; in the first minutes they come sooner."""
@@ -44,7 +46,7 @@ class TerminalReporter(Reporter):
 
     def log(self, line: str) -> None:
         """Write a line, above the bar if there is one."""
-        tqdm.write(line, file=sys.stderr)
+        tqdm.write(printable(line, newline="\n"), file=sys.stderr)
         sys.stderr.flush()
 
     def progress(self, what: str, total: int, unit: str = "tokens") -> Progress:

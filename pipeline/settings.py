@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import yaml
 
 from pipeline.errors import ConfigError
-from pipeline.storage import Location, ObjectPath, at_home, location
+from pipeline.storage import Location, ObjectPath, at_home, location, without_secrets
 
 Config = TypeVar("Config", bound="Settings")
 _REQUIRED: Any = object()
@@ -196,7 +196,8 @@ def _scalar(where: str, value: Any, kind: type) -> Any:
     elif kind in (Path, Location):
         fits, kind = isinstance(value, str | Path), Path
         if "://" in str(value):
-            raise ConfigError(f"{where} is {value}; this must be a path on this machine, not a URL.")
+            shown = without_secrets(str(value))
+            raise ConfigError(f"{where} is {shown}; this must be a path on this machine, not a URL.")
     elif kind in (int, float):
         value, fits = _number(value, kind)
     else:

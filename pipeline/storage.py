@@ -11,11 +11,14 @@ store's own tools read them. Dropped connections, server errors and throttling a
 import contextlib
 import functools
 import itertools
+import math
 import os
 import posixpath
+import re
 import subprocess
 import sys
 import time
+import urllib.parse
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -45,7 +48,8 @@ class ObjectPath:
         scheme, _, rest = url.partition("://")
         bucket, _, key = rest.partition("/")
         if scheme not in SCHEMES or not bucket:
-            raise ConfigError(f"{url}: not the URL of an object store; expected {'://..., '.join(SCHEMES)}://...")
+            shown = without_secrets(url)
+            raise ConfigError(f"{shown}: not the URL of an object store; expected {'://..., '.join(SCHEMES)}://...")
         self._root, self._key = f"{scheme}://{bucket}", posixpath.normpath(key).strip("/") if key else ""
         self._patience_s = patience_s
 
@@ -109,16 +113,17 @@ class ObjectPath:
         names = [entry["path"] for entry in found["objects"]] + list(found["common_prefixes"])
         return iter(sorted(ObjectPath(f"{self._root}/{name}") for name in names))
 
-    def read_bytes(self) -> bytes:
-        """The whole object; raises FileNotFoundError."""
-        return self._call("read", lambda store, key: bytes(_obstore().get(store, key).bytes()))
+    def read_bytes(self, at_most: float = math.inf) -> bytes | None:
+        """The whole object, None if it is larger than that; raises FileNotFoundError."""
+        return self.read_dated(at_most)[0]
 
-    def read_dated(self) -> tuple[bytes, float]:
+    def read_dated(self, at_most: float = math.inf) -> tuple[bytes | None, float]:
         """The whole object, and the store's time of its last change; raises FileNotFoundError."""
 
-        def get(store: Any, key: str) -> tuple[bytes, float]:
+        def get(store: Any, key: str) -> tuple[bytes | None, float]:
             found = _obstore().get(store, key)
-            return bytes(found.bytes()), found.meta["last_modified"].timestamp()
+            contents = bytes(found.bytes()) if found.meta["size"] <= at_most else None
+            return contents, found.meta["last_modified"].timestamp()
 
         return self._call("read", get)
 
@@ -162,10 +167,13 @@ class ObjectPath:
 
         self._call("write", put)
 
-    def download(self, target: Path) -> None:
-        """Write the object into a file, several ranges at a time. Also in a process that was forked."""
+    def download(self, target: Path, num_bytes: int) -> None:
+        """Write the object into a file, several ranges at a time; ValueError if it is of another size.
+
+        Also in a process that was forked.
+        """
         if _is_forked():
-            command = [sys.executable, "-P", "-m", "pipeline.storage", str(self), str(target)]
+            command = [sys.executable, "-P", "-m", "pipeline.storage", str(self), str(target), str(num_bytes)]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
                 raise StorageError(done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"{self}: no copy.")
@@ -173,6 +181,8 @@ class ObjectPath:
         from pipeline.parallel import in_threads
 
         size = self.stat().st_size
+        if size != num_bytes:
+            raise ValueError(f"{self}: {size} bytes; {num_bytes} are expected")
         with target.open("wb") as file:
 
             def copy(start: int) -> None:
@@ -199,7 +209,7 @@ class ObjectPath:
                 return request(_store(self._root, retry_s), self._key)
             except BaseError as exc:  # the client has tried again itself, but not where a body broke off
                 if not isinstance(exc, GenericError) or attempt == ATTEMPTS or time.monotonic() > deadline:
-                    reason = " ".join(str(exc).split("\n\nDebug source")[0].split())
+                    reason = without_secrets(" ".join(str(exc).split("\n\nDebug source")[0].split()))
                     raise StorageError(f"{self}: cannot {verb} it: {reason[:400]}") from exc
             time.sleep(0.1 * 2**attempt)
         raise AssertionError
@@ -209,8 +219,18 @@ Location = Path | ObjectPath
 
 
 def location(value: str | Path) -> Location:
-    """A folder of this machine, or the URL of an object store."""
-    return ObjectPath(str(value)) if "://" in str(value) else at_home(Path(value))
+    """A folder of this machine, or the URL of an object store; ConfigError if it carries credentials.
+
+    URLs are written into manifests, scripts, logs and messages.
+    """
+    url = str(value)
+    if "://" not in url:
+        return at_home(Path(value))
+    if (bare := _without_credentials(url)) != url:
+        raise ConfigError(
+            f"{bare}: carries credentials or a query; give them in the environment, as the store's own tools read them."
+        )
+    return ObjectPath(url)
 
 
 def at_home(path: Path) -> Path:
@@ -219,6 +239,27 @@ def at_home(path: Path) -> Path:
         return path.expanduser()
     except RuntimeError as exc:
         raise ConfigError(f"{path}: there is no such user; write ./{path} for a file of that name.") from exc
+
+
+def without_secrets(text: str) -> str:
+    """The text with *** for what its URLs carry of user, password and query, and for secrets of the environment."""
+    text = _without_credentials(text)
+    secrets = {value for name, value in os.environ.items() if _SECRET_NAME.search(name) and len(value) >= LEAST_SECRET}
+    for secret in sorted(secrets, key=len, reverse=True):
+        text = text.replace(secret, "***").replace(urllib.parse.quote(secret, safe=""), "***")
+    return text
+
+
+def _without_credentials(text: str) -> str:
+    return _QUERY.sub(r"\1?***", _USER.sub(r"\1***@", text))
+
+
+_USER = re.compile(r"\b((?!abfss?:)[a-z0-9+]+://|abfss?://[^/@\s]*:)[^/@\s]*@")
+"""User and password before the host; in abfs://container@account the first is none."""
+_QUERY = re.compile(r"(\b[a-z0-9+]+://[^\s?\"']*)\?[^\s\"')]*")
+_SECRET_NAME = re.compile("SECRET|TOKEN|PASSWORD|CREDENTIAL|SIGNATURE|_SAS|_KEY")
+LEAST_SECRET = 8
+"""Characters; a shorter value might be a word of the message."""
 
 
 def _obstore() -> Any:
@@ -250,11 +291,11 @@ def _is_forked() -> bool:
     return _first_user not in (None, os.getpid())
 
 
-def main(url: str, target: str) -> None:
+def main(url: str, target: str, num_bytes: str) -> None:
     """Download an object; what a forked process starts."""
     try:
-        ObjectPath(url).download(Path(target))
-    except (StorageError, FileNotFoundError) as error:
+        ObjectPath(url).download(Path(target), int(num_bytes))
+    except (StorageError, FileNotFoundError, ValueError) as error:
         sys.exit(str(error))
 
 

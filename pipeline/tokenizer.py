@@ -20,6 +20,7 @@ import xxhash
 from tokenizers import processors
 
 from pipeline.copies import kept_copy
+from pipeline.documents import Hash, Width
 from pipeline.errors import ConfigError
 from pipeline.files import canonical_json
 from pipeline.probe import (
@@ -43,11 +44,11 @@ PROBE = "The quick brown fox's 3.14159…\n\tdef f(x: int) -> str:\r\n    return
 class TokenizerIdentity:
     """Equal if and only if two tokenizers agree on the vocabulary and on the probe text."""
 
-    vocab_size: int
+    vocab_size: Width
     """Real vocabulary: largest id plus one. A model's padded head may be larger."""
-    vocabulary: str
+    vocabulary: Hash
     """Hash of all (token, id) pairs."""
-    probe: str
+    probe: Hash
     """Hash of the ids of the probe text."""
 
     def to_dict(self) -> dict[str, Any]:

@@ -38,7 +38,7 @@ def folder(tmp_path: Path) -> Path:
     manifest = CorpusManifest(
         sequence_length=8,
         packing="isolated",
-        tokenizer=TokenizerIdentity(vocab_size=1000, vocabulary="v", probe="p"),
+        tokenizer=TokenizerIdentity(vocab_size=1000, vocabulary="0" * 32, probe="1" * 32),
         partitions=tuple(write_partition(tmp_path, index, rows) for index, rows in enumerate(parts)),
         settings={"text_field": "text"},
         statistics={"records": 5},

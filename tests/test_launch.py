@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -196,3 +198,39 @@ def test_mistake_in_the_settings_is_found_before_anything_starts(tmp_path):
     assert result.exit_code == 2
     assert "nowhere: no model there" in result.stderr
     assert not job.cache.exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["$(touch pwned)", "a b; touch pwned", "`touch pwned`", "it's", '"quoted"', "100%j", "-x"]
+)
+def test_names_in_scripts_are_names(tmp_path, monkeypatch, name):
+    """A cache's name reaches the shell as one word, Slurm as a folder, and Kubernetes as a label."""
+    monkeypatch.chdir(tmp_path)
+    job = submitted(tmp_path, "slurm", cache=tmp_path / name)
+    write_scripts(job)
+    (tmp_path / "bin").mkdir()
+    for tool in ("sbatch", "scontrol"):
+        (tmp_path / "bin" / tool).write_text("#!/bin/sh\n" + "echo 7\n" * (tool == "sbatch"))
+        (tmp_path / "bin" / tool).chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+    done = subprocess.run([job.folder / "submit.sh"], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"capture 7, gate 7, student 7; pipeline status {tmp_path / name}\n"
+    assert not list(tmp_path.rglob("pwned"))
+    for script in ("capture", "gate", "student"):
+        run(["bash", "-n", str(job.folder / f"{script}.sbatch")])
+        text = (job.folder / f"{script}.sbatch").read_text()
+        (label,) = [line for line in text.splitlines() if line.startswith("#SBATCH --job-name=")]
+        assert re.fullmatch(r"#SBATCH --job-name=[A-Za-z0-9._-]+", label)
+        (log,) = [line.partition("=")[2] for line in text.splitlines() if line.startswith("#SBATCH --output=")]
+        assert shlex.split(log) == [
+            str(job.logs / f"{script}{'-%a' * (script == 'capture')}.log").replace("100%j", "100%%j")
+        ]
+    write_manifests(submitted(tmp_path / "more", "kubernetes", cache=tmp_path / name, image="i", volume="v"))
+    (manifest,) = tmp_path.glob("*.jobs/capture.yaml")
+    kubernetes_validate.validate(yaml.safe_load(manifest.read_text()), "1.31", strict=True)
+
+
+def test_name_that_would_make_two_lines_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"a name with control characters cannot be launched"):
+        submitted(tmp_path, "slurm", cache=tmp_path / "a\n#SBATCH --wrap=x")

@@ -214,7 +214,7 @@ def test_large_file_goes_in_parts_and_comes_in_ranges(tmp_path, url, monkeypatch
     contents = np.random.default_rng(0).bytes(12 << 20)
     (tmp_path / "file").write_bytes(contents)
     (url / "file").upload(tmp_path / "file")
-    (url / "file").download(tmp_path / "copy")
+    (url / "file").download(tmp_path / "copy", len(contents))
     assert (tmp_path / "copy").read_bytes() == contents
 
 

@@ -1,6 +1,8 @@
 """stages.prepare: what is read, and what a user is told about input that cannot be read."""
 
 import gzip
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -120,3 +122,40 @@ def test_parquet_without_the_column_lists_its_columns(config: PrepareConfig, tmp
 def test_nothing_left_is_an_error(config: PrepareConfig, tmp_path: Path) -> None:
     with pytest.raises(CorpusError, match=r"nothing to train on is left \(.*1 empty documents"):
         prepare(one_file(config, tmp_path, "empty.txt", b""))
+
+
+BOMB = """
+import resource, sys
+from pathlib import Path
+from pipeline.errors import CorpusError
+from stages.prepare import readers
+from stages.prepare.inputs import describe
+from pipeline.progress import Reporter
+readers.LONGEST_LINE = 32 << 20
+pages = int(Path("/proc/self/statm").read_text().split()[0])
+resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (300 << 20),) * 2)
+for name in sys.argv[1:]:
+    try:
+        list(readers.read_records(describe(Path(name), name), "text", readers.BadLines(True, Reporter())))
+    except CorpusError as error:
+        print(error)
+"""
+
+
+def test_compressed_bombs_end_with_a_line_and_in_little_memory(tmp_path: Path) -> None:
+    """Two gigabytes in one line; frames that stand for much more than they hold; 300 MB of address space."""
+    zeros = b"0" * (1 << 20)
+    gz, zst, many = tmp_path / "bomb.jsonl.gz", tmp_path / "bomb.jsonl.zst", tmp_path / "many.jsonl.zst"
+    member = gzip.compress(zeros, 1)
+    gz.write_bytes(member * 2048)
+    frame = zstandard.compress(bytes(64 << 20))
+    zst.write_bytes(frame * 32)
+    many.write_bytes(zstandard.compress(zeros * 64)[:-10])
+    files = [str(path) for path in (gz, zst, many)]
+    command = [sys.executable, "-c", BOMB, *files]
+    done = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == 3
+    for line, path in zip(lines, files, strict=True):
+        assert line.startswith(f"{path}: line 1 has more than 33,554,432 bytes")

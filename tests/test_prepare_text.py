@@ -2,6 +2,8 @@
 
 import gzip
 import json
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import zstandard
 
 from pipeline.config import PrepareConfig
 from pipeline.corpus import Corpus
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, PipelineError
 from pipeline.tokenizer import load_tokenizer
 from stages.prepare import prepare
 from tests.helpers import BOS, CHAT_TEMPLATE, EOS, MARKED_CHAT_TEMPLATE, tiny_tokenizer
@@ -164,3 +166,26 @@ def test_long_document_makes_no_warning(tmp_path: Path, caplog: pytest.LogCaptur
     path.write_text("word " * 1000, encoding="utf-8")
     corpus_of(tmp_path, path)
     assert not caplog.records
+
+
+TEMPLATES = {
+    "a million millions of steps": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+    "a range that the sandbox refuses": "{% for i in range(10**9) %}{% endfor %}",
+    "a division by zero": "{{ 1 / 0 }}",
+    "a recursion": "{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}",
+    "a way out of the sandbox": "{{ messages.__class__.__mro__[1].__subclasses__() }}",
+    "a type that does not fit": "{{ messages + 1 }}",
+}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_chat_template_of_a_stranger_ends_with_a_line(tmp_path, monkeypatch, name):
+    monkeypatch.setattr("stages.prepare.chat.RENDER_S", 0.2)
+    text = write_lines(tmp_path / "chat.jsonl", [{"messages": [{"role": "user", "content": "hello"}]}])
+    started = time.monotonic()
+    with pytest.raises(PipelineError) as refused:
+        corpus_of(tmp_path, text, tokenizer={"chat_template": TEMPLATES[name]})
+    assert "template" in str(refused.value)
+    assert "\n" not in str(refused.value)
+    assert time.monotonic() - started < 5
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)

@@ -101,7 +101,7 @@ def test_copies_keep_to_their_limit_and_the_longest_unused_goes_first(url, local
         if partition:
             open_cache(url)[starts[0]]
         names = {path.name for path in copies.copies_folder().iterdir()}
-        assert cache.commits[0].xxh3_128 in names
+        assert copies.copy_name(url / SHARDS / cache.commits[0].file, cache.commits[0].xxh3_128) in names
         kept = [path for path in copies.copies_folder().iterdir() if not path.name.startswith(".")]
         assert sum(path.stat().st_size for path in kept) <= float(os.environ[copies.COPIES_GB]) * 1e9
 
@@ -110,7 +110,7 @@ def test_damaged_copy_is_fetched_again(url, local):
     put_cache(local, url)
     commit = open_cache(url).commits[0]
     open_cache(url)[0]
-    copy = copies.copies_folder() / commit.xxh3_128
+    copy = copies.copies_folder() / copies.copy_name(url / SHARDS / commit.file, commit.xxh3_128)
     damaged = bytearray(copy.read_bytes())
     damaged[len(damaged) // 2] ^= 1
     copy.write_bytes(damaged)
@@ -126,7 +126,7 @@ def test_faults_of_a_part_do_not_harm_a_large_upload(server, tmp_path, url, kind
     (url / "large").upload(tmp_path / "file")
     assert server.met() == [2, 1]
     server.fail(("cut", "GET", "large", 1))
-    (url / "large").download(tmp_path / "copy")
+    (url / "large").download(tmp_path / "copy", len(contents))
     assert (tmp_path / "copy").read_bytes() == contents
 
 

@@ -322,7 +322,7 @@ def test_torn_checkpoint_is_never_picked(tmp_path):
         folder.mkdir()
         (folder / "trainer_state.json").write_text("{}")
         if is_whole:
-            write_json(folder / "whole.json", {"step": step})
+            write_json(folder / "whole.json", {"step": step, "sums": [0.0] * 3, "good_steps": 0, "history": []})
     assert newest_whole_checkpoint(tmp_path).name == "checkpoint-4"
     remove_torn_checkpoints(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-4"]

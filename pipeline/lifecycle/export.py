@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import xxhash
 
 from pipeline.config import ExportConfig
+from pipeline.documents import short
 from pipeline.errors import CacheMismatchError, ConfigError, PipelineError
 from pipeline.files import canonical_json, partial_path, publish, read_json, write_json
 from pipeline.lifecycle.copying import sequences_of_shard
@@ -61,7 +62,7 @@ def _open_folder(config: ExportConfig, manifest: CacheManifest) -> None:
     found = read_json(path, PipelineError)
     different = [name for name, value in record.items() if found.get(name) != value]
     if different:
-        changes = "; ".join(f"{name} was {found.get(name)!r}, now {record[name]!r}" for name in different)
+        changes = "; ".join(f"{name} was {short(found.get(name))}, now {short(record[name])}" for name in different)
         raise CacheMismatchError(f"{config.out}: holds another export: {changes}; choose another --out.")
 
 

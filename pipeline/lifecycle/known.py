@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.corpus import Corpus, TokenSequence, comparable_keys
+from pipeline.documents import short
 from pipeline.errors import CacheCorruptError, CacheMismatchError
 from pipeline.manifest import CacheManifest
 from pipeline.parallel import available_cores, map_in_threads
@@ -141,7 +142,7 @@ def _require_reusable(folder: Location, manifest: CacheManifest, wanted: CacheMa
     different = wanted.target_differences(manifest)
     if different:
         reasons = [
-            f"{name} is {theirs}, now {ours} ({REASONS.get(name.partition('.')[0], 'other targets')})"
+            f"{name} is {short(theirs, quoted=False)}, now {short(ours, quoted=False)} ({REASONS.get(name.partition('.')[0], 'other targets')})"
             for name, (ours, theirs) in different.items()
         ]
         raise CacheMismatchError(

@@ -14,6 +14,7 @@ import xxhash
 
 from pipeline.config import MergeConfig
 from pipeline.corpus import comparable_keys
+from pipeline.documents import short
 from pipeline.errors import CacheMismatchError
 from pipeline.files import canonical_json
 from pipeline.lifecycle.copying import copy_shard
@@ -77,7 +78,10 @@ def _copy(task: tuple[_Piece, Location, int]) -> int:
 def _require_same_targets(first: Cache, other: Cache) -> None:
     different = first.manifest.target_differences(other.manifest)
     if different:
-        found = "; ".join(f"{name} is {theirs}, there {ours}" for name, (ours, theirs) in different.items())
+        found = "; ".join(
+            f"{name} is {short(theirs, quoted=False)}, there {short(ours, quoted=False)}"
+            for name, (ours, theirs) in different.items()
+        )
         raise CacheMismatchError(f"{other.folder}: cannot be merged with {first.folder}: {found}.")
 
 

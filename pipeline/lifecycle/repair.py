@@ -4,7 +4,7 @@ import contextlib
 from collections import defaultdict
 
 from pipeline.errors import CacheCorruptError
-from pipeline.files import PARTIAL, read_json, remove_tree, sync_folder, write_json
+from pipeline.files import list_names, numbers_in, read_json, remove_tree, sync_folder, write_json
 from pipeline.manifest import COPY, MANIFEST, TOKENIZER
 from pipeline.runs.commits import COMMITS, SHARDS, commit_path, read_commit
 from pipeline.shards.verify import VerifyReport
@@ -32,10 +32,12 @@ def repair_cache(folder: Location, report: VerifyReport) -> None:
     for partition in range(report.num_partitions):
         for path in _useless(folder, partition, shards[partition], report):
             path.unlink(missing_ok=True)
-    sync_folder(folder / SHARDS)
+    if (folder / SHARDS).is_dir():
+        sync_folder(folder / SHARDS)
     for partition in report.damaged:
         commit_path(folder, partition).unlink(missing_ok=True)
-    sync_folder(folder / COMMITS)
+    if (folder / COMMITS).is_dir():
+        sync_folder(folder / COMMITS)
     if report.tokenizer_damaged:
         remove_tree(folder / TOKENIZER)
 
@@ -52,8 +54,7 @@ def _useless(folder: Location, partition: int, shards: list[Location], report: V
 
 def _published(folder: Location) -> dict[int, list[Location]]:
     shards: dict[int, list[Location]] = defaultdict(list)
-    for path in sorted((folder / SHARDS).iterdir()):
-        number = path.name.partition("-")[0]
-        if number.isdigit() and path.suffix != PARTIAL:
-            shards[int(number)].append(path)
+    for name in sorted(list_names(folder / SHARDS)):
+        for (partition,) in numbers_in([name], r"(\d{5,15})-.*"):
+            shards[partition].append(folder / SHARDS / name)
     return shards

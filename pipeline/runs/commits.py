@@ -13,8 +13,19 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.copies import copies_folder
+from pipeline.documents import Count, FileName, Hash
 from pipeline.errors import CacheCorruptError
-from pipeline.files import PARTIAL, hash_file, list_names, owner_is_dead, owner_name, publish, read_json, write_json
+from pipeline.files import (
+    PARTIAL,
+    hash_file,
+    list_names,
+    numbers_in,
+    owner_is_dead,
+    owner_name,
+    publish,
+    read_document,
+    write_json,
+)
 from pipeline.shards.containers import CONTAINERS, structure_of
 from pipeline.shards.layout import ShardLayout
 from pipeline.storage import Location, ObjectPath
@@ -27,17 +38,17 @@ SHARDS = "shards"
 class ShardCommit:
     """One finished partition."""
 
-    partition: int
-    file: str
-    bytes: int
-    xxh3_128: str
-    structure: str
+    partition: Count
+    file: FileName
+    bytes: Count
+    xxh3_128: Hash
+    structure: Hash
     """Checksum of what a reader relies on beside the sequences: `structure_of`."""
-    num_sequences: int
-    num_tokens: int
-    num_documents: int
-    num_targets: int
-    statistics: dict[str, Any]
+    num_sequences: Count
+    num_tokens: Count
+    num_documents: Count
+    num_targets: Count
+    statistics: dict[str, float | list[float]]
     """Sums over the targets, and what the capture took."""
 
 
@@ -83,13 +94,9 @@ def read_commit(folder: Location, partition: int) -> ShardCommit | None:
     """The record of a partition; None if it is not done. Raises CacheCorruptError if it is damaged."""
     path = commit_path(folder, partition)
     try:
-        document = read_json(path, CacheCorruptError)
+        commit = read_document(path, ShardCommit, CacheCorruptError)
     except FileNotFoundError:
         return None
-    try:
-        commit = ShardCommit(**document)
-    except TypeError as exc:
-        raise CacheCorruptError(f"{path}: not a commit record; the file is foreign ({exc}).") from exc
     if commit.partition != partition:
         raise CacheCorruptError(f"{path}: is the record of partition {commit.partition}; the file was renamed.")
     return commit
@@ -97,7 +104,7 @@ def read_commit(folder: Location, partition: int) -> ShardCommit | None:
 
 def list_commits(folder: Location) -> set[int]:
     """The partitions that are done, from one listing."""
-    return {int(name.removesuffix(".json")) for name in list_names(folder / COMMITS)}
+    return {partition for (partition,) in numbers_in(list_names(folder / COMMITS), r"(\d{5,15})\.json")}
 
 
 def is_committed(folder: Location, partition: int) -> bool:
@@ -114,7 +121,8 @@ def remove_leftovers(folder: Location) -> int:
         return len(dead)
     shards: dict[int, list[str]] = {}
     for name in list_names(folder / SHARDS):
-        shards.setdefault(int(name.partition("-")[0]), []).append(name)
+        for (partition,) in numbers_in([name], r"(\d{5,15})-.*"):
+            shards.setdefault(partition, []).append(name)
     done = list_commits(folder)
     removed = [name for name in os.listdir(folder / SHARDS) if name.endswith(PARTIAL)]
     for partition, names in shards.items():

@@ -15,8 +15,11 @@ import threading
 import time
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypedDict
 
+import msgspec
+
+from pipeline.documents import Count, Text
 from pipeline.files import list_names
 from pipeline.parallel import in_threads
 from pipeline.runs.notes import NOT_WRITTEN, PATIENCE_S
@@ -27,6 +30,10 @@ OBJECT_BYTES = 256 << 10
 """An object of this size grows no more."""
 READERS = 16
 """Logs that are read at the same time."""
+READ_BYTES = 1 << 20
+"""Bytes of a log that are looked through for its last events: more than 5,000 of them."""
+LONGEST_LINE = 2000
+"""Characters of an event's details that are shown."""
 SHOWN_APART = ("time", "worker", "owner", "what")
 
 
@@ -125,23 +132,45 @@ class _Objects:
 def read_events(folder: Location, count: int) -> list[dict[str, Any]]:
     """The last `count` (1 or more) events of all workers by their own clocks, the oldest first."""
     place = folder / EVENTS
-    contents = in_threads(lambda name: (place / name).read_bytes(), list_names(place), READERS)
+    contents = in_threads(lambda name: _end_of(place / name), list_names(place), READERS)
     events = [event for lines in contents for line in lines.splitlines() if (event := _event(line)) is not None]
     return sorted(events, key=lambda event: event["time"])[-count:]
 
 
+def _end_of(path: Location) -> bytes:
+    """The last READ_BYTES of a log in a folder; an object that holds more is none of ours."""
+    if isinstance(path, ObjectPath):
+        return path.read_bytes(at_most=READ_BYTES) or b""
+    if not path.is_file():
+        return b""
+    with path.open("rb") as file:
+        file.seek(max(file.seek(0, os.SEEK_END) - READ_BYTES, 0))
+        return file.read(READ_BYTES)
+
+
 def _event(line: bytes) -> dict[str, Any] | None:
+    """The event in a line; None if it is torn or none of ours."""
     try:
         event = json.loads(line)
-    except ValueError:  # torn
+        msgspec.convert(event, _Shown, strict=True)
+    except (ValueError, RecursionError):
         return None
-    return event if isinstance(event, dict) and event.keys() >= set(SHOWN_APART) else None
+    return event
+
+
+class _Shown(TypedDict):
+    """What every event has."""
+
+    time: Text
+    worker: Count
+    owner: Text
+    what: Text
 
 
 def describe_event(event: dict[str, Any]) -> str:
     """An event as a line for a person."""
     details = {name: value for name, value in event.items() if name not in SHOWN_APART and value not in ("", None)}
-    text = ", ".join(f"{name} {value}" for name, value in details.items())
+    text = ", ".join(f"{name} {value}" for name, value in details.items())[:LONGEST_LINE]
     return f"{event['time']} worker {event['worker']} ({event['owner']}): {event['what']}" + (
         f": {text}" if text else ""
     )

@@ -7,8 +7,9 @@ reached the partition is set aside: no worker takes it until the records are gon
 import contextlib
 from dataclasses import asdict, dataclass
 
+from pipeline.documents import Count, Text
 from pipeline.errors import CacheCorruptError
-from pipeline.files import list_names, read_json, write_json
+from pipeline.files import list_names, numbers_in, read_document, write_json
 from pipeline.storage import Location
 
 FAILURES = "failures"
@@ -18,9 +19,9 @@ FAILURES = "failures"
 class Failure:
     """One failure of a partition."""
 
-    partition: int
-    reason: str
-    owner: str
+    partition: Count
+    reason: Text
+    owner: Text
     """The worker to which it happened."""
     alone: bool
     """Nothing else was in hand: the partition itself is to blame, or the machine."""
@@ -34,15 +35,14 @@ def record_failure(folder: Location, failure: Failure, ordinal: int) -> None:
 def list_failures(folder: Location) -> dict[int, int]:
     """How often each partition that ever failed has failed, from one listing."""
     failures: dict[int, int] = {}
-    for name in list_names(folder / FAILURES):
-        partition, ordinal, _ = name.split(".")
-        failures[int(partition)] = max(int(ordinal), failures.get(int(partition), 0))
+    for partition, ordinal in numbers_in(list_names(folder / FAILURES), r"(\d{5,15})\.(\d{1,9})\.json"):
+        failures[partition] = max(ordinal, failures.get(partition, 0))
     return failures
 
 
 def read_failure(folder: Location, partition: int, ordinal: int) -> Failure:
     """A failure that `list_failures` has counted."""
-    return Failure(**read_json(_path(folder, partition, ordinal), CacheCorruptError))
+    return read_document(_path(folder, partition, ordinal), Failure, CacheCorruptError)
 
 
 def forget_failures(folder: Location) -> None:

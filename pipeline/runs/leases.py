@@ -8,7 +8,7 @@ nothing to rename or to undo. A generation above 1 tells how often workers vanis
 Ages are differences of times that the file server or the store has set, so the clocks of the workers do not matter.
 """
 
-from pipeline.files import owner_is_dead
+from pipeline.files import numbers_in, owner_is_dead
 from pipeline.runs.notes import Note, notes_in
 from pipeline.storage import Location
 
@@ -66,9 +66,8 @@ def lease_name(partition: int, generation: int) -> str:
 def list_leases(folder: Location) -> dict[int, int]:
     """The newest generation of every leased partition, from one listing."""
     leases: dict[int, int] = {}
-    for name in notes_in(folder / LEASES).names():
-        partition, _, generation = name.partition(".")
-        leases[int(partition)] = max(int(generation), leases.get(int(partition), 0))
+    for partition, generation in numbers_in(notes_in(folder / LEASES).names(), r"(\d{5,15})\.(\d{1,3})"):
+        leases[partition] = max(generation, leases.get(partition, 0))
     return leases
 
 

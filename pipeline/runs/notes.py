@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from pipeline.errors import StorageError
-from pipeline.files import PARTIAL, list_names
+from pipeline.errors import CacheCorruptError, StorageError
+from pipeline.files import PARTIAL, list_names, read_small
 from pipeline.storage import Location, ObjectPath, Version
 
 PATIENCE_S = 15.0
 """Seconds for which a store is asked to renew, to replace or to delete a note."""
+LARGEST_NOTE = 1 << 20
+"""Bytes."""
 NOT_WRITTEN = (OSError, StorageError)
 """What `renew` and `replace` raise."""
 
@@ -25,6 +27,7 @@ NOT_WRITTEN = (OSError, StorageError)
 class Note:
     """A note as it was read."""
 
+    name: str
     text: str
     time: float
     """Of its last change, by the server's clock."""
@@ -96,9 +99,10 @@ class FolderNotes:
     def read(self, name: str) -> Note | None:
         path = self._folder / name
         try:
-            return Note(path.read_text(encoding="utf-8"), path.stat().st_mtime)
+            contents, time = read_small(path, CacheCorruptError, LARGEST_NOTE), path.stat().st_mtime
         except FileNotFoundError:
             return None
+        return Note(name, contents.decode(errors="replace"), time)
 
     def remove(self, name: str) -> None:
         (self._folder / name).unlink(missing_ok=True)
@@ -134,10 +138,12 @@ class ObjectNotes:
 
     def read(self, name: str) -> Note | None:
         try:
-            contents, time = (self._folder / name).read_dated()
+            contents, time = (self._folder / name).read_dated(at_most=LARGEST_NOTE)
         except FileNotFoundError:
             return None
-        return Note(contents.decode(), time)
+        if contents is None:
+            raise CacheCorruptError(f"{self._folder / name}: more than {LARGEST_NOTE:,} bytes; not a note of a run.")
+        return Note(name, contents.decode(errors="replace"), time)
 
     def remove(self, name: str) -> None:
         self._mine.pop(name, None)

@@ -7,6 +7,7 @@ record is advice, like the leases: a beat that fails is left out.
 import contextlib
 import json
 import os
+import re
 import socket
 import threading
 import time
@@ -14,14 +15,16 @@ from collections import deque
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from pipeline.documents import Count, Finite, Text
 from pipeline.files import owner_is_dead, owner_name
 from pipeline.runs.events import EventLog
 from pipeline.runs.leases import Leases
 from pipeline.runs.notes import NOT_WRITTEN, notes_in
 from pipeline.runs.rank import Rank
-from pipeline.storage import Location
+from pipeline.storage import Location, without_secrets
 
 WORKERS = "workers"
+RECORD_NAME = re.compile(r"[0-9]{4,}-.*\.json")
 BEATS_A_LEASE = 8
 """Heartbeats in the time after which a lease expires."""
 RATE_BEATS = 4
@@ -35,25 +38,25 @@ ENDED = ("done", "drained", "failed")
 class WorkerRecord:
     """What a worker said of itself at its last beat."""
 
-    worker: int
-    workers: int
-    owner: str
-    host: str
-    pid: int
-    state: str
+    worker: Count
+    workers: Count
+    owner: Text
+    host: Text
+    pid: Count
+    state: Text
     """loading, capturing, draining or waiting; at its end done, drained or failed."""
-    reason: str
-    held: list[int]
-    num_partitions: int
+    reason: Text
+    held: list[Count]
+    num_partitions: Count
     """Committed by this worker."""
-    num_tokens: int
+    num_tokens: Count
     """Scored by this worker, whether committed yet or not."""
-    bytes: int
-    seconds: float
+    bytes: Count
+    seconds: Finite
     """Since the worker began."""
-    tokens_per_s: float
+    tokens_per_s: Finite
     """Of late."""
-    beat_s: float
+    beat_s: Finite
     """Seconds between two beats."""
 
 
@@ -162,4 +165,4 @@ class Presence:
 
 def one_line(exc: BaseException) -> str:
     """An exception as a line for a record."""
-    return " ".join(f"{type(exc).__name__}: {exc}".split())[:500]
+    return without_secrets(" ".join(f"{type(exc).__name__}: {exc}".split()))[:500]

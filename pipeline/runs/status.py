@@ -11,7 +11,9 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from pipeline.files import owner_is_dead, owner_name
+from pipeline.documents import Count, Finite, document_of, entry_of, printable
+from pipeline.errors import CacheCorruptError
+from pipeline.files import owner_is_dead, owner_name, parse_json
 from pipeline.manifest import MANIFEST, CacheManifest
 from pipeline.parallel import in_threads, map_in_threads
 from pipeline.progress import duration
@@ -19,8 +21,8 @@ from pipeline.runs.commits import commit_path, list_commits, read_commit
 from pipeline.runs.events import describe_event, read_events
 from pipeline.runs.failures import list_failures, read_failure
 from pipeline.runs.leases import list_leases, read_lease
-from pipeline.runs.notes import NOT_WRITTEN, notes_in
-from pipeline.runs.presence import BEATS_A_LEASE, ENDED, WORKERS, WorkerRecord
+from pipeline.runs.notes import NOT_WRITTEN, Note, notes_in
+from pipeline.runs.presence import BEATS_A_LEASE, ENDED, RECORD_NAME, WORKERS, WorkerRecord
 from pipeline.storage import Location
 
 EXIT_CODES = {"complete": 0, "incomplete": 3, "failed": 4}
@@ -87,16 +89,18 @@ class StatusReader:
         self.folder = folder
         self.manifest = CacheManifest.read(folder)
         self._records = notes_in(folder / WORKERS)
-        self._max_failures = self.manifest.settings.get("max_failures", 3)
+        self._max_failures = self._setting("max_failures", Count, 3)
+        self._lease_s = self._setting("lease_s", Finite, 180.0)
         self._commits: dict[int, tuple[int, int, float]] = {}
 
     def read(self, num_events: int = 0) -> RunStatus:
         """The status now, with the last so many events. Raises CacheCorruptError if a record is damaged."""
         manifest, now = self.manifest, self._server_time()
-        leases = list_leases(self.folder)
-        done = list_commits(self.folder)
+        planned = set(range(manifest.num_partitions))
+        leases = {part: generation for part, generation in list_leases(self.folder).items() if part in planned}
+        done = list_commits(self.folder) & planned
         commits = self._read_commits(done)
-        failures = {part: count for part, count in list_failures(self.folder).items() if part not in done}
+        failures = {part: count for part, count in list_failures(self.folder).items() if part in planned - done}
         aside = {part: count for part, count in failures.items() if count >= self._max_failures}
         running, orphaned = self._leases({part: leases[part] for part in leases if part not in done}, now)
         workers = self._workers(now)
@@ -121,6 +125,10 @@ class StatusReader:
             workers=workers,
             events=read_events(self.folder, num_events) if num_events else [],
         )
+
+    def _setting(self, name: str, kind: Any, default: Any) -> Any:
+        where = f"{self.folder / MANIFEST}: settings"
+        return entry_of(self.manifest.settings, name, kind, default, where, CacheCorruptError)
 
     def _server_time(self) -> float:
         """The clock of the file server or the store; where nothing can be written, this machine's."""
@@ -153,24 +161,30 @@ class StatusReader:
         return sum(commit[0] for commit in commits) / seconds if commits and seconds > 0 else 0.0
 
     def _leases(self, leases: dict[int, int], now: float) -> tuple[dict[int, float], dict[int, float]]:
-        lease_s = self.manifest.settings.get("lease_s", 180.0)
         newest = sorted(leases.items())
         found = map_in_threads(lambda lease: read_lease(self.folder, *lease), newest, READERS)
         running, orphaned = {}, {}
         for (partition, _), lease in zip(newest, found):
             if lease is not None:
                 age = round(max(now - lease.time, 0.0), 1)
-                (orphaned if age > lease_s or owner_is_dead(lease.text) else running)[partition] = age
+                (orphaned if age > self._lease_s or owner_is_dead(lease.text) else running)[partition] = age
         return running, orphaned
 
     def _reasons(self, failures: dict[int, int]) -> dict[int, str]:
         last = sorted(failures.items())
-        found = map_in_threads(lambda failure: read_failure(self.folder, *failure), last, READERS)
-        return {partition: failure.reason for (partition, _), failure in zip(last, found)}
+
+        def read(failure: tuple[int, int]) -> str | None:
+            with contextlib.suppress(FileNotFoundError):  # --retry-failed may have taken it away
+                return read_failure(self.folder, *failure).reason
+            return None
+
+        found = map_in_threads(read, last, READERS)
+        return {partition: reason for (partition, _), reason in zip(last, found) if reason is not None}
 
     def _workers(self, now: float) -> list[WorkerStatus]:
-        notes = filter(None, map_in_threads(self._records.read, sorted(self._records.names()), READERS))
-        found = [(WorkerRecord(**json.loads(note.text)), max(now - note.time, 0.0)) for note in notes]
+        names = sorted(name for name in self._records.names() if RECORD_NAME.fullmatch(name))
+        notes = filter(None, map_in_threads(self._records.read, names, READERS))
+        found = [(self._record(note), max(now - note.time, 0.0)) for note in notes]
         states = [_state(record, age) for record, age in found]
         speeds = [record.tokens_per_s for (record, _), state in zip(found, states) if state == "capturing"]
         limit = SLOW * statistics.median(speeds) if speeds else 0.0
@@ -183,6 +197,11 @@ class StatusReader:
             )
             for (record, age), state in zip(found, states)
         ]
+
+    def _record(self, note: Note) -> WorkerRecord:
+        where = self.folder / WORKERS / note.name
+        document = parse_json(note.text, where, CacheCorruptError)
+        return document_of(WorkerRecord, document, where, CacheCorruptError, newer=True)
 
 
 def _state(record: WorkerRecord, age_s: float) -> str:
@@ -213,7 +232,7 @@ def describe(status: RunStatus) -> list[str]:
     lines += _named("failed", status.failed)
     lines += _workers_named(status)
     lines += map(describe_event, status.events)
-    return lines
+    return list(map(printable, lines))
 
 
 def _named(what: str, partitions: dict[int, str]) -> list[str]:

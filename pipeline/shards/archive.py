@@ -66,7 +66,8 @@ class Archive:
         info = self._entries[name]
         names = self.contents[info.header_offset + 26 : info.header_offset + 30]
         start = info.header_offset + 30 + sum(np.frombuffer(names, "<u2").tolist())
-        if info.compress_type != zipfile.ZIP_STORED or start + info.file_size > len(self.contents):
+        is_inside = info.header_offset >= 0 and start + info.file_size <= len(self.contents)
+        if info.compress_type != zipfile.ZIP_STORED or not is_inside:
             raise ValueError(f"entry {name!r} is compressed or does not fit the file")
         return start, start + info.file_size
 
@@ -142,13 +143,18 @@ class ArchivedArray:
 
     def _chunk(self, start: int, stop: int, block: int) -> np.ndarray:
         contents = self._checked(start, stop, f"chunk {block}")
+        values = np.empty(self._chunk_shape, self._dtype)
         if self._dtype.itemsize == 1:
-            values = np.frombuffer(self._archive.zstd.decompress(contents), self._dtype)
+            found = zstandard.get_frame_parameters(contents).content_size  # the memory that is asked for
+            whole = found == values.nbytes
+            if whole:
+                values.reshape(-1)[:] = np.frombuffer(self._archive.zstd.decompress(contents), self._dtype)
         else:
-            values = pcodec.simple_decompress(contents)
-            if values is None or values.dtype != self._dtype:
-                raise ValueError(f"{self._name}: chunk {block} is not of type {self._dtype.name}")
-        return values.reshape(self._chunk_shape)
+            found = pcodec.simple_decompress_into(contents, values.reshape(-1)).n_processed
+            whole = found == values.size
+        if not whole:
+            raise ValueError(f"{self._name}: chunk {block} has not the size of a chunk")
+        return values
 
     def _index(self, bundle: int) -> list[list[int]]:
         """Where every chunk of a bundle begins and ends in the file."""

@@ -6,12 +6,15 @@ writer's memory stays bounded.
 """
 
 import contextlib
+import struct
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
+from pipeline.documents import printable
 from pipeline.errors import CacheCorruptError
+from pipeline.ipc import file_batches
 from pipeline.shards.layout import ALIGNMENT, RAGGED, ShardLayout
 
 BATCH_TARGETS = 65_536
@@ -79,16 +82,18 @@ class ArrowShard:
         self.path, self._names = path, list(layout.columns())
         try:
             self._contents = pa.memory_map(str(path)).read_buffer()
-            self._file = pa.ipc.open_file(self._contents)
-            self._batches = [self._file.get_batch(index) for index in range(self._file.num_record_batches)]
-        except (pa.ArrowException, OSError, ValueError) as exc:
-            if isinstance(exc, FileNotFoundError):
+            self._batches = file_batches(self._contents, arrow_schema(layout))
+            for batch in self._batches:
+                _require_sound(batch)
+        except FileNotFoundError:
+            raise
+        except (pa.ArrowException, OSError, ValueError, struct.error) as exc:
+            if isinstance(exc, MemoryError):
                 raise
             raise CacheCorruptError(
-                f"{path}: not a whole Arrow file; the shard is truncated or foreign ({exc})."
+                f"{path}: not a whole Arrow file of this cache; the shard is truncated or foreign "
+                f"({printable(str(exc))})."
             ) from exc
-        if not self._file.schema.equals(arrow_schema(layout), check_metadata=True):
-            raise CacheCorruptError(f"{path}: its schema is not the manifest's; the shard belongs to another cache.")
         self._starts = np.cumsum([0, *(batch.num_rows for batch in self._batches)])
         self._views: dict[int, dict[str, tuple[np.ndarray, np.ndarray]]] = {}
 
@@ -157,6 +162,18 @@ def _record_batch(rows: list[dict[str, np.ndarray]], schema: pa.Schema) -> pa.Re
             flat = pa.FixedSizeListArray.from_arrays(flat, type=list_type.value_type)
         arrays.append(pa.ListArray.from_arrays(pa.array(offsets), flat, type=list_type))
     return pa.RecordBatch.from_arrays(arrays, schema=schema)
+
+
+def _require_sound(batch: pa.RecordBatch) -> None:
+    """Raise ValueError unless the columns of which a sequence has several rows agree on how many."""
+    ends: dict[str, np.ndarray] = {}
+    for name in batch.schema.names[len(_OF_SEQUENCES) :]:
+        offsets = batch.column(name).offsets.to_numpy()
+        if not np.array_equal(offsets, ends.setdefault(RAGGED[name], offsets)):
+            raise ValueError(f"column {name!r} counts other rows than its neighbours")
+        rows = batch.column(name).values
+        if pa.types.is_fixed_size_list(rows.type) and len(rows.values) != len(rows) * rows.type.list_size:
+            raise ValueError(f"column {name!r} has entries that belong to no row")
 
 
 def _views(batch: pa.RecordBatch) -> dict[str, tuple[np.ndarray, np.ndarray]]:

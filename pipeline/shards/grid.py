@@ -22,6 +22,8 @@ from functools import cached_property, lru_cache
 import numpy as np
 
 EXPONENT = 0.6
+WARMEST = 1e4
+"""Largest smallest temperature: there a grid takes 0.4 GB, and hardly tells logits apart."""
 WIDEST = 128.0
 """Largest distance between two values of a level, in units of its step."""
 DEEPEST = -60.0

@@ -13,6 +13,7 @@ import contextlib
 import json
 import os
 import secrets
+import struct
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -22,8 +23,10 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
-from pipeline.errors import CacheIncompleteError
-from pipeline.files import PARTIAL, hash_file, owner_is_dead, owner_name, publish
+from pipeline.documents import Count, document_of
+from pipeline.errors import CacheCorruptError, CacheIncompleteError
+from pipeline.files import PARTIAL, hash_file, owner_is_dead, owner_name, parse_json, publish
+from pipeline.ipc import stream_batches
 from pipeline.manifest import MANIFEST, CacheManifest
 from pipeline.parallel import map_in_threads
 from pipeline.runs.commits import COMMITS, ShardCommit, read_commit
@@ -36,7 +39,7 @@ REQUESTS = 32
 
 SCHEMA = pa.schema(
     [
-        pa.field(field.name, pa.int64() if field.type in (int, "int") else pa.string(), nullable=False)
+        pa.field(field.name, pa.int64() if field.type == Count else pa.string(), nullable=False)
         for field in fields(ShardCommit)
     ]
 )
@@ -46,8 +49,8 @@ SCHEMA = pa.schema(
 class CommitIndex(Sequence[ShardCommit]):
     """The commit records of a complete cache, in the order of the partitions; each is made when asked for."""
 
-    def __init__(self, table: pa.Table) -> None:
-        self._table = table.combine_chunks()
+    def __init__(self, table: pa.Table, where: Location) -> None:
+        self._table, self._where = table.combine_chunks(), where
 
     def __len__(self) -> int:
         return self._table.num_rows
@@ -56,7 +59,11 @@ class CommitIndex(Sequence[ShardCommit]):
         if isinstance(partition, slice):
             return [self[index] for index in range(*partition.indices(len(self)))]
         (row,) = self._table.slice(range(len(self))[partition], 1).to_pylist()
-        return ShardCommit(**row | {"statistics": json.loads(row["statistics"])})
+        row["statistics"] = parse_json(row["statistics"], self._where, CacheCorruptError)
+        commit = document_of(ShardCommit, row, self._where, CacheCorruptError)
+        if commit.partition != partition % len(self):
+            raise CacheCorruptError(f"{self._where}: row {partition} is the record of partition {commit.partition}.")
+        return commit
 
     def column(self, name: str) -> np.ndarray:
         """int64 [partitions]: one number of every record."""
@@ -66,19 +73,20 @@ class CommitIndex(Sequence[ShardCommit]):
 def open_index(folder: Location, manifest: CacheManifest) -> CommitIndex:
     """The records of the complete cache in `folder`; raises CacheIncompleteError if partitions are missing."""
     if isinstance(folder, ObjectPath):
-        return CommitIndex(_collect(folder, manifest, REQUESTS))
+        return CommitIndex(_collect(folder, manifest, REQUESTS), folder / COMMITS)
     path, stamp = folder / INDEX, _stamp(folder)
     table = _read(path, stamp)
-    if table is None:
+    if table is None or table.num_rows != manifest.num_partitions:
         table = _collect(folder, manifest, workers=1)
         with contextlib.suppress(OSError):  # a read-only folder or a full disk: the records serve as well
             _write(path, table, stamp)
-    return CommitIndex(table)
+    return CommitIndex(table, path)
 
 
 def _stamp(folder: Path) -> str:
     """Changes with the manifest and with the name, size or modification time of any commit record."""
-    with os.scandir(folder / COMMITS) as entries:
+    found = []
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder / COMMITS) as entries:
         found = sorted((entry.name, entry.stat()) for entry in entries if entry.name.endswith(".json"))
     lines = [f"{name} {status.st_size} {status.st_mtime_ns}" for name, status in found]
     return xxhash.xxh3_128_hexdigest("\n".join([hash_file(folder / MANIFEST), *lines]).encode())
@@ -86,15 +94,20 @@ def _stamp(folder: Path) -> str:
 
 def _read(path: Path, stamp: str) -> pa.Table | None:
     """The table of a whole index with this stamp, memory-mapped; None if there is none."""
+    if not path.is_file():  # a pipe would be waited for
+        return None
     try:
         contents = pa.memory_map(str(path)).read_buffer()
-    except (FileNotFoundError, pa.ArrowInvalid):
+    except (OSError, pa.ArrowInvalid):
         return None
     body = contents.slice(0, max(0, contents.size - SEAL_BYTES))
     if xxhash.xxh3_128_digest(body) != contents.slice(body.size).to_pybytes():
         return None
-    table = pa.ipc.open_stream(body).read_all()
-    return table if table.schema.equals(SCHEMA.with_metadata({"stamp": stamp}), check_metadata=True) else None
+    schema = SCHEMA.with_metadata({"stamp": stamp})
+    try:
+        return pa.Table.from_batches(stream_batches(body, schema), schema)
+    except (pa.ArrowException, OSError, ValueError, struct.error):
+        return None
 
 
 def _collect(folder: Location, manifest: CacheManifest, workers: int) -> pa.Table:

@@ -150,7 +150,8 @@ def decode(columns: dict[str, np.ndarray], layout: ShardLayout, where: str) -> C
     token_ids, loss_mask, lengths = (columns[name] for name in ("token_ids", "loss_mask", "document_lengths"))
     positions = target_positions(loss_mask)
     num_targets = len(columns["entropies"])
-    if len(loss_mask) != len(token_ids) or lengths.sum() != len(token_ids) or len(positions) != num_targets:
+    fits = len(loss_mask) == len(token_ids) == lengths.sum() and len(positions) == num_targets
+    if not fits or (lengths < 1).any():
         raise CacheCorruptError(
             f"{where}: tokens, mask, documents and targets do not fit each other; the shard is damaged."
         )

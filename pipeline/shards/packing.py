@@ -49,6 +49,8 @@ PACKED = {
     "label_logits": ("label_steps",),
 }
 """Columns of a shard on the grid, and the arrays that they become."""
+LARGEST_ID = 1 << 24
+"""A model keeps an array of so many entries at most, whatever its file says."""
 MODEL = ("vocabulary", "table_tokens", "table_sizes", "table_entries")
 """Arrays that describe the ids of the whole shard."""
 
@@ -157,7 +159,12 @@ def neighbours(columns: Arrays) -> tuple[np.ndarray, np.ndarray]:
 def model_of(arrays: Arrays, previous_tables: int) -> ContextModel:
     """The context model in a shard's model arrays; a ValueError if they contradict each other."""
     vocabulary, tokens, sizes, entries = (arrays[name].astype(np.int32) for name in MODEL)
-    if len(tokens) != len(sizes) or sizes.sum(dtype=np.int64) != len(entries) or previous_tables > len(tokens):
+    if (
+        not (isinstance(previous_tables, int) and 0 <= previous_tables <= len(tokens) == len(sizes))
+        or sizes.sum(dtype=np.int64) != len(entries)
+        or min(part.min(initial=0) for part in (vocabulary, tokens, sizes, entries)) < 0
+        or max(part.max(initial=0) for part in (vocabulary, tokens)) > LARGEST_ID
+    ):
         raise ValueError("tables of the context model that do not fit each other")
     cut = int(sizes[:previous_tables].sum())
     first = Tables(tokens[:previous_tables], sizes[:previous_tables], entries[:cut])

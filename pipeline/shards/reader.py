@@ -48,7 +48,21 @@ class Cache:
         partition = int(np.searchsorted(self._starts, index, side="right")) - 1
         row = index - int(self._starts[partition])
         shard, layout, where = self._open(partition)
-        return decode(shard.columns(row, row + 1), layout, f"{where}: sequence {row}")
+        sequence = decode(shard.columns(row, row + 1), layout, f"{where}: sequence {row}")
+        self._require_vocabulary(sequence, f"{where}: sequence {row}")
+        return sequence
+
+    def _require_vocabulary(self, sequence: CachedSequence, where: str) -> None:
+        """Raise CacheCorruptError if an id is none: it would index a model's table. Below 0 is far above as uint32."""
+        targets, size, largest = sequence.targets, self.manifest.vocab_size, self.manifest.largest_token_id
+        tokens = size if largest is None else min(largest + 1, size)
+        for ids, limit in (
+            (sequence.token_ids, tokens),
+            (targets.ids, size),
+            (targets.draws + 1, size + 1),
+        ):  # -1: none
+            if ids.size and int(ids.view(np.uint32).max()) >= limit:
+                raise CacheCorruptError(f"{where}: an id of {limit} or above, which the manifest rules out.")
 
     def batch(self, indexes: Iterable[int]) -> list[CachedSequence]:
         """The sequences at `indexes`, in that order; read in the order of the files."""
@@ -94,11 +108,20 @@ def open_shard(folder: Location, manifest: CacheManifest, commit: ShardCommit, *
     """A committed shard; raises CacheCorruptError unless its size and structure, with `check` every byte, are as
     they were committed."""
     where, path = folder / SHARDS / commit.file, shard_file(folder, commit, check=check)
+    first, stop = manifest.partitions[commit.partition : commit.partition + 2]
+    if commit.num_sequences != stop - first:
+        raise CacheCorruptError(f"{where}: {commit.num_sequences} sequences; the manifest plans {stop - first}.")
     shard = CONTAINERS[manifest.container].open(path, layout_of_commit(manifest, commit))
     if len(shard) != commit.num_sequences:
         raise CacheCorruptError(f"{where}: holds {len(shard)} sequences; its commit says {commit.num_sequences}.")
     if structure_of(path, shard) != commit.structure:
         raise CacheCorruptError(f"{where}: its structure is not the committed one; bytes of the file have changed.")
+    heads = shard.heads()
+    for name in ("num_tokens", "num_documents", "num_targets"):
+        if heads[name].min(initial=0) < 0 or heads[name].sum(dtype=np.int64) != getattr(commit, name):
+            raise CacheCorruptError(f"{where}: {name} of its sequences do not add up to those of its commit.")
+    if (longest := int(heads["num_tokens"].max(initial=0))) > manifest.sequence_length:
+        raise CacheCorruptError(f"{where}: a sequence of {longest} tokens; the longest has {manifest.sequence_length}.")
     return shard
 
 
@@ -121,7 +144,7 @@ def shard_file(folder: Location, commit: ShardCommit, *, check: bool = True) -> 
         return copy.stat().st_size == commit.bytes and (not check or hash_file(copy) == commit.xxh3_128)
 
     try:
-        return local_copy(path, commit.xxh3_128, is_whole)
+        return local_copy(path, commit.xxh3_128, commit.bytes, is_whole)
     except FileNotFoundError:
         raise CacheCorruptError(f"{path}: missing, although it was committed; `pipeline verify` names all.") from None
     except ValueError as exc:

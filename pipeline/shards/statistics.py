@@ -45,9 +45,10 @@ class TargetStatistics:
         bound, total = self._layout.max_kl_error, self._kl.copy()
         for checksum, num_targets in self._copied.items():
             recorded, of_targets = self._sources[checksum].statistics, self._sources[checksum].num_targets
+            mean, largest = (self._recorded(recorded, name) for name in ("mean_kl_error", "max_probability_error"))
             # No sequence is above the bound, and no part of a shard has lost more than the whole.
-            total += np.minimum(bound * num_targets, np.array(recorded["mean_kl_error"]) * of_targets)
-            self._largest = np.maximum(self._largest, recorded["max_probability_error"])
+            total += np.minimum(bound * num_targets, mean * of_targets)
+            self._largest = np.maximum(self._largest, largest)
         kl = total / max(1, self._layout.num_targets)
         if (kl > bound * 1.001 + 1e-9).any():
             raise RuntimeError(f"rounding cost {kl.tolist()} nats; the bound is {bound}: a bug of the codec")
@@ -57,6 +58,12 @@ class TargetStatistics:
             "max_probability_error": self._largest.tolist(),
             "seconds": round(time.time() - self._started, 3),
         }
+
+    def _recorded(self, statistics: dict[str, Any], name: str) -> np.ndarray:
+        """float64 [temperatures]: errors as a record has them; of none, or of what cannot be, 1, which bounds both."""
+        values = np.array(statistics.get(name, 1.0), np.float64)
+        sound = values.shape == self._largest.shape and np.isfinite(values).all() and (values >= 0).all()
+        return values if sound else np.ones_like(self._largest)
 
     def _sum(self, targets: SparseTargets) -> None:
         for index, temperature in enumerate(self._layout.temperatures):

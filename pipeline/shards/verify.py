@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from pipeline.errors import CacheCorruptError, CacheError
-from pipeline.files import hash_folder
+from pipeline.files import hash_folder, read_small
 from pipeline.manifest import COPY, MANIFEST, TOKENIZER, CacheManifest
 from pipeline.parallel import available_cores, in_threads
 from pipeline.runs.commits import SHARDS, ShardCommit, commit_path, read_commit
@@ -69,8 +69,9 @@ def verify_cache(
     for partition, problem in _duplicates(folder, [outcomes[part] for part in sorted(outcomes)]):
         report.problems.append(problem)
         report.damaged.append(partition)
+    hashes = hash_folder(folder / TOKENIZER) if manifest.tokenizer_files else {}
     for name, wanted in manifest.tokenizer_files.items():
-        if hash_folder(folder / TOKENIZER).get(name) != wanted:
+        if hashes.get(name) != wanted:
             report.problems.append(f"{folder / TOKENIZER / name}: missing, or its checksum is not the manifest's.")
             report.tokenizer_damaged = True
     if not _equals_manifest(folder / COPY, folder / MANIFEST):
@@ -84,9 +85,11 @@ def verify_cache(
 
 def _equals_manifest(copy: Location, manifest: Location) -> bool:
     try:
-        return copy.read_bytes() == manifest.read_bytes()
+        return read_small(copy, CacheCorruptError) == read_small(manifest, CacheCorruptError)
     except FileNotFoundError:
         return True  # its writer was killed before it made the copy
+    except CacheCorruptError:
+        return False
 
 
 def _add(report: VerifyReport, outcome: _Outcome) -> None:

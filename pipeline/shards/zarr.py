@@ -33,6 +33,8 @@ PCODEC_LEVEL = 8
 ZSTD_LEVEL = 3
 CODED = ("codes", "modes")
 """Arrays that are made block by block, when the shard's model is there."""
+OF_A_SEQUENCE = 16
+"""Bytes of a sequence that nothing makes smaller: its key, which is a hash."""
 FORMAT = {"format": "sparse-target-shard", "format_version": 2}
 _FILTERS = threading.Lock()
 """Held while the warning filters, which all threads share, are changed."""
@@ -89,15 +91,19 @@ class ZarrShard:
             self._archive = Archive(path)
             group = self._archive.json("zarr.json")
             attributes = group["attributes"]
-            self._previous_tables = int(attributes.pop("previous_tables"))
+            self._previous_tables = attributes.pop("previous_tables")
             if attributes != _attributes(layout):
                 raise CacheCorruptError(f"{path}: its attributes are not the manifest's; it belongs to another cache.")
+            if layout.num_sequences * OF_A_SEQUENCE > len(self._archive.contents):
+                raise ValueError(f"{layout.num_sequences} keys and checksums do not fit the file")
             self._arrays = {name: self._array(name, *spec) for name, spec in array_specs(layout).items()}
             model = {name: self._array(name, np.dtype(np.uint32)) for name in MODEL} if layout.top_k else {}
             self._model_arrays, self._model = model, None
             self._heads = {name: self._arrays[name][:] for name in _OF_SEQUENCES}
             counts = {name: values for name, values in self._heads.items() if name.startswith("num_")}
-            self._offsets = {name: np.concatenate([[0], np.cumsum(values)]) for name, values in counts.items()}
+            self._offsets = {
+                name: np.concatenate([[0], np.cumsum(values, dtype=np.int64)]) for name, values in counts.items()
+            }
         self._names, ragged = list(layout.columns()), layout.ragged()
         self._counted = {name: ragged.get(name, "num_targets") for name in self._arrays if name not in self._heads}
 
@@ -137,7 +143,7 @@ class ZarrShard:
     def _damage_is_named(self) -> Iterator[None]:
         try:
             yield
-        except (CacheCorruptError, FileNotFoundError):
+        except (CacheCorruptError, FileNotFoundError, MemoryError):
             raise
         except Exception as exc:  # zipfile, json, pcodec and numpy each raise their own for damaged bytes
             raise CacheCorruptError(f"{self.path}: not a whole Zarr shard of this cache ({exc}).") from exc

@@ -1,6 +1,5 @@
 """The command `pipeline audit`: a sample of a cache scored again by its teacher, and compared."""
 
-import dataclasses
 from contextlib import closing
 from dataclasses import dataclass, field
 
@@ -8,7 +7,8 @@ import numpy as np
 
 from pipeline.config import AuditConfig, CacheConfig
 from pipeline.corpus import TokenSequence
-from pipeline.errors import CacheMismatchError
+from pipeline.documents import short
+from pipeline.errors import CacheMismatchError, ConfigError
 from pipeline.manifest import CacheManifest
 from pipeline.progress import Reporter
 from pipeline.settings import load_config
@@ -128,8 +128,7 @@ def _compare(
 
 def _capture_settings(config: AuditConfig, manifest: CacheManifest) -> CacheConfig:
     """The settings of the capture, with what the audit's own say on top."""
-    known = {spec.name for spec in dataclasses.fields(CacheConfig)}
-    values = {name: value for name, value in manifest.settings.items() if name in known and name not in _DECIDED}
+    values = {name: value for name, value in manifest.settings.items() if name in _TAKEN_OVER}
     own = {name: getattr(config, name) for name in _OWN}
     values |= {name: value for name, value in own.items() if value is not None}
     decided = {
@@ -140,17 +139,19 @@ def _capture_settings(config: AuditConfig, manifest: CacheManifest) -> CacheConf
         "temperatures": manifest.temperatures,
         "tail_samples": manifest.tail_samples,
         "draw_temperature": manifest.draw_temperature,
-        "dtype": manifest.teacher["dtype"],
-        "engine": config.engine or manifest.teacher["engine"],
+        "dtype": manifest.teacher.get("dtype"),
+        "engine": config.engine or manifest.teacher.get("engine"),
     }
-    return load_config(CacheConfig, None, values | decided)
+    try:
+        return load_config(CacheConfig, None, values | decided)
+    except ConfigError as exc:
+        raise CacheMismatchError(f"{config.cache}: its manifest has settings that no capture has: {exc}") from exc
 
 
-_OWN = (
-    *("tensor_parallel", "pipeline_parallel", "batch_tokens", "gpu_memory_utilization", "enforce_eager"),
-    "trust_remote_code",
-)
-_DECIDED = ("teacher", "corpus", "out", "temperatures")
+_ARITHMETIC = ("tensor_parallel", "pipeline_parallel", "batch_tokens", "gpu_memory_utilization", "enforce_eager")
+_OWN = (*_ARITHMETIC, "trust_remote_code")
+_TAKEN_OVER = (*_ARITHMETIC, "max_kl_error", "row_chunk", "quantization")
+"""Settings of the capture that decide its arithmetic. A manifest may come from a stranger: nothing else is taken."""
 
 
 def _require_same(teacher: dict[str, str], manifest: CacheManifest, config: AuditConfig) -> None:
@@ -158,7 +159,10 @@ def _require_same(teacher: dict[str, str], manifest: CacheManifest, config: Audi
     names = sorted(recorded | teacher)
     different = [name for name in names if recorded.get(name) != teacher.get(name)]
     if different:
-        found = "; ".join(f"{name} is {recorded.get(name)}, now {teacher.get(name)}" for name in different)
+        found = "; ".join(
+            f"{name} is {short(recorded.get(name), quoted=False)}, now {short(teacher.get(name), quoted=False)}"
+            for name in different
+        )
         raise CacheMismatchError(
             f"{config.teacher}: is not the teacher that made {config.cache}: {found}; an audit needs that teacher."
         )

@@ -15,8 +15,9 @@ from typing import Any
 import xxhash
 
 from pipeline.config import DemoConfig
+from pipeline.documents import Finite
 from pipeline.errors import PipelineError
-from pipeline.files import canonical_json, read_json, write_json
+from pipeline.files import canonical_json, read_document, read_json, write_json
 from pipeline.progress import Reporter, duration
 from pipeline.runs.launch import PIPELINE
 from stages.demo.recipe import DemoRecipe, student_config
@@ -32,6 +33,14 @@ LOG_LINES = 40
 """Points of a student's training curve."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class StepRecord:
+    """A finished step."""
+
+    seconds: Finite
+    arguments: list[str]
+
+
 @dataclass
 class Steps:
     """Runs steps and remembers how long each took when it did its work."""
@@ -45,7 +54,7 @@ class Steps:
         record = self.folder / "steps" / f"{name}.json"
         words = [str(argument) for argument in arguments]
         if record.is_file():
-            self.seconds[name] = read_json(record, PipelineError)["seconds"]
+            self.seconds[name] = read_document(record, StepRecord, PipelineError).seconds
             self.reporter.log(f"{name}: finished before in {duration(self.seconds[name])}; reused")
             return
         self.reporter.log(f"\n$ pipeline {' '.join(words)}")

@@ -25,6 +25,7 @@ import xxhash
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from pipeline.documents import Finite, entry_of
 from pipeline.errors import CorpusError
 from pipeline.files import PARTIAL, canonical_json, hash_file, partial_path, publish, read_json, write_json
 from pipeline.progress import Progress, Reporter, duration
@@ -69,7 +70,11 @@ def ensure_teacher(work: Path, recipe: DemoRecipe | None = None, reporter: Repor
         tokenizer = train_tokenizer(train, work / "tokenizer", vocab_size=recipe.vocab_size)
         reporter.log(f"tokenizer: {recipe.vocab_size:,} ids in {duration(time.monotonic() - started)}")
         train_teacher(train, tokenizer, folder, recipe, reporter, started=started)
-    return FinishedTeacher(folder=folder, seconds=read_json(folder / RECIPE, CorpusError)["seconds"])
+    return FinishedTeacher(folder=folder, seconds=_seconds(folder / RECIPE))
+
+
+def _seconds(path: Path) -> float:
+    return entry_of(read_json(path, CorpusError), "seconds", Finite, 0.0, path, CorpusError)
 
 
 def is_finished(folder: Path, train: Path, recipe: DemoRecipe) -> bool:

@@ -1,6 +1,10 @@
 """A conversation as the tokenizer's chat template writes it, and which of its characters the assistant wrote."""
 
 import re
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +12,8 @@ from jinja2 import TemplateError
 
 from pipeline.errors import ConfigError
 
+RENDER_S = 10.0
+"""Seconds that a template may take for one conversation; milliseconds are usual."""
 MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
 Spans = list[tuple[int, int]]
 
@@ -69,11 +75,40 @@ class ChatTemplate:
     ) -> tuple[str, Spans]:
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        texts, spans = render_jinja_template(
-            conversations=[messages],
-            chat_template=self.template,
-            add_generation_prompt=add_generation_prompt,
-            return_assistant_tokens_mask=mark,
-            **self._special_tokens,
-        )
+        try:
+            with _time_limit(RENDER_S):
+                texts, spans = render_jinja_template(
+                    conversations=[messages],
+                    chat_template=self.template,
+                    add_generation_prompt=add_generation_prompt,
+                    return_assistant_tokens_mask=mark,
+                    **self._special_tokens,
+                )
+        except TimeoutError as exc:
+            raise ConfigError(
+                f"{self._folder}: its chat template was not done after {RENDER_S:g} s with one conversation; it loops."
+            ) from exc
+        except TemplateError:
+            raise
+        except Exception as exc:  # a template is somebody's program: it may divide by zero, or exceed the sandbox
+            raise TemplateError(f"{type(exc).__name__}: {exc}") from exc
         return texts[0], spans[0] if mark else []
+
+
+@contextmanager
+def _time_limit(seconds: float) -> Iterator[None]:
+    """Raises TimeoutError in what runs longer; of this process's main thread alone, which a signal reaches."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(*_: object) -> None:
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, end)
+    signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)  # again, if the first was swallowed
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)

@@ -25,6 +25,10 @@ EXAMPLES = 3
 """Skipped records that are shown."""
 PARQUET_ROWS = 1024
 READ_BYTES = 1 << 20
+LONGEST_LINE = 256 << 20
+"""Bytes. A compressed file of a few kilobytes may hold one line of gigabytes."""
+ZSTD_BYTES = 2048
+"""Compressed bytes taken at a time: the most that they can stand for is 64 MiB."""
 LARGEST_ZSTD_WINDOW = 1 << 31
 
 
@@ -88,8 +92,10 @@ def _read_lines(file: InputFile, decompress: Callable[[BinaryIO], BinaryIO], bad
 def _whole_lines(file: InputFile, stream: io.BufferedReader) -> Iterator[bytes]:
     number = 0
     try:
-        for line in stream:
+        while line := stream.readline(LONGEST_LINE + 1):
             number += 1
+            if len(line) > LONGEST_LINE:
+                raise CorpusError(f"{file.path}: line {number} has more than {LONGEST_LINE:,} bytes; cut the record.")
             yield line
     except (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as exc:
         reason = " ".join(str(exc).split())
@@ -177,7 +183,7 @@ class _ZstdFile(io.RawIOBase):
         return count
 
     def _fill(self) -> bool:
-        compressed = self._compressed or self._raw.read(1 << 16)
+        compressed = self._compressed or self._raw.read(ZSTD_BYTES)
         if not compressed:
             if self._frame_started:
                 raise EOFError("the last zstd frame has no end")

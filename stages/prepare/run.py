@@ -22,6 +22,7 @@ from pipeline.corpus import (
     read_partition,
     write_partition,
 )
+from pipeline.documents import entry_of, printable
 from pipeline.errors import ConfigError, CorpusError
 from pipeline.files import partial_path, publish
 from pipeline.progress import Progress, Reporter
@@ -222,12 +223,14 @@ def _finished(
         return None
     manifest = CorpusManifest.read(config.out)
     check_same(config.out, manifest.settings, settings)
-    if manifest.statistics["bad_lines"] and not config.skip_bad_lines:
+    if manifest.statistics.get("bad_lines") and not config.skip_bad_lines:
         check_same(config.out, manifest.settings, {"skip_bad_lines": False})
-    found, wanted = manifest.settings["input_files"], [file.identity for file in inputs.files]
+    where, kind = f"{config.out / MANIFEST}: settings", list[tuple[str, int, int]]
+    found = [list(each) for each in entry_of(manifest.settings, "input_files", kind, [], where, CorpusError)]
+    wanted = [file.identity for file in inputs.files]
     if not same_files(inputs.files, found):
         changed = [identity for identity in [*wanted, *found] if identity not in found or identity not in wanted]
-        name = changed[0][0] if changed else "their order"
+        name = printable(changed[0][0]) if changed else "their order"
         raise ConfigError(
             f"{config.out}: was made from {len(found)} input files, this run has {len(wanted)}, and {name} differs "
             "(path, size or time of change); choose another --out, or delete this folder."

@@ -20,8 +20,9 @@ from typing import Any
 import xxhash
 
 from pipeline.corpus import MANIFEST, PARTITIONS, CorpusPartition
+from pipeline.documents import Count, Hash, short
 from pipeline.errors import ConfigError, CorpusError
-from pipeline.files import PARTIAL, partial_path, publish, read_json, write_json
+from pipeline.files import PARTIAL, numbers_in, partial_path, publish, read_document, read_json, write_json
 from stages.prepare.inputs import InputFile, same_files
 
 UNITS = "units"
@@ -37,9 +38,14 @@ class FinishedUnit:
     files: list[list[str | int]]
     """Identities of its input files."""
     partitions: tuple[CorpusPartition, ...]
-    statistics: dict[str, int]
-    document_keys: str
+    statistics: dict[str, Count]
+    document_keys: Hash
     """xxh3-128 of the file of keys."""
+
+    def __post_init__(self) -> None:
+        """Raise ValueError without the counts that are asked for by name."""
+        if not {"bad_lines", "input_bytes"} <= self.statistics.keys():
+            raise ValueError("statistics must have bad_lines and input_bytes")
 
 
 @contextmanager
@@ -86,7 +92,7 @@ def check_same(out: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None
     for name, value in wanted.items():
         if found.get(name) != value:
             raise ConfigError(
-                f"{out}: was made with {name} {_short(found.get(name))}, this run has {_short(value)}; "
+                f"{out}: was made with {name} {short(found.get(name))}, this run has {short(value)}; "
                 "choose another --out, or delete this folder."
             )
 
@@ -125,9 +131,7 @@ def resume(out: Path, units: Sequence[Sequence[InputFile]], skip_bad_lines: bool
         path = _record_path(out, index)
         if not path.is_file():
             break
-        document = read_json(path, CorpusError)
-        document["partitions"] = tuple(CorpusPartition(**partition) for partition in document["partitions"])
-        unit = FinishedUnit(**document)
+        unit = read_document(path, FinishedUnit, CorpusError)
         if not same_files(files, unit.files) or (unit.statistics["bad_lines"] and not skip_bad_lines):
             break
         finished.append(unit)
@@ -150,10 +154,10 @@ def remove_units(out: Path) -> None:
 
 
 def _discard_after(out: Path, finished: Sequence[FinishedUnit]) -> None:
-    index = len(finished)
-    for path in sorted((out / UNITS).glob("[0-9]*.json"), reverse=True):
-        if int(path.stem) >= index:
-            path.unlink()
+    names = [path.name for path in (out / UNITS).glob("[0-9]*.json")]
+    for (index,) in sorted(numbers_in(names, r"(\d{5,15})\.json"), reverse=True):
+        if index >= len(finished):
+            _record_path(out, index).unlink(missing_ok=True)
     kept = {partition.file for unit in finished for partition in unit.partitions}
     for path in (out / PARTITIONS).glob("[0-9]*.arrow"):
         if path.name not in kept:
@@ -166,8 +170,3 @@ def _record_path(out: Path, index: int) -> Path:
 
 def _keys_path(out: Path, index: int) -> Path:
     return out / UNITS / f"{index:05d}.keys"
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -3,24 +3,55 @@
 Only marked ones are resumed from, and an older one goes only when a newer one has its mark.
 """
 
+import os
+import pickle
+import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from pipeline.documents import Count, printable
 from pipeline.errors import PipelineError
-from pipeline.files import read_json, sync_file, write_json
+from pipeline.files import read_document, sync_file, write_json
 
 MARK = "whole.json"
+WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+"""Environment variable of torch."""
+DIRECTORY_CLASSES = {
+    "pathlib": ("PosixPath",),
+    "torch": ("Size",),
+    "torch.serialization": ("_get_layout",),
+    "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
+    "torch.distributed.checkpoint.metadata": (
+        *("Metadata", "MetadataIndex", "StorageMeta", "TensorProperties", "_MEM_FORMAT_ENCODING"),
+        *("BytesStorageMetadata", "ChunkStorageMetadata", "TensorStorageMetadata"),
+    ),
+}
+"""What the directory of a sharded checkpoint is made of, beside dtypes (torch 2.11 to 2.13)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mark:
+    """What a checkpoint holds beside the Trainer's own state, for a log that continues to the bit."""
+
+    step: Count
+    sums: list[float]
+    """Of the loss terms since the last line of the log."""
+    good_steps: Count
+    history: list[float]
+    """The latest losses, by which a bad one is told."""
 
 
 class MarkWhole(TrainerCallback):
     """Marks every checkpoint after all ranks have written it; the mark holds what `extra` gives, too."""
 
-    def __init__(self, keep: int, extra: Callable[[], dict[str, Any]] = dict) -> None:
+    def __init__(self, keep: int, extra: Callable[[], dict[str, Any]]) -> None:
         self._keep, self._extra = keep, extra
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
@@ -49,12 +80,59 @@ def newest_whole_checkpoint(folder: Path) -> Path | None:
     newest = max(_whole_checkpoints(folder), key=_step, default=None)
     if newest is not None:
         read_mark(newest)
+        require_plain_pickles(newest)
     return newest
 
 
-def read_mark(checkpoint: Path) -> dict[str, Any]:
+@contextmanager
+def weights_only() -> Iterator[None]:
+    """In this context torch.load makes tensors and plain values alone, whatever its caller asks for.
+
+    The Trainer asks for that itself, but torch.distributed.checkpoint, which reads what FSDP2 has written, does not.
+    """
+    before = os.environ.get(WEIGHTS_ONLY)
+    os.environ[WEIGHTS_ONLY] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[WEIGHTS_ONLY]
+        else:
+            os.environ[WEIGHTS_ONLY] = before
+
+
+def unpickling_problem(error: BaseException) -> str | None:
+    """What a pickle was refused for; None if the error, which may have gone through ranks, is of another kind."""
+    found = re.findall(r"UnpicklingError: *(.*)|(GLOBAL \S+)", f"{type(error).__name__}: {error}")
+    return printable((found[-1][1] or found[-1][0])[:100]) if found else None
+
+
+def require_plain_pickles(checkpoint: Path) -> None:
+    """Raise PipelineError if the directory of a sharded checkpoint, which torch unpickles, names anything but its own
+    classes: a pickle may name any function, and calls it."""
+    for path in sorted(checkpoint.glob("*/.metadata")):
+        with path.open("rb") as file:
+            try:
+                _PlainUnpickler(file).load()
+            except Exception as exc:  # whatever damaged bytes make pickle raise
+                raise PipelineError(f"{path}: not the directory of a checkpoint ({printable(str(exc))}).") from exc
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        found = super().find_class(module, name) if module.partition(".")[0] in ("torch", "pathlib") else None
+        is_known = name in DIRECTORY_CLASSES.get(module, ()) or isinstance(found, torch.dtype)
+        if not is_known:
+            raise pickle.UnpicklingError(f"it names {module}.{name}")
+        return found
+
+
+def read_mark(checkpoint: Path) -> Mark:
     """What the mark of a whole checkpoint holds."""
-    return read_json(checkpoint / MARK, PipelineError)
+    mark = read_document(checkpoint / MARK, Mark, PipelineError)
+    if mark.step != _step(checkpoint):
+        raise PipelineError(f"{checkpoint / MARK}: is the mark of step {mark.step}; the checkpoint was renamed.")
+    return mark
 
 
 def remove_torn_checkpoints(folder: Path) -> None:

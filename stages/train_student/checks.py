@@ -8,6 +8,7 @@ from typing import Any
 import xxhash
 
 from pipeline.config import TrainConfig
+from pipeline.documents import short
 from pipeline.errors import CacheMismatchError, ConfigError, PipelineError
 from pipeline.files import canonical_json, read_json, write_json
 from pipeline.manifest import CacheManifest
@@ -90,7 +91,7 @@ def open_folder(config: TrainConfig, cache: CacheManifest, held_out: CacheManife
     if (config.eval_cache is None) != (known["eval_cache"] is None):
         different.append("eval_cache")
     if different:
-        found = "; ".join(f"{key} was {known[key]!r}, now {run[key]!r}" for key in different)
+        found = "; ".join(f"{key} was {short(known[key])}, now {short(run[key])}" for key in different)
         hint = ""
         if "global_batch" in different:
             hint = (

@@ -2,9 +2,11 @@
 
 import html
 import importlib.util
-import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from pipeline.config import TrainConfig
 from pipeline.pages import Table, axes, grid, html_table, svg, write_page
@@ -82,6 +84,24 @@ def _bad_steps(folder: Path) -> str:
     path = folder / BAD_STEPS
     if not path.is_file():
         return ""
-    entries = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    rows = [[str(entry["step"]), entry["problem"], entry["action"], str(len(entry["keys"]))] for entry in entries]
+    found = (_bad_step(line) for line in path.read_bytes().splitlines())
+    rows = [[str(step.step), step.problem, step.action, str(len(step.keys))] for step in found if step is not None]
     return f"<h2>Bad steps</h2>{html_table([['step', 'problem', 'action', 'sequences'], *rows])}"
+
+
+@dataclass
+class _BadStep:
+    """A line that `guards.record_bad_step` has written."""
+
+    step: int
+    problem: str
+    action: str
+    keys: list[str]
+
+
+def _bad_step(line: bytes) -> _BadStep | None:
+    """The step of a line; None if the line is torn."""
+    try:
+        return msgspec.json.decode(line, type=_BadStep)
+    except (ValueError, RecursionError):
+        return None

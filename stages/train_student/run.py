@@ -1,13 +1,16 @@
 """The command `pipeline train-student`, from its settings to a finished student."""
 
+import pickle
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
 from transformers import TrainingArguments, set_seed
 
 from pipeline.config import TrainConfig
+from pipeline.documents import document_of
 from pipeline.errors import Drained, PipelineError
 from pipeline.files import read_json, write_json
 from pipeline.hidden import first_forward
@@ -18,7 +21,14 @@ from pipeline.shards.reader import Cache, open_cache
 from pipeline.tokenizer import load_tokenizer
 from stages.train_student.agreement import first_rows, require_agreement
 from stages.train_student.arguments import CHECKPOINTS, num_steps, training_arguments
-from stages.train_student.checkpoints import MarkWhole, newest_whole_checkpoint, read_mark, remove_torn_checkpoints
+from stages.train_student.checkpoints import (
+    MarkWhole,
+    newest_whole_checkpoint,
+    read_mark,
+    remove_torn_checkpoints,
+    unpickling_problem,
+    weights_only,
+)
 from stages.train_student.checks import open_folder, require_room, require_same_targets, require_targets
 from stages.train_student.coverage import coverage_notes
 from stages.train_student.dataset import CacheDataset, Collate
@@ -73,7 +83,7 @@ def _train_student(config: TrainConfig, reporter: Reporter) -> dict[str, Any]:
     open_folder(config, cache.manifest, held_out.manifest if held_out is not None else None, shape)
     if (config.out / METRICS).is_file():
         reporter.log(f"{config.out}: finished before; nothing to do.")
-        return read_json(config.out / METRICS, PipelineError)
+        return read_metrics(config.out)
     with Drain() as drain:
         trainer = _trainer(config, student, cache, held_out, shape, drain, reporter)
         metrics = {"train_seconds": _train(trainer, config, cache, student, tokenizer, reporter)}
@@ -86,6 +96,12 @@ def _train_student(config: TrainConfig, reporter: Reporter) -> dict[str, Any]:
         write_report(config, trainer.state.log_history, metrics, reporter)
         write_json(config.out / METRICS, metrics)
     return metrics
+
+
+def read_metrics(out: Path) -> dict[str, Any]:
+    """The metrics of a finished training."""
+    document = read_json(out / METRICS, PipelineError)
+    return document_of(dict[str, int | float | None], document, out / METRICS, PipelineError)
 
 
 def _train(
@@ -105,7 +121,16 @@ def _train(
         reporter.log(_announcement(config, trainer, cache, checkpoint))
         for note in (*student.notes, *special_token_notes(student, tokenizer)):
             reporter.log(note)
-    outcome = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    try:
+        with weights_only():
+            outcome = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except (pickle.UnpicklingError, CheckpointException) as exc:
+        if (reason := unpickling_problem(exc)) is None:
+            raise
+        raise PipelineError(
+            f"{checkpoint}: a file of it is damaged, or wants code to be run ({reason}); delete the checkpoint to "
+            "continue from the one before."
+        ) from exc
     if trainer.drained and trainer.state.global_step < trainer.state.max_steps:
         raise Drained(
             f"{config.out}: a signal asked to stop; step {trainer.state.global_step} of {trainer.state.max_steps} is "

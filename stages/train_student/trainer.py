@@ -9,7 +9,9 @@ from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
+from pipeline.errors import PipelineError
 from pipeline.runs.drain import Drain
+from stages.train_student.checkpoints import Mark
 from stages.train_student.evaluation import Evaluation
 from stages.train_student.gradients import GradientWatch
 from stages.train_student.guards import StepGuard
@@ -158,11 +160,13 @@ class DistillationTrainer(Trainer):
         """What a checkpoint has to hold beside the Trainer's own state, for a log that continues to the bit."""
         return {"sums": self.sums, "good_steps": self.good_steps, "history": list(self.guard.history)}
 
-    def restore(self, progress: dict[str, Any]) -> None:
-        """Continue from `progress()` of a checkpoint."""
-        self.sums, self.good_steps = progress["sums"], progress["good_steps"]
-        self.guard.history.extend(progress["history"])
-        self._batches.batch_sampler.first_step = progress["step"]
+    def restore(self, mark: Mark) -> None:
+        """Continue from the `progress()` in the mark of a checkpoint."""
+        if len(mark.sums) != len(self.sums):
+            raise PipelineError(f"the mark of step {mark.step} has {len(mark.sums)} sums; expected {len(self.sums)}.")
+        self.sums, self.good_steps = mark.sums, mark.good_steps
+        self.guard.history.extend(mark.history)
+        self._batches.batch_sampler.first_step = mark.step
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"

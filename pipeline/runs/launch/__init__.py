@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.config import CacheConfig, SubmitConfig, TrainConfig
+from pipeline.documents import short
+from pipeline.errors import ConfigError
 from pipeline.progress import Reporter
 from pipeline.settings import load_config
 from pipeline.storage import Location
@@ -33,6 +35,8 @@ class Job:
     def of(cls, submit: SubmitConfig) -> "Job":
         """The job that the files of a submission describe; raises ConfigError before anything is started."""
         settings = load_config(CacheConfig, submit.cache_logits)
+        if not str(settings.out).isprintable():  # it goes into scripts, a line of which must not become two
+            raise ConfigError(f"out is {short(str(settings.out))}; a name with control characters cannot be launched.")
         if submit.train_student is not None:
             load_config(TrainConfig, submit.train_student)
         return cls(submit, settings)

@@ -5,6 +5,7 @@ capture.sbatch, gate.sbatch, student.sbatch. What `pipeline submit` does is to r
 not needed.
 """
 
+import re
 import shlex
 import shutil
 import subprocess
@@ -25,7 +26,7 @@ CAPTURE = """#!/bin/bash
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --signal=B:USR1@@@drain_s
-#SBATCH --output=@logs/capture-%a.log
+#SBATCH --output=@capture_log
 @directives
 cd @cwd
 @setup
@@ -41,7 +42,7 @@ GATE = """#!/bin/bash
 #SBATCH --ntasks=1
 #SBATCH --requeue
 #SBATCH --open-mode=append
-#SBATCH --output=@logs/gate.log
+#SBATCH --output=@gate_log
 @directives
 set -uo pipefail
 cd @cwd
@@ -78,7 +79,7 @@ STUDENT = """#!/bin/bash
 #SBATCH --open-mode=append
 #SBATCH --signal=USR1@@@drain_s
 #SBATCH --kill-on-invalid-dep=yes
-#SBATCH --output=@logs/student.log
+#SBATCH --output=@student_log
 @directives
 cd @cwd
 @setup
@@ -110,7 +111,7 @@ capture=$(sbatch --parsable capture.sbatch)
 """
 
 SUBMIT_ALONE = """gate=$(sbatch --parsable --dependency=afterany:$capture gate.sbatch)
-echo "capture $capture, gate $gate; pipeline status @cache"
+echo "capture $capture, gate $gate; pipeline status" @cache
 """
 
 SUBMIT_BOTH = """# Held until its dependency is set: it must not start, and not be given up, before there is a gate.
@@ -118,7 +119,7 @@ student=$(sbatch --parsable --hold student.sbatch)
 gate=$(sbatch --parsable --dependency=afterany:$capture --export=ALL,STUDENT=$student gate.sbatch)
 scontrol update jobid=$student dependency=afterok:$gate
 scontrol release $student
-echo "capture $capture, gate $gate, student $student; pipeline status @cache"
+echo "capture $capture, gate $gate, student $student; pipeline status" @cache
 """
 
 
@@ -141,14 +142,16 @@ def write_scripts(job: Job) -> None:
     job.prepare_folder()
     submit = job.submit
     values = {
-        "name": job.name,
+        "name": re.sub(r"[^A-Za-z0-9._-]+", "-", job.name),
         "workers": submit.workers,
         "last": submit.workers - 1,
         "attempts": submit.attempts,
         "drain_s": submit.drain_s,
         "nodes": submit.student_nodes,
         "folder": shlex.quote(str(job.folder)),
-        "logs": job.logs,
+        "capture_log": _quoted(job.logs, "capture-%a.log"),
+        "gate_log": _quoted(job.logs, "gate.log"),
+        "student_log": _quoted(job.logs, "student.log"),
         "cache": shlex.quote(str(job.cache)),
         "cwd": shlex.quote(str(Path.cwd())),
         "setup": "\n".join(submit.setup),
@@ -163,6 +166,12 @@ def write_scripts(job: Job) -> None:
         directives = _directives(job, submit.student_gpus)
         write_script(job.folder / "student.sbatch", STUDENT, directives=directives, student=_student(job), **values)
     write_script(job.folder / "submit.sh", SUBMIT + tail, **values)
+
+
+def _quoted(folder: Path, name: str) -> str:
+    """A log for a directive, in which Slurm knows quotes, and in whose folder % begins nothing."""
+    path = f"{str(folder).replace('%', '%%')}/{name}"
+    return path if re.fullmatch(r"[\w./%+-]*", path) else '"' + re.sub(r'(["\\])', r"\\\1", path) + '"'
 
 
 def _student(job: Job) -> str:

@@ -358,7 +358,9 @@ def test_student_of_another_vocabulary_is_refused_before_it_is_loaded(tmp_path, 
 def test_finished_run_is_known_after_everything_has_moved(tmp_path, cache_folder, student, monkeypatch):
     shutil.copytree(cache_folder, tmp_path / "cache")
     shutil.copytree(student.parent, tmp_path / "student")
-    metrics = train_student(settings(tmp_path / "student" / student.name, tmp_path / "cache", tmp_path / "out", max_steps=1))
+    metrics = train_student(
+        settings(tmp_path / "student" / student.name, tmp_path / "cache", tmp_path / "out", max_steps=1)
+    )
     for name in ("student", "cache", "out"):
         (tmp_path / name).rename(tmp_path / f"moved-{name}")
     monkeypatch.chdir(tmp_path)

@@ -71,7 +71,8 @@ def audit_cache(config: AuditConfig, reporter: Reporter | None = None) -> AuditR
     noise = NOISE_QUANTISED if teacher.quantization != "none" else NOISE[teacher.dtype]
     report = AuditReport(noise=noise if config.noise is None else config.noise)
     reporter.log(f"{config.cache}: scoring {len(indexes)} of {len(cache):,} sequences again with {capture.engine}")
-    engine = ENGINES[capture.engine](teacher, capture, cache.manifest.sequence_length)
+    with reporter.waiting(f"loading {teacher.folder} with {capture.engine}"):
+        engine = ENGINES[capture.engine](teacher, capture, cache.manifest.sequence_length)
     found: list[tuple[str, Difference]] = []
     with closing(engine), reporter.progress("audit", len(indexes), "sequences") as progress:
         scored = score_sequences(engine, (token_sequence(cache[int(index)]) for index in indexes))

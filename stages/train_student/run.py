@@ -1,6 +1,7 @@
 """The command `pipeline train-student`, from its settings to a finished student."""
 
 import pickle
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,8 @@ def _train_student(config: TrainConfig, reporter: Reporter) -> dict[str, Any]:
         reporter.log(f"{config.out}: finished before; nothing to do.")
         return read_metrics(config.out)
     with Drain() as drain:
-        trainer = _trainer(config, student, cache, held_out, shape, drain, reporter)
+        with reporter.waiting("loading the student") if rank() == 0 else nullcontext():
+            trainer = _trainer(config, student, cache, held_out, shape, drain, reporter)
         metrics = {"train_seconds": _train(trainer, config, cache, student, tokenizer, reporter)}
     metrics |= {"steps": trainer.state.global_step, "tokens_seen": _tokens_seen(trainer, shape, cache)}
     if held_out is not None:

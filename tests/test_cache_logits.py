@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +20,7 @@ from pipeline.runs.commits import COMMITS, SHARDS, list_commits
 from pipeline.shards.verify import verify_cache
 from stages.cache_logits import cache_logits
 from stages.prepare import prepare
-from tests.helpers import MARKED_CHAT_TEMPLATE, tiny_tokenizer
+from tests.helpers import MARKED_CHAT_TEMPLATE, tiny_tokenizer, wait_until
 from tests.oracle import assert_true_top_k, entropy, softmax
 from tests.small import CONTEXT, make_corpus, make_counting_teacher, make_teacher, random_sequences, true_logits
 
@@ -86,13 +85,9 @@ def kill(process: subprocess.Popen) -> None:
     assert psutil.wait_procs(started, timeout=20)[1] == []
 
 
-def wait_for_commits(folder: Path, count: int, process: subprocess.Popen) -> None:
+def wait_for_commits(folder: Path, count: int) -> None:
     """Until `count` partitions are committed."""
-    deadline = time.monotonic() + 240
-    while not (folder / COMMITS).is_dir() or len(list((folder / COMMITS).iterdir())) < count:
-        assert process.poll() is None, process.stderr.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_until(lambda: (folder / COMMITS).is_dir() and len(list((folder / COMMITS).iterdir())) >= count)
 
 
 @pytest.mark.vllm
@@ -100,7 +95,7 @@ def test_vllm_killed_and_continued_is_exact_and_agrees_with_transformers(tmp_pat
     """Chunked prompts, a sequence that fills the context, isolated documents, dead columns; kill -9 on the way."""
     config = settings(teacher, corpus, tmp_path / "vllm", engine="vllm", tail_samples=4)
     process = run_command(config)
-    wait_for_commits(config.out, 1, process)
+    wait_for_commits(config.out, 1)
     kill(process)
     capture(config)
     assert verify_cache(config.out).problems == []
@@ -127,7 +122,7 @@ def test_vllm_worker_drains_and_outlives_its_engine(tmp_path, teacher, corpus):
     """Signals to every process, as Slurm sends them; then a kill -9 of the engine, as the kernel's, short of memory."""
     config = settings(teacher, corpus, tmp_path / "cache", engine="vllm", shard_tokens=1)
     process = run_command(config)
-    wait_for_commits(config.out, 1, process)
+    wait_for_commits(config.out, 1)
     started = psutil.Process(process.pid).children(recursive=True)
     for each in [*started, process]:
         each.send_signal(signal.SIGTERM)
@@ -137,7 +132,7 @@ def test_vllm_worker_drains_and_outlives_its_engine(tmp_path, teacher, corpus):
     assert 0 < len(list_commits(config.out)) < Corpus(corpus).manifest.num_sequences
     assert list((config.out / SHARDS).glob("*.partial")) == []
     process = run_command(config)
-    wait_for_commits(config.out, len(list_commits(config.out)) + 1, process)
+    wait_for_commits(config.out, len(list_commits(config.out)) + 1)
     engines = [child for child in psutil.Process(process.pid).children() if "Engine" in "".join(child.cmdline())]
     assert engines
     for engine in engines:

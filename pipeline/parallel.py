@@ -11,11 +11,6 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def available_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0))
-
-
 def in_threads(function: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Iterator[Result]:
     """`function` of every item, as they are done; for work that waits or that numpy and hashing do."""
     return _run(function, items, workers, ThreadPoolExecutor)

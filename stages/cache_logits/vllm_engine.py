@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import CacheConfig
+from pipeline.cpu import slow_products
 from pipeline.errors import EngineError
 from pipeline.files import owner_name
 from pipeline.targets import SparseTargets
@@ -187,6 +188,15 @@ def _cores_of_workers(config: CacheConfig) -> str:
     share = len(cores) // workers
     shares = [cores[start : start + share] for start in range(0, share * workers, share)] if share else []
     return "|".join(",".join(map(str, part)) for part in shares) or "nobind"
+
+
+def notes(teacher: Teacher) -> list[str]:
+    """What a user should know of the time that this machine will take."""
+    import torch
+
+    if torch.cuda.is_available():
+        return []
+    return slow_products(teacher.dtype, "--dtype float32 is faster, and so is --engine transformers")
 
 
 def require_vllm(teacher: Teacher) -> None:

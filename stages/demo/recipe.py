@@ -19,15 +19,15 @@ class DemoRecipe:
     seed: int = 0
     """Seed of the teacher's weights and of the order of its data."""
 
-    teacher_hidden_size: int = 256
+    teacher_hidden_size: int = 192
     """Width of the teacher."""
-    teacher_intermediate_size: int = 704
+    teacher_intermediate_size: int = 512
     """Width of the teacher's feed-forward layers."""
     teacher_layers: int = 4
     """Layers of the teacher."""
     teacher_head_size: int = 64
     """Width of one attention head of the teacher; vLLM's CPU attention takes 32 and 64 among others."""
-    teacher_tokens: int = 1_200_000
+    teacher_tokens: int = 600_000
     """Tokens that the teacher is trained on."""
     teacher_batch_size: int = 8
     """Sequences in a step of the teacher."""

@@ -11,6 +11,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from transformers import TrainingArguments, set_seed
 
 from pipeline.config import TrainConfig
+from pipeline.cpu import slow_products
 from pipeline.documents import document_of
 from pipeline.errors import Drained, PipelineError
 from pipeline.files import read_json, write_json
@@ -121,7 +122,8 @@ def _train(
     if trainer.is_world_process_zero():
         remove_torn_checkpoints(config.out / CHECKPOINTS)
         reporter.log(_announcement(config, trainer, cache, checkpoint))
-        for note in (*student.notes, *special_token_notes(student, tokenizer)):
+        slow = [] if torch.cuda.is_available() else slow_products(config.dtype, "--dtype float32 is faster")
+        for note in (*student.notes, *special_token_notes(student, tokenizer), *slow):
             reporter.log(note)
     try:
         with weights_only():

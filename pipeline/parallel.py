@@ -43,7 +43,7 @@ def _run(
             for future in as_completed(futures):
                 yield future.result()
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+            pool.shutdown(cancel_futures=True)  # waits: the pool's own end would not, once it was shut down
 
 
 def _processes(workers: int) -> Executor:

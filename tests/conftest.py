@@ -4,10 +4,12 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from pipeline.cpu import prepare_threads
 from tests import leftovers
 
 # Tiny tensors: threads only wait for each other, most of all on shared cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+prepare_threads()
 os.environ[leftovers.MARK] = str(os.getpid())
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 

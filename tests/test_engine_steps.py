@@ -16,6 +16,7 @@ from pipeline.corpus import TokenSequence
 from stages.cache_logits import cache_logits
 from stages.cache_logits.engine import Request
 from stages.cache_logits.transformers_engine import _batches
+from stages.cache_logits.vllm_engine import _skips_compilation
 from stages.cache_logits.vllm_plugin import register
 from tests.small import make_corpus, random_sequences
 from tests.test_cache_logits import assert_exact, settings
@@ -161,3 +162,17 @@ def test_messages_that_follow_each_other_at_once_are_not_slept_over(monkeypatch)
             seconds.append(time.monotonic() - sent)
         answered.result()
     assert max(seconds) < 4
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize(
+    ("changes", "skips"),
+    [
+        ({"enforce_eager": None}, True),
+        ({"enforce_eager": None, "pipeline_parallel": 2}, False),
+        ({"enforce_eager": False}, False),
+        ({"enforce_eager": True, "pipeline_parallel": 2}, True),
+    ],
+)
+def test_a_cpu_compiles_where_it_is_asked_or_must(tmp_path, changes, skips):
+    assert _skips_compilation(settings(tmp_path, tmp_path, tmp_path, **changes)) == skips

@@ -148,10 +148,22 @@ def _load(teacher: Teacher, config: CacheConfig, longest_request: int) -> Any:
         max_num_batched_tokens=max(config.batch_tokens, longest_request),
         max_num_seqs=min(MAX_REQUESTS, max(config.batch_tokens, longest_request)),
         gpu_memory_utilization=config.gpu_memory_utilization,
-        enforce_eager=config.enforce_eager,
+        enforce_eager=_skips_compilation(config),
         enable_prefix_caching=False,
         disable_log_stats=True,
     )
+
+
+def _skips_compilation(config: CacheConfig) -> bool:
+    """What the settings say, else what pays: a CPU's compilation takes minutes and a C++ compiler.
+
+    Stages of a pipeline are compiled in any case: without, vLLM fails on a CPU.
+    """
+    from vllm.platforms import current_platform
+
+    if config.enforce_eager is not None:
+        return config.enforce_eager
+    return current_platform.is_cpu() and config.pipeline_parallel == 1
 
 
 def _prepare_environment(config: CacheConfig) -> None:

@@ -106,7 +106,7 @@ def _capture(steps: Steps, config: DemoConfig, recipe: DemoRecipe, teacher: Path
     steps.command(f"prepare-{split}", "prepare", text, "--tokenizer", teacher, "--out", corpus, *length)
     places = ("--teacher", teacher, "--corpus", corpus, "--out", cache)
     targets = ("--top-k", TOP_K, "--temperature", 1.0, "--temperature", recipe.temperature)
-    how = ("--engine", config.engine, "--format", config.format, "--shard-tokens", 32_768, "--enforce-eager")
+    how = ("--engine", config.engine, "--format", config.format, "--shard-tokens", 32_768)
     steps.command(f"cache-logits-{split}", "cache-logits", *places, *targets, *how)
     steps.command(f"verify-{split}", "verify", cache)
 

@@ -27,6 +27,7 @@ from pipeline.config import (
     TrainConfig,
     VerifyConfig,
 )
+from pipeline.cpu import prepare_threads
 from pipeline.documents import printable
 from pipeline.errors import MENDABLE, CacheCorruptError, Drained, PipelineError
 from pipeline.options import config_command
@@ -44,6 +45,7 @@ class _Main(click.Group):
     def invoke(self, context: click.Context) -> Any:
         for name, value in QUIET.items():
             os.environ.setdefault(name, value)
+        prepare_threads()
         follow_parent()
         try:
             return super().invoke(context)

@@ -90,7 +90,9 @@ class CacheConfig(Settings):
     row_chunk: int = setting(1024, "Positions whose full logits exist at the same time.")
     gpu_memory_utilization: float = setting(0.9, "Share of a GPU's memory that vLLM takes, 0 to 1.")
     quantization: str | None = setting(None, "vLLM's name of the teacher's quantisation, such as fp8.")
-    enforce_eager: bool = setting(False, "Skip vLLM's compilation: starts sooner, runs slower on a GPU.")
+    enforce_eager: bool | None = setting(
+        None, "Skip vLLM's compilation, which pays on a GPU; none skips it on a CPU, where it takes minutes."
+    )
     trust_remote_code: bool = setting(
         False, "Run the code that the teacher's folder brings along; for those whose maker you trust."
     )

@@ -11,11 +11,6 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def available_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0))
-
-
 def in_threads(function: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Iterator[Result]:
     """`function` of every item, as they are done; for work that waits or that numpy and hashing do."""
     return _run(function, items, workers, ThreadPoolExecutor)
@@ -48,7 +43,7 @@ def _run(
             for future in as_completed(futures):
                 yield future.result()
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+            pool.shutdown(cancel_futures=True)  # waits: the pool's own end would not, once it was shut down
 
 
 def _processes(workers: int) -> Executor:

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from email.utils import formatdate
 from pathlib import Path
 
+from tests.leftovers import kept
+
 INSTALLED = Path(sys.prefix) / "azurite" / "node_modules" / ".bin" / "azurite-blob"
 """Where `make slow` puts it."""
 ACCOUNT, KEY = "test", base64.b64encode(b"of this test alone").decode()
@@ -36,12 +38,13 @@ def running() -> Iterator[dict[str, str]]:
             make = f"{address}/{ACCOUNT}/bucket?restype=container"
             request = urllib.request.Request(make, method="PUT", headers=_signed_headers())
             urllib.request.urlopen(request, timeout=60).close()
-            yield {
-                "AZURE_STORAGE_USE_EMULATOR": "true",
-                "AZURITE_BLOB_STORAGE_URL": address,
-                "AZURE_STORAGE_ACCOUNT_NAME": ACCOUNT,
-                "AZURE_STORAGE_ACCOUNT_KEY": KEY,
-            }
+            with kept(process.pid):
+                yield {
+                    "AZURE_STORAGE_USE_EMULATOR": "true",
+                    "AZURITE_BLOB_STORAGE_URL": address,
+                    "AZURE_STORAGE_ACCOUNT_NAME": ACCOUNT,
+                    "AZURE_STORAGE_ACCOUNT_KEY": KEY,
+                }
         finally:
             process.kill()
 

@@ -4,7 +4,13 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-os.environ["OMP_NUM_THREADS"] = "1"  # tiny tensors: threads only wait for each other, most of all on shared cores
+from pipeline.cpu import prepare_threads
+from tests import leftovers
+
+# Tiny tensors: threads only wait for each other, most of all on shared cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+prepare_threads()
+os.environ[leftovers.MARK] = str(os.getpid())
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 
 import pytest
@@ -12,6 +18,27 @@ import pytest
 from pipeline.storage import ObjectPath
 from tests.object_store import Server, running
 from tests.small import make_corpus, make_teacher, random_sequences
+
+
+@pytest.fixture(autouse=True)
+def no_process_is_left() -> Iterator[None]:
+    """Whatever way a test ends, what it has started ends too; of a test that has passed it is an error.
+
+    Else a worker that heeds no SIGTERM would keep pytest itself from ending, which waits for its children.
+    """
+    before = {process.pid for process in leftovers.children()}
+    yield
+    left = leftovers.end([process for process in leftovers.children() if process.pid not in before])
+    assert not left, f"the test has left processes behind, which were killed: {'; '.join(left)}"
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """At the very end nothing is left either, not even what has lost its parent."""
+    left = leftovers.end(leftovers.marked())
+    if left:
+        print("\nprocesses that the tests have left behind were killed:", *left, sep="\n")
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,7 @@
 """What several tests need and none of them is about."""
 
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,9 @@ from transformers import PreTrainedTokenizerFast
 
 from pipeline.cli import main
 from pipeline.progress import Reporter
+from tests import leftovers
 
+LAST_RESORT_S = 500.0
 BOS, EOS = "<|begin|>", "<|end|>"
 TRAINING_TEXT = (
     "The keeper wrote down what was seen, and then what was missing.\n",
@@ -35,6 +39,20 @@ def run(*arguments: object) -> tuple[int, str, str]:
     """Exit code, standard output and standard error of a command."""
     result = CliRunner().invoke(main, [str(argument) for argument in arguments])
     return result.exit_code, result.stdout, result.stderr
+
+
+def wait_until(condition: Callable[[], object], what: str = "") -> None:
+    """Poll until the condition holds; an error once all that could bring it about has ended.
+
+    The time is a last resort against a program that hangs: on a busy machine nothing is in a hurry.
+    """
+    working, deadline = leftovers.children(), time.monotonic() + LAST_RESORT_S
+    while not condition():
+        if working and not any(map(leftovers.is_running, working)):
+            assert condition(), f"{what or 'the condition'}: all processes have ended before it held"
+            return
+        assert time.monotonic() < deadline, what
+        time.sleep(0.02)
 
 
 class Lines(Reporter):

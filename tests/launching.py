@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -95,11 +94,3 @@ def run(command: list[str], **options: object) -> subprocess.CompletedProcess:
     finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, **options)
     assert finished.returncode == 0, finished.stdout + finished.stderr
     return finished
-
-
-def wait_until(condition, deadline_s: float = 240.0, what: str = "") -> None:
-    """Poll until the condition holds."""
-    deadline = time.monotonic() + deadline_s
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.05)

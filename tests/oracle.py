@@ -16,8 +16,10 @@ def entropy(probs: np.ndarray) -> np.ndarray:
     return -(probs * logs).sum(axis=1)
 
 
-def assert_true_top_k(ids: np.ndarray, logits: np.ndarray, tolerance: float, in_order: bool = True) -> None:
-    """`ids` [N, K] are the K largest of `logits` [N, V], in falling order, up to ties within `tolerance`.
+def assert_true_top_k(
+    ids: np.ndarray, logits: np.ndarray, tolerance: float | np.ndarray, in_order: bool = True
+) -> None:
+    """`ids` [N, K] are the K largest of `logits` [N, V], in falling order, up to ties within `tolerance`, [N, 1] or one.
 
     Not `in_order`: where rounding has made equals of them, their order is that of the ids.
     """
@@ -27,4 +29,14 @@ def assert_true_top_k(ids: np.ndarray, logits: np.ndarray, tolerance: float, in_
     if not in_order:
         chosen = -np.sort(-chosen, axis=1)
     best = -np.sort(-logits, axis=1)[:, :k]
-    assert np.abs(chosen - best).max() <= tolerance
+    assert (np.abs(chosen - best) <= tolerance).all()
+
+
+def assert_within(found: np.ndarray, expected: np.ndarray | float, allowed: np.ndarray | float) -> None:
+    """Every `found` lies within what is allowed of its `expected`."""
+    expected = np.broadcast_to(expected, found.shape)
+    excess = np.abs(found.astype(np.float64) - expected) - allowed
+    worst = np.unravel_index(np.argmax(excess), excess.shape)
+    assert excess[worst] <= 0, (
+        f"{found[worst]} at {worst}, expected {expected[worst]}, off by {excess[worst]:.3g} too much"
+    )

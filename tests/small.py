@@ -29,6 +29,7 @@ from pipeline.tokenizer import identify
 from stages.cache_logits.capture import capture
 from stages.cache_logits.engine import Request
 from tests.helpers import tiny_tokenizer
+from tests.rounding import logit_errors
 
 CONTEXT = 96
 
@@ -247,3 +248,13 @@ def true_logits(teacher: Path, sequence: TokenSequence, vocab_size: int) -> np.n
             rows.append(model(ids).logits[0, :, :vocab_size].numpy())
         start += length
     return np.concatenate(rows)[sequence.target_positions]
+
+
+@functools.cache
+def rounding_of_logits(teacher: Path, corpus: Path, vocab_size: int) -> list[np.ndarray]:
+    """float64 [N, 1] a sequence: how far float32 arithmetic may put the logits at its target positions."""
+    sequences = list(Corpus(corpus).rows())
+    pieces = [np.split(row.token_ids, np.cumsum(row.document_lengths)[:-1]) for row in sequences]
+    errors = iter(logit_errors(float64_model(teacher), list(itertools.chain(*pieces)), vocab_size))
+    rows = [np.concatenate(list(itertools.islice(errors, len(documents)))) for documents in pieces]
+    return [row[sequence.target_positions] for row, sequence in zip(rows, sequences)]

@@ -4,7 +4,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +19,7 @@ from pipeline.manifest import CacheManifest
 from pipeline.runs.commits import COMMITS, SHARDS, commit_path
 from pipeline.shards.reader import layout_of_commit
 from pipeline.shards.verify import verify_cache
-from tests.helpers import run
+from tests.helpers import run, wait_until
 from tests.small import assert_equal_caches, make_cache
 
 ROOT = Path(__file__).parent.parent
@@ -137,10 +136,9 @@ def test_workers_end_with_a_parent_that_was_killed(tmp_path):
     (tmp_path / "script.py").write_text(script)
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     process = subprocess.Popen([sys.executable, str(tmp_path / "script.py")], env=environment)
-    deadline = time.monotonic() + 120
-    while len(started := psutil.Process(process.pid).children()) < 3:  # two workers, and Python's resource tracker
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    command = psutil.Process(process.pid)
+    wait_until(lambda: len(command.children()) == 3)  # two workers, and Python's resource tracker
+    started = command.children()
     process.kill()
     process.wait()
     assert psutil.wait_procs(started, timeout=60)[1] == []

@@ -1,7 +1,10 @@
 """The demo from end to end with tiny models, and a report that claims no more than was measured."""
 
 import dataclasses
+import subprocess
+import sys
 
+import psutil
 import pytest
 
 from pipeline.config import DemoConfig
@@ -13,6 +16,7 @@ from stages.demo.results import STUDENTS, StudentResult, read_results
 from stages.demo.run import Steps
 from tests.helpers import Lines
 from tests.test_demo_teacher import TINY
+from tests.workers import new_cache, tiny_corpus
 
 RECIPE = dataclasses.replace(
     TINY,
@@ -80,3 +84,18 @@ def test_failing_step_stops_the_demo(tmp_path, capfd):
         steps.command("verify", "verify", tmp_path / "nowhere")
     assert "no cache there" in capfd.readouterr().err
     assert not (tmp_path / "steps").exists()
+
+
+def test_command_of_a_killed_demo_ends_with_it(tmp_path):
+    cache = new_cache(tmp_path / "cache", tiny_corpus(tmp_path / "corpus", 2))
+    code = (
+        "from pathlib import Path; from pipeline.progress import Reporter; from stages.demo.run import Steps\n"
+        f"Steps(Path({str(tmp_path)!r}), Reporter()).command('wait', 'status', {str(cache)!r}, '--watch')"
+    )
+    demo = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    assert demo.stdout.readline()  # of the command
+    commands = psutil.Process(demo.pid).children()
+    demo.kill()
+    demo.communicate()
+    assert len(commands) == 1
+    assert psutil.wait_procs(commands, timeout=60)[1] == []

@@ -14,8 +14,8 @@ from pipeline.runs.events import EVENTS, EventLog, read_events
 from pipeline.runs.presence import Presence
 from pipeline.runs.rank import Rank
 from pipeline.runs.status import StatusReader
-from tests.helpers import run
-from tests.test_workers import COUNT, AllergicEngine, HangingEngine, SlowEngine, assert_whole, wait_until
+from tests.helpers import run, wait_until
+from tests.test_workers import COUNT, AllergicEngine, HangingEngine, SlowEngine, assert_whole
 from tests.workers import ALONE, LEASE_S, end_of, new_cache, run_worker, start_worker, tiny_corpus
 
 ALL = 10_000

@@ -14,6 +14,8 @@ from pipeline.lifecycle.export import export_cache
 from pipeline.lifecycle.exported import LAYOUTS
 from pipeline.runs.commits import SHARDS, commit_path
 from tests.helpers import run
+from tests.oracle import assert_within
+from tests.rounding import total_errors
 from tests.small import make_cache
 
 
@@ -43,8 +45,8 @@ def test_plain_rows_are_the_cache_s_sequences(tmp_path, cache_folder, temperatur
         np.testing.assert_array_equal(row["target_ids"], sequence.targets.ids)
         np.testing.assert_array_equal(row["target_logprobs"], sequence.targets.logprobs(temperature))
         np.testing.assert_array_equal(row["tail_mass"], sequence.targets.tail_mass(temperature))
-        total = np.exp(row["target_logprobs"]).sum(1) + row["tail_mass"]
-        np.testing.assert_allclose(total, 1.0, atol=1e-5)
+        probs = np.exp(row["target_logprobs"])
+        assert_within(probs.sum(1) + row["tail_mass"], 1.0, total_errors(probs, row["tail_mass"]))
 
 
 def peer_loss(row: dict, logits_SV: np.ndarray) -> tuple[float, float]:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import kubernetes_validate
 import psutil
@@ -18,11 +19,14 @@ from click.testing import CliRunner
 from pipeline.cli import main
 from pipeline.config import SubmitConfig
 from pipeline.errors import ConfigError
-from pipeline.runs.launch import Job
+from pipeline.progress import Reporter
+from pipeline.runs.launch import Job, local
 from pipeline.runs.launch.kubernetes import write_manifests
 from pipeline.runs.launch.slurm import write_scripts
 from pipeline.storage import Location, ObjectPath
-from tests.launching import ROOT, run, small_job, wait_until
+from tests import leftovers
+from tests.helpers import wait_until
+from tests.launching import ROOT, run, small_job
 
 
 def test_local_pool_survives_a_killed_worker(tmp_path):
@@ -55,6 +59,16 @@ def test_killed_pool_leaves_no_process(tmp_path):
     assert psutil.wait_procs(started, timeout=120)[1] == []
     assert json.loads(next((job.cache / "workers").glob("*.json")).read_text())["state"] in ("drained", "done")
     assert os.listdir(job.cache / "leases") == []
+
+
+def test_pool_that_fails_itself_leaves_no_worker(tmp_path, monkeypatch):
+    job = small_job(tmp_path, sequences=4)
+    monkeypatch.setattr(local, "list_commits", commits := Mock(side_effect=[{}, OSError("disk on fire")]))
+    config = SubmitConfig(launcher="local", cache_logits=job.folder / "cache-logits.yaml", workers=2)
+    with pytest.raises(OSError, match="disk on fire"):
+        local.launch(Job.of(config), Reporter())
+    assert commits.call_count == 2  # one worker had been started
+    assert leftovers.children() == []
 
 
 def submitted(tmp_path, on: str, cache: Location | None = None, **settings: object) -> Job:

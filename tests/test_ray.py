@@ -12,7 +12,8 @@ import tempfile
 import psutil
 import pytest
 
-from tests.launching import ROOT, small_job, wait_until
+from tests.helpers import wait_until
+from tests.launching import ROOT, small_job
 
 pytestmark = [
     pytest.mark.slow,

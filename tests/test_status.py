@@ -13,7 +13,8 @@ from pipeline.errors import PartitionsFailedError
 from pipeline.runs.commits import list_commits
 from pipeline.runs.rank import Rank
 from pipeline.runs.status import StatusReader, describe
-from tests.test_workers import COUNT, AllergicEngine, HangingEngine, wait_until
+from tests.helpers import wait_until
+from tests.test_workers import COUNT, AllergicEngine, HangingEngine
 from tests.workers import end_of, new_cache, run_worker, start_worker, tiny_corpus
 
 

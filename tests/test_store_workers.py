@@ -20,10 +20,10 @@ from pipeline.runs.presence import WORKERS, Presence
 from pipeline.runs.rank import Rank
 from pipeline.shards.reader import open_cache
 from pipeline.shards.verify import verify_cache
-from tests.helpers import run
+from tests.helpers import run, wait_until
 from tests.object_store import end_of_store_worker, start_store_worker
 from tests.small import FakeEngine
-from tests.test_workers import COUNT, AllergicEngine, HangingEngine, SlowEngine, wait_until
+from tests.test_workers import COUNT, AllergicEngine, HangingEngine, SlowEngine
 from tests.workers import ALONE, new_cache, run_worker, tiny_corpus
 
 LEASE_S = 4.0

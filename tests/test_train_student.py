@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +32,7 @@ from stages.train_student.loss import fused_distillation_loss
 from stages.train_student.progress import ReportProgress
 from stages.train_student.row_targets import TAIL_POLICIES
 from stages.train_student.trainer import DistillationTrainer
-from tests.helpers import Lines, tiny_tokenizer
+from tests.helpers import Lines, tiny_tokenizer, wait_until
 from tests.small import llama_config, make_cache
 
 ROOT = Path(__file__).parent.parent
@@ -222,11 +221,7 @@ def test_killed_run_continues_to_the_bit(tmp_path, cache_folder, student):
     config = dataclasses.replace(whole, out=tmp_path / "killed")
     command = [sys.executable, "-m", "pipeline.cli", "train-student", "--config", str(write_yaml(config))]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while newest_whole_checkpoint(config.out / "checkpoints") is None:
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_until(lambda: newest_whole_checkpoint(config.out / "checkpoints") is not None)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (config.out / "metrics.json").exists()
@@ -251,11 +246,7 @@ def test_signal_saves_and_exits_75(tmp_path, cache_folder, student, number):
     config = settings(student, cache_folder, tmp_path / "run", max_steps=100_000, log_steps=7, save_steps=100_000)
     command = [sys.executable, "-m", "pipeline.cli", "train-student", "--config", str(write_yaml(config))]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
-    while not (config.out / "log.jsonl").is_file() or not logged(config.out):
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_until(lambda: (config.out / "log.jsonl").is_file() and logged(config.out))
     process.send_signal(number)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 75, errors

@@ -17,6 +17,7 @@ from pipeline.runs.leases import LEASES, Leases
 from pipeline.runs.rank import Rank, rank_from_environment
 from pipeline.shards.reader import open_cache
 from pipeline.shards.verify import verify_cache
+from tests.helpers import wait_until
 from tests.small import FakeEngine
 from tests.workers import end_of, new_cache, run_worker, start_worker, tiny_corpus
 
@@ -41,14 +42,6 @@ def assert_whole(folder: Path, corpus: Path) -> None:
     assert verify_cache(folder).problems == []
     assert [sequence.key for sequence in open_cache(folder)] == [sequence.key for sequence in Corpus(corpus).rows()]
     assert os.listdir(folder / LEASES) == []
-
-
-def wait_until(condition, deadline_s: float = 60.0) -> None:
-    """Poll until the condition holds."""
-    deadline = time.monotonic() + deadline_s
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 class HangingEngine(FakeEngine):

@@ -4,10 +4,11 @@ import dataclasses
 import functools
 
 from pipeline.config import ConvertConfig
+from pipeline.cpu import available_cores
 from pipeline.errors import ConfigError
 from pipeline.lifecycle.copying import copy_shard
 from pipeline.manifest import TOKENIZER, CacheManifest
-from pipeline.parallel import available_cores, in_processes
+from pipeline.parallel import in_processes
 from pipeline.progress import Reporter
 from pipeline.runs.commits import ShardCommit, read_commit, remove_leftovers
 from pipeline.runs.folder import open_folder

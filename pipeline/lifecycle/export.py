@@ -11,13 +11,14 @@ import pyarrow.parquet as pq
 import xxhash
 
 from pipeline.config import ExportConfig
+from pipeline.cpu import available_cores
 from pipeline.documents import short
 from pipeline.errors import CacheMismatchError, ConfigError, PipelineError
 from pipeline.files import canonical_json, partial_path, publish, read_json, write_json
 from pipeline.lifecycle.copying import sequences_of_shard
 from pipeline.lifecycle.exported import LAYOUTS, Row
 from pipeline.manifest import CacheManifest
-from pipeline.parallel import available_cores, in_processes
+from pipeline.parallel import in_processes
 from pipeline.progress import Reporter
 from pipeline.runs.commits import SHARDS, ShardCommit
 from pipeline.shards.layout import ALIGNMENT, decode

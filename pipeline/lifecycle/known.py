@@ -13,10 +13,11 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.corpus import Corpus, TokenSequence, comparable_keys
+from pipeline.cpu import available_cores
 from pipeline.documents import short
 from pipeline.errors import CacheCorruptError, CacheMismatchError
 from pipeline.manifest import CacheManifest
-from pipeline.parallel import available_cores, map_in_threads
+from pipeline.parallel import map_in_threads
 from pipeline.runs.commits import SHARDS, ShardCommit, read_commit
 from pipeline.shards.containers import Shard
 from pipeline.shards.layout import decode

@@ -14,12 +14,13 @@ import xxhash
 
 from pipeline.config import MergeConfig
 from pipeline.corpus import comparable_keys
+from pipeline.cpu import available_cores
 from pipeline.documents import short
 from pipeline.errors import CacheMismatchError
 from pipeline.files import canonical_json
 from pipeline.lifecycle.copying import copy_shard
 from pipeline.manifest import TOKENIZER, CacheManifest
-from pipeline.parallel import available_cores, in_processes, map_in_threads
+from pipeline.parallel import in_processes, map_in_threads
 from pipeline.progress import Reporter
 from pipeline.runs.commits import ShardCommit, read_commit, remove_leftovers
 from pipeline.runs.folder import open_folder

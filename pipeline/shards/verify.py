@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from pipeline.cpu import available_cores
 from pipeline.errors import CacheCorruptError, CacheError
 from pipeline.files import hash_folder, read_small
 from pipeline.manifest import COPY, MANIFEST, TOKENIZER, CacheManifest
-from pipeline.parallel import available_cores, in_threads
+from pipeline.parallel import in_threads
 from pipeline.runs.commits import SHARDS, ShardCommit, commit_path, read_commit
 from pipeline.shards.layout import ShardLayout, targets_of
 from pipeline.shards.reader import layout_of_commit, open_shard

@@ -19,7 +19,7 @@ from stages.cache_logits.comparison import Difference, differences
 from stages.cache_logits.run import ENGINES
 from stages.cache_logits.scoring import score_sequences
 from stages.cache_logits.teacher import read_teacher
-from stages.cache_logits.vllm_engine import require_vllm
+from stages.cache_logits.vllm_engine import notes, require_vllm
 
 NOISE = {"float32": 1e-4, "float16": 0.02, "bfloat16": 0.1}
 """By the type of the teacher's body: how far two runs of it may put one probability apart. A batch of another
@@ -71,7 +71,10 @@ def audit_cache(config: AuditConfig, reporter: Reporter | None = None) -> AuditR
     noise = NOISE_QUANTISED if teacher.quantization != "none" else NOISE[teacher.dtype]
     report = AuditReport(noise=noise if config.noise is None else config.noise)
     reporter.log(f"{config.cache}: scoring {len(indexes)} of {len(cache):,} sequences again with {capture.engine}")
-    engine = ENGINES[capture.engine](teacher, capture, cache.manifest.sequence_length)
+    for note in notes(teacher) if capture.engine == "vllm" else ():
+        reporter.log(note)
+    with reporter.waiting(f"loading {teacher.folder} with {capture.engine}"):
+        engine = ENGINES[capture.engine](teacher, capture, cache.manifest.sequence_length)
     found: list[tuple[str, Difference]] = []
     with closing(engine), reporter.progress("audit", len(indexes), "sequences") as progress:
         scored = score_sequences(engine, (token_sequence(cache[int(index)]) for index in indexes))

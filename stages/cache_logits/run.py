@@ -12,7 +12,7 @@ from stages.cache_logits.engine import Engine, NoEngine
 from stages.cache_logits.planning import announcement, plan_cache
 from stages.cache_logits.teacher import Teacher
 from stages.cache_logits.transformers_engine import TransformersEngine
-from stages.cache_logits.vllm_engine import VllmEngine, require_vllm
+from stages.cache_logits.vllm_engine import VllmEngine, notes, require_vllm
 from stages.cache_logits.worker import work
 
 ENGINES: dict[str, Callable[[Teacher, CacheConfig, int], Engine]] = {
@@ -47,6 +47,8 @@ def cache_logits(config: CacheConfig, reporter: Reporter | None = None) -> Cache
     if todo:
         remove_leftovers(config.out)
         reporter.log(announcement(config, manifest, todo))
+        for note in notes(plan.teacher) if config.engine == "vllm" else ():
+            reporter.log(note)
         work(
             config.out,
             plan.corpus,

@@ -3,12 +3,14 @@
 Slower than vLLM on large models; serves architectures that vLLM does not know.
 """
 
+import contextlib
 from collections.abc import Hashable, Iterable, Iterator
 
 import torch
 from torch import Tensor
 
 from pipeline.config import CacheConfig
+from pipeline.cpu import has_products
 from pipeline.errors import ConfigError, EngineError
 from pipeline.hidden import ALLOWED, first_forward, mean_difference, perturbed_embeddings
 from pipeline.models import text_body
@@ -16,6 +18,7 @@ from pipeline.targets import SparseTargets
 from stages.cache_logits.draws import reduce_rows
 from stages.cache_logits.engine import Request, reduction_of, unpack
 from stages.cache_logits.teacher import Teacher
+from stages.cache_logits.wide_products import WideProducts
 
 PROBE_TOKENS = 8
 """Tokens on which the float32 head is compared with the model's own logits at start."""
@@ -41,6 +44,8 @@ class TransformersEngine:
         capped = teacher.model.attribute("attn_logit_softcapping")
         model = teacher.model.load(teacher.dtype, attn_implementation="eager" if capped else None)
         self._model = model.to(self._device).eval()
+        widens = self._device.type == "cpu" and not has_products(teacher.dtype)
+        self._products = WideProducts if widens else contextlib.nullcontext
         head = model.get_output_embeddings()
         self._head_VH = head.weight[: self._vocab_size].float()
         self._bias_V = head.bias[: self._vocab_size].float() if getattr(head, "bias", None) is not None else None
@@ -69,7 +74,8 @@ class TransformersEngine:
     def _hidden(self, token_ids: list[Tensor]) -> Tensor:
         """[batch, longest, H] after the final norm. Padding lies to the right, where no causal model looks."""
         padded = torch.nn.utils.rnn.pad_sequence(token_ids, batch_first=True).to(self._device)
-        return text_body(self._model)(input_ids=padded, use_cache=False).last_hidden_state
+        with self._products():
+            return text_body(self._model)(input_ids=padded, use_cache=False).last_hidden_state
 
     def _logits(self, hidden_NH: Tensor) -> Tensor:
         logits_NV = torch.nn.functional.linear(hidden_NH.float(), self._head_VH, self._bias_V)
@@ -92,7 +98,8 @@ class TransformersEngine:
     def _check_head(self) -> None:
         """Refuse a model whose logits are more than its head's weight times its last hidden state."""
         ids = torch.arange(PROBE_TOKENS, device=self._device)[None] % self._vocab_size
-        own = self._model(input_ids=ids, use_cache=False).logits[0, :, : self._vocab_size].float()
+        with self._products():
+            own = self._model(input_ids=ids, use_cache=False).logits[0, :, : self._vocab_size].float()
         difference = (self._logits(self._hidden([ids[0].cpu()])[0]) - own).abs().max().item()
         allowed = 1e-4 if self._model.dtype == torch.float32 else 2e-2
         if difference > allowed * max(1.0, own.abs().max().item()):

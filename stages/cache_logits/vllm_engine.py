@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import CacheConfig
+from pipeline.cpu import slow_products
 from pipeline.errors import EngineError
 from pipeline.files import owner_name
 from pipeline.targets import SparseTargets
@@ -147,10 +148,22 @@ def _load(teacher: Teacher, config: CacheConfig, longest_request: int) -> Any:
         max_num_batched_tokens=max(config.batch_tokens, longest_request),
         max_num_seqs=min(MAX_REQUESTS, max(config.batch_tokens, longest_request)),
         gpu_memory_utilization=config.gpu_memory_utilization,
-        enforce_eager=config.enforce_eager,
+        enforce_eager=_skips_compilation(config),
         enable_prefix_caching=False,
         disable_log_stats=True,
     )
+
+
+def _skips_compilation(config: CacheConfig) -> bool:
+    """What the settings say, else what pays: a CPU's compilation takes minutes and a C++ compiler.
+
+    Stages of a pipeline are compiled in any case: without, vLLM fails on a CPU.
+    """
+    from vllm.platforms import current_platform
+
+    if config.enforce_eager is not None:
+        return config.enforce_eager
+    return current_platform.is_cpu() and config.pipeline_parallel == 1
 
 
 def _prepare_environment(config: CacheConfig) -> None:
@@ -187,6 +200,15 @@ def _cores_of_workers(config: CacheConfig) -> str:
     share = len(cores) // workers
     shares = [cores[start : start + share] for start in range(0, share * workers, share)] if share else []
     return "|".join(",".join(map(str, part)) for part in shares) or "nobind"
+
+
+def notes(teacher: Teacher) -> list[str]:
+    """What a user should know of the time that this machine will take."""
+    import torch
+
+    if torch.cuda.is_available():
+        return []
+    return slow_products(teacher.dtype, "--dtype float32 is faster, and so is --engine transformers")
 
 
 def require_vllm(teacher: Teacher) -> None:

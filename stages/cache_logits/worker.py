@@ -1,15 +1,15 @@
 """One worker of a run: takes partitions, captures them, accounts for every one of them."""
 
 import contextlib
-import time
 from collections.abc import Callable, Iterable
 
 import numpy as np
 
 from pipeline.corpus import Corpus, TokenSequence
 from pipeline.errors import MENDABLE, CorpusError, Drained, PartitionsFailedError, PipelineError
+from pipeline.lifecycle.known import CopiedTargets
 from pipeline.manifest import CacheManifest
-from pipeline.progress import Progress, Reporter, duration
+from pipeline.progress import Progress, Rate, Reporter, duration
 from pipeline.runs.claims import Claims
 from pipeline.runs.commits import ShardCommit, list_commits
 from pipeline.runs.drain import Drain
@@ -92,18 +92,23 @@ class _Worker:
         self._claims, self._presence, self._drain = claims, presence, drain
         self._reporter, self._progress = reporter, progress
         self._tally = _Tally(manifest.temperatures[-1])
-        self._tokens, self._bytes = 0, 0
-        self._started = time.monotonic()
+        self._bytes = 0
+        self._rate = Rate()
+        self._start = contextlib.ExitStack()
+        """Holds what says that the engine is still being started; closed by the first targets."""
         self._blamed: list[set[int]] = []
         self._announced = False
 
     def run(self, make_engine: Callable[[], Engine]) -> None:
         """Capture what `claims` gives, until it gives no more."""
-        with contextlib.ExitStack() as engines:
+        with contextlib.ExitStack() as engines, self._start:
             engine = None
             while self._claims.wait():
                 if engine is None:
                     self._presence.say("loading")
+                    self._start.enter_context(
+                        self._reporter.waiting("starting the teacher: weights, warm-up, first tokens")
+                    )
                     with self._drain.shielded():
                         engine = make_engine()
                     engines.callback(engine.close)
@@ -111,6 +116,7 @@ class _Worker:
                     self._capture(engine)
                 except Exception as exc:
                     engine = None
+                    self._start.close()
                     engines.close()  # requests of the failed call may still be in there
                     self._blame(exc)
 
@@ -140,9 +146,15 @@ class _Worker:
             raise exc
 
     def _on_sequence(self, sequence: TokenSequence, targets: SparseTargets) -> None:
-        self._tokens += len(sequence.token_ids)
-        self._presence.advance(len(sequence.token_ids))
-        self._progress.advance(len(sequence.token_ids), self._tally.note(targets, self._bytes))
+        num_tokens = len(sequence.token_ids)
+        self._presence.advance(num_tokens)
+        note = self._tally.note(targets, self._bytes)
+        if isinstance(targets, CopiedTargets):
+            self._progress.recall(num_tokens)
+        else:
+            self._start.close()
+            self._rate.add(num_tokens)
+            self._progress.advance(num_tokens, note)
         if self._drain.requested and not self._announced:
             self._announce_drain()
 
@@ -151,8 +163,9 @@ class _Worker:
         self._presence.say("draining")
         held = self._presence.leases.held
         tokens = self._manifest.num_tokens / self._manifest.num_partitions * len(held)
-        seconds = tokens * (time.monotonic() - self._started) / self._tokens
-        self._reporter.log(f"draining: {len(held)} partitions in hand, {duration(seconds)} at most; again to drop them")
+        rate = self._rate.lately()
+        at_most = f", {duration(tokens / rate)} at most" if rate else ""
+        self._reporter.log(f"draining: {len(held)} partitions in hand{at_most}; again to drop them")
 
     def _on_commit(self, partition: int, commit: ShardCommit | None) -> None:
         self._claims.settle(partition, won=commit is not None)

@@ -5,6 +5,8 @@ reused; their times are those of the run that did the work.
 """
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -20,6 +22,7 @@ from pipeline.errors import PipelineError
 from pipeline.files import canonical_json, read_document, read_json, write_json
 from pipeline.progress import Reporter, duration
 from pipeline.runs.launch import PIPELINE
+from pipeline.runs.launch.processes import following
 from stages.demo.recipe import DemoRecipe, student_config
 from stages.demo.report import write_report
 from stages.demo.results import STUDENTS, read_results
@@ -59,7 +62,8 @@ class Steps:
             return
         self.reporter.log(f"\n$ pipeline {' '.join(words)}")
         started = time.monotonic()
-        process = subprocess.run([sys.executable, *PIPELINE, *words])
+        environment = {**os.environ, **following(signal.SIGTERM)}
+        process = subprocess.run([sys.executable, *PIPELINE, *words], env=environment)
         if process.returncode != 0:
             raise PipelineError(f"the demo's step {name!r} ended with exit code {process.returncode}; see above.")
         self.seconds[name] = time.monotonic() - started
@@ -102,7 +106,7 @@ def _capture(steps: Steps, config: DemoConfig, recipe: DemoRecipe, teacher: Path
     steps.command(f"prepare-{split}", "prepare", text, "--tokenizer", teacher, "--out", corpus, *length)
     places = ("--teacher", teacher, "--corpus", corpus, "--out", cache)
     targets = ("--top-k", TOP_K, "--temperature", 1.0, "--temperature", recipe.temperature)
-    how = ("--engine", config.engine, "--format", config.format, "--shard-tokens", 32_768, "--enforce-eager")
+    how = ("--engine", config.engine, "--format", config.format, "--shard-tokens", 32_768)
     steps.command(f"cache-logits-{split}", "cache-logits", *places, *targets, *how)
     steps.command(f"verify-{split}", "verify", cache)
 

@@ -13,7 +13,7 @@ import platform
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from pipeline.errors import CorpusError
 from pipeline.files import PARTIAL, canonical_json, hash_file, partial_path, publish, read_json, write_json
 from pipeline.progress import Progress, Reporter, duration
 from pipeline.tokenizer import load_tokenizer, save_tokenizer
+from stages.demo.muon import Muon
 from stages.demo.recipe import DemoRecipe, teacher_config
 from stages.demo.text import TRAIN, collect_text, read_documents
 
@@ -37,8 +38,6 @@ END_OF_TEXT = "<|endoftext|>"
 PADDING = "<|pad|>"
 RECIPE = "recipe.json"
 """Names what a teacher was made of; written before the folder gets its name."""
-CPU_FLAGS = Path("/proc/cpuinfo")
-"""Where Linux lists what the CPU can do."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,17 +148,18 @@ def train_teacher(
 
 
 def _train(model: LlamaForCausalLM, sequences: np.ndarray, recipe: DemoRecipe, progress: Progress) -> None:
-    """Train in place for `teacher_tokens` tokens: Muon for the layers' matrices, AdamW for all else."""
+    """Train in place for `teacher_tokens` tokens: Muon for the layers' matrices, AdamW for all else.
+
+    Everything in float32: not every CPU multiplies bfloat16, and the teacher shall be the same on all of them.
+    """
     batch, steps = recipe.teacher_batch_size, _steps(recipe)
     optimizers = _optimizers(model, recipe)
     schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, _cosine(steps)) for optimizer in optimizers]
-    autocast = torch.autocast("cpu", torch.bfloat16) if has_bfloat16_products() else nullcontext()
     order = _order(len(sequences), steps * batch, recipe.seed)
     for step in range(steps):
         ids = torch.from_numpy(sequences[order[step * batch : (step + 1) * batch]]).long()
-        with autocast:
-            logits = model(ids, use_cache=False).logits
-        loss = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten())
+        logits = model(ids, use_cache=False).logits
+        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer, schedule in zip(optimizers, schedules):
@@ -178,7 +178,7 @@ def _optimizers(model: LlamaForCausalLM, recipe: DemoRecipe) -> list[torch.optim
     chosen = {id(weight) for weight in matrices}
     others = [weight for weight in model.parameters() if id(weight) not in chosen]
     return [
-        torch.optim.Muon(matrices, lr=recipe.teacher_matrix_learning_rate),
+        Muon(matrices, lr=recipe.teacher_matrix_learning_rate),
         torch.optim.AdamW(others, lr=recipe.teacher_learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
     ]
 
@@ -191,16 +191,6 @@ def _cosine(steps: int) -> Any:
         return rise * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / steps)))
 
     return factor
-
-
-def has_bfloat16_products() -> bool:
-    """Whether this CPU multiplies bfloat16 matrices in hardware; without, they are slower than float32 ones.
-
-    Read from the CPU's flags and not from a clock, so that a machine always trains the same teacher.
-    """
-    if not CPU_FLAGS.is_file():
-        return False
-    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(CPU_FLAGS.read_text().split())
 
 
 def _tokenise(train: Path, tokenizer: Any, sequence_length: int) -> np.ndarray:

@@ -121,7 +121,7 @@ class _Work:
         for partition in unit.partitions:
             self._row_keys.update(_row_keys(read_partition(self._config.out, partition)))
         self._num_partitions += len(unit.partitions)
-        self._progress.advance(unit.statistics["input_bytes"], "from an earlier run")
+        self._progress.recall(unit.statistics["input_bytes"])
 
     def do(self, index: int, files: Sequence[InputFile]) -> FinishedUnit:
         """Read, pack and write one unit, and commit it."""

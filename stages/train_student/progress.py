@@ -1,5 +1,6 @@
 """What a run says while it trains: a bar or lines, and log.jsonl."""
 
+import contextlib
 import json
 import math
 from pathlib import Path
@@ -23,6 +24,7 @@ class ReportProgress(TrainerCallback):
     def __init__(self, reporter: Reporter, folder: Path) -> None:
         self._reporter, self._folder = reporter, folder
         self._progress = Progress()
+        self._start = contextlib.ExitStack()
         self._note = ""
 
     def on_train_begin(
@@ -32,10 +34,13 @@ class ReportProgress(TrainerCallback):
         if state.is_world_process_zero:
             lines = "".join(json_line(entry) for entry in state.log_history)
             (self._folder / LOG).write_text(lines, encoding="utf-8")
-            self._progress = self._reporter.progress("train-student", state.max_steps - state.global_step, "steps")
+            self._progress = self._reporter.progress("train-student", state.max_steps, "steps")
+            self._progress.recall(state.global_step)
+            self._start.enter_context(self._reporter.waiting("train-student: the first step"))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """One optimizer step is done."""
+        self._start.close()
         self._progress.advance(1, self._note)
 
     def on_log(
@@ -59,6 +64,7 @@ class ReportProgress(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """No more steps."""
+        self._start.close()
         self._progress.close()
 
 

@@ -1,6 +1,7 @@
 """The command `pipeline train-student`, from its settings to a finished student."""
 
 import pickle
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from transformers import TrainingArguments, set_seed
 
 from pipeline.config import TrainConfig
+from pipeline.cpu import slow_products
 from pipeline.documents import document_of
 from pipeline.errors import Drained, PipelineError
 from pipeline.files import read_json, write_json
@@ -85,7 +87,8 @@ def _train_student(config: TrainConfig, reporter: Reporter) -> dict[str, Any]:
         reporter.log(f"{config.out}: finished before; nothing to do.")
         return read_metrics(config.out)
     with Drain() as drain:
-        trainer = _trainer(config, student, cache, held_out, shape, drain, reporter)
+        with reporter.waiting("loading the student") if rank() == 0 else nullcontext():
+            trainer = _trainer(config, student, cache, held_out, shape, drain, reporter)
         metrics = {"train_seconds": _train(trainer, config, cache, student, tokenizer, reporter)}
     metrics |= {"steps": trainer.state.global_step, "tokens_seen": _tokens_seen(trainer, shape, cache)}
     if held_out is not None:
@@ -119,7 +122,8 @@ def _train(
     if trainer.is_world_process_zero():
         remove_torn_checkpoints(config.out / CHECKPOINTS)
         reporter.log(_announcement(config, trainer, cache, checkpoint))
-        for note in (*student.notes, *special_token_notes(student, tokenizer)):
+        slow = [] if torch.cuda.is_available() else slow_products(config.dtype, "--dtype float32 is faster")
+        for note in (*student.notes, *special_token_notes(student, tokenizer), *slow):
             reporter.log(note)
     try:
         with weights_only():

@@ -1,5 +1,6 @@
 """Workers on this machine: a pool of processes that are started again when they end too early."""
 
+import contextlib
 import os
 import time
 
@@ -21,7 +22,7 @@ def launch(job: Job, reporter: Reporter) -> None:
     """Run workers until the cache is whole, then the training. A signal drains them, a second one kills them."""
     job.prepare_folder()
     pool = _Pool(job, reporter)
-    with Drain(pool.kill) as drain:
+    with contextlib.closing(pool), Drain(pool.kill) as drain:
         pool.capture(drain)
         require_whole(job, reporter)
         if job.submit.train_student is not None:
@@ -79,6 +80,12 @@ class _Pool:
         """Leave nothing running."""
         for child in self._children.values():
             child.kill()
+
+    def close(self) -> None:
+        """After an error of this process workers may still run: they have leases, and go as after a second signal."""
+        for child in self._children.values():
+            if child.poll() is None:
+                child.kill()
 
     def _tend(self, drain: Drain) -> None:
         drained = False

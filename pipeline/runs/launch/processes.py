@@ -33,7 +33,7 @@ class Child:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, **environment, PARENT: f"{os.getpid()} {orphaned.value}"},
+                env={**os.environ, **environment, **following(orphaned)},
                 start_new_session=True,
             )
 
@@ -61,6 +61,11 @@ class Child:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
+
+
+def following(orphaned: signal.Signals) -> dict[str, str]:
+    """Environment of a `pipeline` command that is to receive `orphaned` when this process dies, however it dies."""
+    return {PARENT: f"{os.getpid()} {orphaned.value}"}
 
 
 def follow_parent() -> None:

@@ -104,6 +104,12 @@ class CacheConfig(Settings):
     lease_s: float = setting(
         180.0, "Seconds without a heartbeat after which others take a worker's partitions.", flag="--lease-seconds"
     )
+    stall_s: float = setting(
+        1800.0,
+        "Seconds in which the engine finishes nothing although it has requests, or four times as many in which it does "
+        "not get loaded, after which this worker gives up with exit code 70.",
+        flag="--stall-seconds",
+    )
     max_failures: int = setting(3, "Failures of a partition after which it is set aside and the rest goes on.")
     retry_failed: bool = setting(False, "Try again what was set aside.")
 
@@ -116,6 +122,7 @@ class CacheConfig(Settings):
             self.at_least(name, 1)
         self.at_least("max_failures", 1)
         self.positive("lease_s", (self.lease_s,))
+        self.positive("stall_s", (self.stall_s,))
         if not 0 <= self.worker < self.workers:
             raise ConfigError(f"worker is {self.worker} of {self.workers} workers; count from 0.")
         if not self.temperatures:

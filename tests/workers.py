@@ -66,6 +66,7 @@ def run_worker(
     make_engine: Callable[[CacheManifest], Engine] = FakeEngine,
     reporter: Reporter | None = None,
     lease_s: float = LEASE_S,
+    stall_s: float = 600.0,
 ) -> None:
     """A worker in this process."""
     manifest = CacheManifest.read(folder)
@@ -77,6 +78,7 @@ def run_worker(
         rank=rank,
         lease_s=lease_s,
         max_failures=3,
+        stall_s=stall_s,
         reporter=reporter or Reporter(),
     )
 

@@ -57,6 +57,7 @@ def cache_logits(config: CacheConfig, reporter: Reporter | None = None) -> Cache
             rank=rank,
             lease_s=config.lease_s,
             max_failures=config.max_failures,
+            stall_s=config.stall_s,
             reporter=reporter,
         )
     reporter.log(f"{config.out}: complete, {manifest.num_sequences:,} sequences, {manifest.num_targets:,} targets.")

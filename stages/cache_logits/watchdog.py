@@ -4,6 +4,7 @@ An engine may hang in code that no exception reaches. Only its own time counts: 
 requests, or in which what it gave is written. What is committed stays, leases are released, no partition is blamed.
 """
 
+import contextlib
 import os
 import threading
 import time
@@ -20,6 +21,8 @@ STALLED = 70
 """Exit code of a process whose engine made no progress."""
 LOADING_FACTOR = 4
 """Loading may take so many times as long: nothing tells how far it is."""
+LAST_WORDS_S = 30.0
+"""Seconds in which leases are released and the end is written down."""
 LOOKS = 20
 """How often the watch looks within its limit."""
 
@@ -100,10 +103,11 @@ class WatchedEngine:
 
 
 def end_process(before: Callable[[], None]) -> None:
-    """End this process and all that it has started, at once; `before` is called first, whatever becomes of it."""
-    try:
-        before()
-    finally:
-        for child in psutil.Process().children(recursive=True):
+    """End this process and all that it has started; `before` is called first, and has LAST_WORDS_S."""
+    last_words = threading.Thread(target=before, daemon=True)
+    last_words.start()
+    last_words.join(LAST_WORDS_S)
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
             child.kill()
-        os._exit(STALLED)
+    os._exit(STALLED)

@@ -1,12 +1,14 @@
 """One worker of a run: takes partitions, captures them, accounts for every one of them."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterable
+from contextlib import closing
 
 import numpy as np
 
 from pipeline.corpus import Corpus, TokenSequence
-from pipeline.errors import MENDABLE, CorpusError, Drained, PartitionsFailedError, PipelineError
+from pipeline.errors import MENDABLE, CorpusError, Drained, EngineError, PartitionsFailedError, PipelineError
 from pipeline.lifecycle.known import CopiedTargets
 from pipeline.manifest import CacheManifest
 from pipeline.progress import Progress, Rate, Reporter, duration
@@ -22,6 +24,7 @@ from pipeline.storage import Location
 from pipeline.targets import SparseTargets
 from stages.cache_logits.capture import capture
 from stages.cache_logits.engine import Engine
+from stages.cache_logits.watchdog import Watchdog, WatchedEngine, end_process
 
 BAD_MACHINE = 3
 """After so many failures of different partitions, and no commit between them, a worker blames its machine."""
@@ -36,12 +39,14 @@ def work(
     rank: Rank,
     lease_s: float,
     max_failures: int,
+    stall_s: float,
     reporter: Reporter,
 ) -> None:
     """Work until every partition is committed, by whichever worker.
 
     Raises Drained after a signal, and PartitionsFailedError once all but the partitions that were set
-    aside are committed. The engine is made when there is something to do, and made anew after a failure.
+    aside are committed. The engine is made when there is something to do, and made anew after a failure. One that
+    hangs ends the process (watchdog.py).
     """
     make_places(folder)
     with Presence(folder, rank, lease_s) as presence, Drain(presence.leases.release_all) as drain:
@@ -50,7 +55,8 @@ def work(
         share = manifest.num_tokens * todo // manifest.num_partitions // rank.workers
         with reporter.progress("cache-logits", share) as progress:
             worker = _Worker(folder, corpus, manifest, claims, presence, drain, reporter, progress)
-            worker.run(make_engine)
+            with closing(Watchdog(stall_s, functools.partial(_give_up, folder, presence, reporter))) as watchdog:
+                worker.run(watchdog, make_engine)
         if drain.requested and claims.unsettled():
             presence.say("drained")
             raise Drained(f"{folder}: drained; run the same command again to continue.")
@@ -99,7 +105,7 @@ class _Worker:
         self._blamed: list[set[int]] = []
         self._announced = False
 
-    def run(self, make_engine: Callable[[], Engine]) -> None:
+    def run(self, watchdog: Watchdog, make_engine: Callable[[], Engine]) -> None:
         """Capture what `claims` gives, until it gives no more."""
         with contextlib.ExitStack() as engines, self._start:
             engine = None
@@ -109,8 +115,8 @@ class _Worker:
                     self._start.enter_context(
                         self._reporter.waiting("starting the teacher: weights, warm-up, first tokens")
                     )
-                    with self._drain.shielded():
-                        engine = make_engine()
+                    with self._drain.shielded(), watchdog.loading():
+                        engine = WatchedEngine(make_engine(), watchdog)
                     engines.callback(engine.close)
                 try:
                     self._capture(engine)
@@ -177,6 +183,13 @@ class _Worker:
     def _on_unreadable(self, partition: int, error: CorpusError) -> None:
         self._reporter.log(f"{self._folder}: partition {partition} is set aside: {error}")
         self._claims.reject(partition, one_line(error))
+
+
+def _give_up(folder: Location, presence: Presence, reporter: Reporter, line: str) -> None:
+    """End this process, whose engine hangs: others may have its partitions, which are blamed for nothing."""
+    problem = EngineError(f"{folder}: {line}")
+    reporter.log(f"error: {problem}")
+    end_process(functools.partial(presence.__exit__, EngineError, problem, None))
 
 
 def _what_failed(folder: Location, failures: dict[int, int]) -> str:

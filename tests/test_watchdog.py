@@ -1,0 +1,122 @@
+"""An engine that hangs ends its process, which is said; what only waits for others does not."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from pipeline.corpus import Corpus
+from pipeline.errors import EngineError
+from pipeline.manifest import CacheManifest
+from pipeline.runs.commits import list_commits
+from pipeline.runs.status import StatusReader
+from stages.cache_logits.watchdog import STALLED, Watchdog, WatchedEngine
+from tests.helpers import Lines
+from tests.small import FakeEngine
+from tests.workers import end_of, new_cache, run_worker, tiny_corpus
+
+STALL_S = 0.4
+
+
+class HangingEngine(FakeEngine):
+    """Answers three requests, starts a process and then hangs with others in hand, where no exception reaches it."""
+
+    def __init__(self, manifest: CacheManifest, note: Path) -> None:
+        super().__init__(manifest)
+        self._note = note
+
+    def score(self, requests):
+        answers = super().score(requests)
+        for _ in range(3):
+            yield next(answers)
+        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+        self._note.write_text(str(child.pid))
+        next(answers)
+        while True:
+            time.sleep(600)
+
+
+def in_process(run) -> tuple[int, str]:
+    """Exit code and last line of a forked process."""
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.close(reader)
+        reporter = Lines()
+        reporter.log = lambda line: os.write(writer, f"{line}\n".encode())
+        run(reporter)
+        os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader) as lines:
+        said = lines.read()
+    return end_of(pid), said.strip().splitlines()[-1] if said.strip() else ""
+
+
+def test_engine_that_hangs_ends_its_process_and_blames_no_partition(tmp_path):
+    corpus = tiny_corpus(tmp_path / "corpus", 12)
+    folder = new_cache(tmp_path / "cache", corpus)
+    note = tmp_path / "child"
+
+    def run(reporter):
+        run_worker(folder, corpus, make_engine=lambda m: HangingEngine(m, note), reporter=reporter, stall_s=STALL_S)
+
+    code, line = in_process(run)
+    assert code == STALLED
+    assert "the engine has requests and finishes none: no progress for" in line
+    assert "--stall-seconds" in line
+    child = int(note.read_text())
+    assert not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE
+    assert not list((folder / "failures").glob("*"))
+    assert not list((folder / "leases").glob("*"))
+    (worker,) = StatusReader(folder).read().workers
+    assert worker.state == "failed"
+    assert 0 < len(list_commits(folder)) < 12
+    run_worker(folder, corpus)
+    assert len(list_commits(folder)) == 12
+
+
+def test_engine_that_does_not_get_loaded_ends_its_process(tmp_path):
+    corpus = tiny_corpus(tmp_path / "corpus", 3)
+    folder = new_cache(tmp_path / "cache", corpus)
+
+    def run(reporter):
+        run_worker(folder, corpus, make_engine=lambda m: time.sleep(600), reporter=reporter, stall_s=STALL_S / 4)
+
+    code, line = in_process(run)
+    assert (code, "loading the teacher: no progress" in line) == (STALLED, True)
+
+
+def test_time_in_which_the_engine_has_nothing_to_do_does_not_count(tmp_path):
+    """Slow requests, and whoever takes what it gives, may take any time."""
+    corpus = Corpus(tiny_corpus(tmp_path / "corpus", 6))
+    manifest = CacheManifest.read(new_cache(tmp_path / "cache", corpus.folder))
+    lines: list[str] = []
+    watchdog = Watchdog(STALL_S, lines.append)
+    engine = WatchedEngine(FakeEngine(manifest), watchdog)
+    from stages.cache_logits.scoring import score_sequences
+
+    def slow(sequences):
+        for index, sequence in enumerate(sequences):
+            time.sleep(2 * STALL_S if index == 1 else 0)
+            yield sequence
+
+    for index, _ in enumerate(score_sequences(engine, slow(corpus.rows()))):
+        time.sleep(2 * STALL_S if index == 3 else 0)
+    time.sleep(2 * STALL_S)
+    watchdog.close()
+    assert lines == []
+
+
+def test_faulty_engine_is_no_hanging_one(tmp_path):
+    corpus = tiny_corpus(tmp_path / "corpus", 3)
+    folder = new_cache(tmp_path / "cache", corpus)
+
+    def refuse(manifest):
+        raise EngineError("no such kernel")
+
+    with pytest.raises(EngineError, match="no such kernel"):
+        run_worker(folder, corpus, make_engine=refuse, stall_s=STALL_S)

@@ -16,7 +16,8 @@ from pipeline.runs.commits import list_commits
 from pipeline.runs.status import StatusReader
 from stages.cache_logits.watchdog import STALLED, Watchdog, WatchedEngine
 from tests.helpers import Lines
-from tests.small import FakeEngine
+from tests.small import FakeEngine, make_corpus, random_sequences
+from tests.test_cache_logits import run_command, settings, wait_for_commits
 from tests.workers import end_of, new_cache, run_worker, tiny_corpus
 
 STALL_S = 0.4
@@ -109,6 +110,24 @@ def test_time_in_which_the_engine_has_nothing_to_do_does_not_count(tmp_path):
     time.sleep(2 * STALL_S)
     watchdog.close()
     assert lines == []
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_vllm_that_stands_still_is_given_up(tmp_path, teacher):
+    """Its processes are stopped as a dead-lock would stop them; none of them is left."""
+    corpus = make_corpus(tmp_path / "corpus", random_sequences(600, vocab_size=300))
+    config = settings(teacher, corpus, tmp_path / "cache", engine="vllm", stall_s=20.0)
+    process = run_command(config)
+    wait_for_commits(config.out, 1)
+    engines = psutil.Process(process.pid).children(recursive=True)
+    for engine in engines:
+        engine.suspend()
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == STALLED, said
+    assert "finishes none: no progress for 20s" in said
+    assert psutil.wait_procs(engines, timeout=20)[1] == []
+    assert not list((config.out / "failures").glob("*"))
 
 
 def test_faulty_engine_is_no_hanging_one(tmp_path):

@@ -70,7 +70,7 @@ def a_demo_teacher(folder, rows):
 def a_student(folder, rows, **changes):
     cache = make_cache(folder / "cache", rows)
     llama_config(open_cache(cache).manifest.vocab_size, num_hidden_layers=1).save_pretrained(folder / "student")
-    values = {"student": folder / "student", "eval_cache": cache, "max_steps": 1, "batch_size": 2}
+    values = {"student": folder / "student" / "config.json", "eval_cache": cache, "max_steps": 1, "batch_size": 2}
     train_student(TrainConfig(cache=cache, out=folder / "out", **values | changes))
 
 
@@ -182,7 +182,7 @@ def test_a_user_is_told_what_will_crawl(tmp_path, rows, no_half_products, monkey
     assert not [line for line in lines.lines if "this CPU" in line]
     cache = make_cache(tmp_path / "cache", rows)
     llama_config(open_cache(cache).manifest.vocab_size, num_hidden_layers=1).save_pretrained(tmp_path / "student")
-    values = {"student": tmp_path / "student", "max_steps": 1, "batch_size": 2}
+    values = {"student": tmp_path / "student" / "config.json", "max_steps": 1, "batch_size": 2}
     train_student(TrainConfig(cache=cache, out=tmp_path / "slow", dtype="bfloat16", **values), lines)
     (line,) = [line for line in lines.lines if "this CPU" in line]
     assert "no products of bfloat16 matrices" in line

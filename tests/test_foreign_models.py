@@ -72,7 +72,7 @@ def test_language_model_inside_a_seeing_one_is_exact(tmp_path, short_corpus, kin
     teacher = make_seeing_model(tmp_path / "teacher", kind)
     config = settings(teacher, short_corpus, tmp_path / "cache")
     capture(config)
-    assert_exact(config.out, teacher, short_corpus, 1e-5)
+    assert_exact(config.out, teacher, short_corpus)
 
 
 @pytest.mark.vllm
@@ -82,7 +82,7 @@ def test_language_model_inside_a_seeing_one_is_exact_in_vllm(tmp_path, short_cor
     teacher = make_seeing_model(tmp_path / "teacher", kind)
     config = settings(teacher, short_corpus, tmp_path / "cache", engine="vllm")
     capture(config)
-    assert_exact(config.out, teacher, short_corpus, 1e-5)
+    assert_exact(config.out, teacher, short_corpus)
 
 
 @pytest.mark.parametrize("kind", ["gemma3", "mistral3"])
@@ -126,7 +126,7 @@ def test_tokenizer_with_more_ids_than_the_head_is_taken_where_the_corpus_uses_no
     manifest = cache_logits(config, reporter)
     assert (manifest.vocab_size, manifest.largest_token_id) == (own - 20, Corpus(short_corpus).largest_token_id())
     assert any(f"a head of {own - 20} ids for a tokenizer of {own}" in line for line in reporter.lines)
-    assert_exact(config.out, config.teacher, short_corpus, 1e-5)
+    assert_exact(config.out, config.teacher, short_corpus)
     make_model(tmp_path / "teacher", manifest.largest_token_id)
     with pytest.raises(ConfigError, match=rf"holds id {manifest.largest_token_id} \(its tokenizer has {own}\)"):
         cache_logits(settings(tmp_path / "teacher", short_corpus, tmp_path / "other"))
@@ -213,7 +213,7 @@ def test_value_head_beside_the_teacher_is_left_out_with_a_note(tmp_path, short_c
         cache_logits(config, reporter)
         said = "\n".join(reporter.lines)
     assert "v_head.summary.weight: no part of the teacher, left out" in said
-    assert_exact(config.out, teacher, short_corpus, 1e-5)
+    assert_exact(config.out, teacher, short_corpus)
 
 
 @pytest.mark.parametrize("engine", ["transformers", "vllm"])

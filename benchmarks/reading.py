@@ -146,7 +146,7 @@ def _manifest(folder: Path, container: str, partitions: tuple[int, ...], length:
         (folder / name).mkdir(parents=True)
     manifest = CacheManifest(
         teacher={"architecture": "benchmark"},
-        tokenizer=TokenizerIdentity(vocab_size=VOCAB_SIZE, vocabulary="benchmark", probe="benchmark"),
+        tokenizer=TokenizerIdentity(vocab_size=VOCAB_SIZE, vocabulary="0" * 32, probe="0" * 32),
         vocab_size=VOCAB_SIZE,
         padded_vocab_size=VOCAB_SIZE,
         top_k=64,
@@ -155,7 +155,7 @@ def _manifest(folder: Path, container: str, partitions: tuple[int, ...], length:
         draw_temperature=None,
         max_kl_error=1e-4,
         container=container,
-        corpus="benchmark",
+        corpus="0" * 32,
         packing="isolated",
         sequence_length=length,
         num_tokens=partitions[-1] * length,

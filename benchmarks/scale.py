@@ -23,7 +23,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -181,7 +181,7 @@ def manifest_of(folder: Location, num_partitions: int, meter: Meter) -> CacheMan
 
 def fake_manifest(partitions: tuple[int, ...], num_tokens: int) -> CacheManifest:
     """A manifest of which only the division of the work matters."""
-    tokenizer = TokenizerIdentity(**{field.name: "" for field in fields(TokenizerIdentity)} | {"vocab_size": 102_400})
+    tokenizer = TokenizerIdentity(vocab_size=102_400, vocabulary="0" * 32, probe="0" * 32)
     return CacheManifest(
         teacher={},
         tokenizer=tokenizer,
@@ -193,7 +193,7 @@ def fake_manifest(partitions: tuple[int, ...], num_tokens: int) -> CacheManifest
         draw_temperature=None,
         max_kl_error=1e-4,
         container="arrow",
-        corpus="",
+        corpus="0" * 32,
         packing="isolated",
         sequence_length=SEQUENCE_TOKENS,
         num_tokens=num_tokens,

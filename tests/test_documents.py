@@ -44,6 +44,7 @@ from tests.helpers import run, tiny_tokenizer
 from tests.small import fake_manifest, make_corpus, random_sequences
 from tests.workers import run_worker
 
+SHAPE = StepShape(batch_size=1, accumulation=1, rank=0, world_size=1)
 MEMORY_MB = 300
 """What all cases of a test may add to the process."""
 
@@ -75,6 +76,8 @@ def scene(tmp_path_factory) -> Scene:
     root = tmp_path_factory.mktemp("scene")
     (root / "outside").mkdir()
     (root / "outside" / "mine").write_text("mine\n")
+    (root / "student").mkdir()
+    (root / "student" / "config.json").write_text('{"model_type": "llama", "vocab_size": 300}')
     corpus = make_corpus(root / "corpus", random_sequences(12, vocab_size=300))
     caches = {}
     for container in ("arrow", "zarr"):
@@ -156,11 +159,13 @@ def reuse(cache: Path, scene: Scene) -> None:
 def train(cache: Path, scene: Scene) -> None:
     out = cache.parent / "trained"
     shutil.rmtree(out, ignore_errors=True)
-    config = TrainConfig(student=scene.corpus, cache=cache, out=out, temperature=2.0, tail="hybrid")
+    config = TrainConfig(
+        student=scene.root / "student" / "config.json", cache=cache, out=out, temperature=2.0, tail="hybrid"
+    )
     manifest = CacheManifest.read(cache)
     require_targets(config, manifest)
-    open_training(config, manifest, StepShape(batch_size=1, accumulation=1, rank=0, world_size=1))
-    open_training(config, manifest, StepShape(batch_size=1, accumulation=1, rank=0, world_size=1))
+    open_training(config, manifest, None, SHAPE)
+    open_training(config, manifest, None, SHAPE)
 
 
 def plan(cache: Path, scene: Scene) -> None:
@@ -277,9 +282,10 @@ def forge_training(work: Path, scene: Scene, take: Callable[[list], list]) -> in
     checkpoint.mkdir(parents=True)
     write_json(checkpoint / MARK, {"step": 2, "sums": [0.5, 0.25, 0.25], "good_steps": 1, "history": [0.5, 0.25]})
     write_json(out / METRICS, {"steps": 2, "eval_cross_entropy": 1.5, "train_seconds": 0.5})
-    config = TrainConfig(student=scene.corpus, cache=cache, out=out, temperature=2.0, tail="hybrid")
-    shape = StepShape(batch_size=1, accumulation=1, rank=0, world_size=1)
-    count = forge(out / RUN, scene, (lambda: open_training(config, CacheManifest.read(cache), shape),), take)
+    config = TrainConfig(
+        student=scene.root / "student" / "config.json", cache=cache, out=out, temperature=2.0, tail="hybrid"
+    )
+    count = forge(out / RUN, scene, (lambda: open_training(config, CacheManifest.read(cache), None, SHAPE),), take)
     count += forge(checkpoint / MARK, scene, (lambda: read_mark(newest_whole_checkpoint(out / "checkpoints")),), take)
     count += forge(out / METRICS, scene, (lambda: read_metrics(out),), take)
     settings = ExportConfig(cache=cache, to="parquet", out=work / "exported", temperature=1.0, workers=1)

@@ -10,7 +10,7 @@ import numpy as np
 from pipeline.copies import local_copy
 from pipeline.errors import CacheCorruptError
 from pipeline.files import hash_file
-from pipeline.manifest import CacheManifest
+from pipeline.manifest import MANIFEST, CacheManifest
 from pipeline.runs.commits import SHARDS, ShardCommit
 from pipeline.shards.containers import CONTAINERS, Shard, structure_of
 from pipeline.shards.index import open_index
@@ -34,6 +34,10 @@ class Cache:
         self.folder = folder
         self.manifest = CacheManifest.read(folder)
         self.commits = open_index(folder, self.manifest)
+        for name in ("num_tokens", "num_targets"):  # partitions may be missing from the manifest itself
+            found, expected = int(self.commits.column(name).sum()), getattr(self.manifest, name)
+            if found != expected:
+                raise CacheCorruptError(f"{folder / MANIFEST}: {name} is {expected}; its partitions have {found}.")
         self._starts = np.array(self.manifest.partitions)
         self._shards: OrderedDict[int, tuple[Shard, ShardLayout, str]] = OrderedDict()
         self._whole_copies: set[int] = set()

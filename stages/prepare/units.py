@@ -35,7 +35,7 @@ KEY_BYTES = 16
 class FinishedUnit:
     """The record of one unit."""
 
-    files: list[list[str | int]]
+    files: list[tuple[str, int, int]]
     """Identities of its input files."""
     partitions: tuple[CorpusPartition, ...]
     statistics: dict[str, Count]

@@ -35,7 +35,7 @@ Width = Annotated[int, Meta(ge=0, le=2**24)]
 """Columns of an array, ids of a vocabulary: what memory is asked for by."""
 Finite = Annotated[float, Meta(ge=-1e300, le=1e300)]
 Temperature = Annotated[float, Meta(gt=0, le=1e300)]
-SHOWN = 60
+SHOWN = 160
 """Characters of a value that a message shows."""
 
 

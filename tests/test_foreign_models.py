@@ -256,7 +256,7 @@ def test_teacher_that_sees_what_comes_is_refused(tmp_path, short_corpus):
     shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
     config = BertConfig(vocab_size=413, max_position_embeddings=CONTEXT, initializer_range=0.3, **shape)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "teacher")
-    with pytest.raises(EngineError, match="depends on the tokens after it"):
+    with pytest.raises(EngineError, match="when other text or padding follows it"):
         cache_logits(settings(tmp_path / "teacher", short_corpus, tmp_path / "cache"))
 
 

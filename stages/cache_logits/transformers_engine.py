@@ -22,6 +22,8 @@ from stages.cache_logits.wide_products import WideProducts
 
 PROBE_TOKENS = 8
 """Tokens on which the float32 head is compared with the model's own logits at start."""
+PADDING_PROBE = 48
+"""Tokens of the longer of two texts that are run alone and padded, at start."""
 SORTED_BATCHES = 16
 """Batches' worth of requests that are sorted by length, so that batches hold little padding."""
 

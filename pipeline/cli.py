@@ -1,7 +1,8 @@
 """The command line: the only code that prints results or chooses an exit code.
 
 Exit codes: 0 done, 1 `verify` found damage or `audit` a disagreement, 2 a mistake or fault that the
-user can mend, 75 drained after a signal; `status` has 3 and 4. Anything else keeps its traceback. A
+user can mend, 75 drained after a signal, or a store that does not answer: run it again; `status` has 3 and 4. Anything
+else keeps its traceback. A
 command imports its stage inside its function, so that `--help` loads neither torch nor vllm.
 """
 
@@ -54,6 +55,7 @@ class _Main(click.Group):
             sys.exit(drained.exit_code)
         except PipelineError as error:
             click.echo(f"error: {printable(str(error))}", err=True)
+            sys.exit(error.exit_code)
         except OSError as error:
             if error.errno not in MENDABLE:
                 raise

@@ -5,7 +5,8 @@
     ├── CorpusError                 input text, or a tokenised corpus
     ├── EngineError                 a teacher that the chosen engine cannot serve
     ├── Drained                     asked to stop: run the same command again (exit code 75)
-    ├── StorageError                an object store that refuses, or does not answer in time
+    ├── StorageError                an object store that refuses
+    │   └── StorageSilentError      one that does not answer: run the same command again (exit code 75)
     └── CacheError                  a folder of cached targets
         ├── PartitionsFailedError   partitions were set aside after failures; the rest is captured
         ├── CacheIncompleteError    partitions are missing: run `pipeline cache-logits` again
@@ -27,6 +28,8 @@ read-only folder, a file in the place of a folder."""
 class PipelineError(Exception):
     """A mistake or a fault that the user can mend."""
 
+    exit_code = 2
+
 
 class ConfigError(PipelineError):
     """A setting, a flag or a YAML key is wrong."""
@@ -47,7 +50,13 @@ class Drained(PipelineError):
 
 
 class StorageError(PipelineError):
-    """An object store refuses a request, or does not answer in time."""
+    """An object store refuses a request."""
+
+
+class StorageSilentError(StorageError):
+    """An object store did not answer for as long as it is waited for; nothing is wrong with the command."""
+
+    exit_code = 75
 
 
 class CacheError(PipelineError):

@@ -5,19 +5,17 @@ code above knows no difference but this: a shard is read through a copy on this 
 and a file comes into being whole, by one PUT, instead of by a rename.
 
 Credentials and endpoint come from the environment (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, ...), as the
-store's own tools read them. Dropped connections, server errors and throttling are retried for RETRY_S.
+store's own tools read them. What fails is tried again as pipeline/patience.py says.
 """
 
 import contextlib
 import functools
-import itertools
 import math
 import os
 import posixpath
 import re
 import subprocess
 import sys
-import time
 import urllib.parse
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -25,14 +23,22 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TypeVar
 
-from pipeline.errors import ConfigError, StorageError
+from pipeline.errors import ConfigError, StorageError, StorageSilentError
+from pipeline.patience import DOUBT, ask, is_bucket_missing, kind_of, patience_s
 
-RETRY_S = 120.0
-"""Seconds for which a request that fails by no fault of ours is tried again."""
-ATTEMPTS = 4
-"""Times that a request is made whose answer broke off."""
-RANGE_BYTES = 16 << 20
-"""Bytes of a file that are asked for at a time."""
+RANGE_BYTES, RANGES = 8 << 20, 8
+"""Bytes of a file that are asked for at a time, and how many such requests are under way."""
+PARTS = 4
+"""Parts of an upload, of 5 MiB, that are under way at a time."""
+STALL_S, PART_S, LONGEST_S = 30.0, 300.0, 3600.0
+"""Seconds without a byte after which an answer is given up; for which a part of an upload may take, whose connection
+says nothing while it is sent; that any request may take. A link of 70 kB/s is fast enough for all of them."""
+UPLOAD_RETRY_S = 60.0
+"""Seconds for which a part is sent again. After that the whole upload is."""
+CLIENT_OPTIONS = ("allow_http", "allow_invalid_certificates", "connect_timeout", "http1_only", "http2_only")
+CLIENT_OPTIONS += ("pool_idle_timeout", "pool_max_idle_per_host", "proxy_ca_certificate", "proxy_excludes", "proxy_url")
+CLIENT_OPTIONS += ("read_timeout", "root_certificate", "timeout", "user_agent")
+"""Of the store's client, as it reads them in the environment, behind a prefix."""
 SCHEMES = ("s3", "s3a", "gs", "az", "abfs", "abfss")
 
 Version = dict[str, str]
@@ -44,7 +50,7 @@ class ObjectPath:
     """An object, or the common prefix of several, used like a pathlib.Path."""
 
     def __init__(self, url: str, patience_s: float | None = None) -> None:
-        """`patience_s` takes the place of RETRY_S, for this path and those below it."""
+        """`patience_s` makes all requests for this path and those below it hasty: so long is tried at most."""
         scheme, _, rest = url.partition("://")
         bucket, _, key = rest.partition("/")
         if scheme not in SCHEMES or not bucket:
@@ -84,7 +90,7 @@ class ObjectPath:
     @property
     def parent(self) -> "ObjectPath":
         """The URL without its last part."""
-        return ObjectPath(f"{self._root}/{posixpath.dirname(self._key)}")
+        return ObjectPath(f"{self._root}/{posixpath.dirname(self._key)}", self._patience_s)
 
     def is_file(self) -> bool:
         """Whether there is an object of this very name."""
@@ -104,14 +110,22 @@ class ObjectPath:
 
     def stat(self) -> Any:
         """An object with `st_size` and `st_mtime`; raises FileNotFoundError."""
-        head = self._call("read", lambda store, key: _obstore().head(store, key))
+        head = self._call("read", _head)
         return SimpleNamespace(st_size=int(head["size"]), st_mtime=head["last_modified"].timestamp())
 
     def iterdir(self) -> "Iterator[ObjectPath]":
         """What lies directly below, by name."""
-        found = self._call("list", lambda store, key: _obstore().list_with_delimiter(store, f"{key}/" if key else None))
-        names = [entry["path"] for entry in found["objects"]] + list(found["common_prefixes"])
-        return iter(sorted(ObjectPath(f"{self._root}/{name}") for name in names))
+        from obstore.exceptions import PermissionDeniedError
+
+        def names(store: Any, key: str) -> list[str]:
+            found = _obstore().list_with_delimiter(store, f"{key}/" if key else None)
+            listed = [entry["path"] for entry in found["objects"]] + list(found["common_prefixes"])
+            if not listed:  # so reads a proxy's page, too
+                with contextlib.suppress(FileNotFoundError, PermissionDeniedError):
+                    _head(store, f"{key}/.nothing".strip("/"))
+            return listed
+
+        return iter(sorted(ObjectPath(f"{self._root}/{name}", self._patience_s) for name in self._call("list", names)))
 
     def read_bytes(self, at_most: float = math.inf) -> bytes | None:
         """The whole object, None if it is larger than that; raises FileNotFoundError."""
@@ -122,8 +136,9 @@ class ObjectPath:
 
         def get(store: Any, key: str) -> tuple[bytes | None, float]:
             found = _obstore().get(store, key)
-            contents = bytes(found.bytes()) if found.meta["size"] <= at_most else None
-            return contents, found.meta["last_modified"].timestamp()
+            meta = _of_a_store(found.meta)
+            contents = bytes(found.bytes()) if meta["size"] <= at_most else None
+            return contents, meta["last_modified"].timestamp()
 
         return self._call("read", get)
 
@@ -152,20 +167,26 @@ class ObjectPath:
             except (AlreadyExistsError, PreconditionError):
                 try:
                     found = _obstore().get(store, key)
-                    return _version(found.meta) if bytes(found.bytes()) == contents else None
-                except FileNotFoundError:
-                    return None
+                    meta = _of_a_store(found.meta)
+                    return _version(meta) if bytes(found.bytes()) == contents else None
+                except FileNotFoundError as gone:
+                    if is_bucket_missing(gone):
+                        raise
+                    if version is not None:
+                        return None
+            raise AlreadyExistsError("status code: 409: a conflict with a request that came to nothing")
 
         return self._call("write", put)
 
     def upload(self, source: Path) -> None:
-        """Write the object from a file."""
+        """Write the object from a file, in parts, of which memory holds a few."""
+        with source.open("rb") as file:
 
-        def put(store: Any, key: str) -> None:
-            with source.open("rb") as file:
-                _obstore().put(store, key, file)
+            def put(store: Any, key: str) -> None:
+                file.seek(0)
+                _obstore().put(store, key, file, max_concurrency=PARTS)
 
-        self._call("write", put)
+            self._call("write", put, in_parts=True)
 
     def download(self, target: Path, num_bytes: int) -> None:
         """Write the object into a file, several ranges at a time; ValueError if it is of another size.
@@ -173,11 +194,7 @@ class ObjectPath:
         Also in a process that was forked.
         """
         if _is_forked():
-            command = [sys.executable, "-P", "-m", "pipeline.storage", str(self), str(target), str(num_bytes)]
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode:
-                raise StorageError(done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"{self}: no copy.")
-            return
+            return _download_in_a_process(self, target, num_bytes)
         from pipeline.parallel import in_threads
 
         size = self.stat().st_size
@@ -188,7 +205,7 @@ class ObjectPath:
             def copy(start: int) -> None:
                 os.pwrite(file.fileno(), self.read_range(start, min(start + RANGE_BYTES, size)), start)
 
-            for _ in in_threads(copy, range(0, size, RANGE_BYTES), 8):
+            for _ in in_threads(copy, range(0, size, RANGE_BYTES), RANGES):
                 pass
 
     def unlink(self, missing_ok: bool = False) -> None:
@@ -196,23 +213,23 @@ class ObjectPath:
         with contextlib.suppress(FileNotFoundError):  # Azure says so, S3 does not
             self._call("delete", lambda store, key: _obstore().delete(store, key))
 
-    def _call(self, verb: str, request: Callable[[Any, str], Result]) -> Result:
-        """The answer to a request; what the store's client raises becomes a StorageError of one line."""
-        from obstore.exceptions import BaseError, GenericError
-
+    def _call(self, verb: str, request: Callable[[Any, str], Result], *, in_parts: bool = False) -> Result:
+        """The answer to a request, waited for as patience.py says; raises FileNotFoundError, StorageError."""
         if _is_forked():
             raise RuntimeError(f"{self}: asked for in a forked process; the client's threads do not live there")
-        retry_s = RETRY_S if self._patience_s is None else min(self._patience_s, RETRY_S)
-        deadline = time.monotonic() + retry_s
-        for attempt in itertools.count(1):
+
+        from obstore.exceptions import BaseError
+
+        def ask_once(client_s: float) -> Result:
             try:
-                return request(_store(self._root, retry_s), self._key)
-            except BaseError as exc:  # the client has tried again itself, but not where a body broke off
-                if not isinstance(exc, GenericError) or attempt == ATTEMPTS or time.monotonic() > deadline:
-                    reason = without_secrets(" ".join(str(exc).split("\n\nDebug source")[0].split()))
-                    raise StorageError(f"{self}: cannot {verb} it: {reason[:400]}") from exc
-            time.sleep(0.1 * 2**attempt)
-        raise AssertionError
+                return request(_store(self._root, client_s, in_parts), self._key)
+            except (BaseError, FileNotFoundError) as exc:
+                if kind_of(exc) == DOUBT:
+                    _store.cache_clear()  # the next one reads the credentials anew
+                raise
+
+        what = f"{self}: cannot {verb} it"
+        return ask(self._root, ask_once, what, lambda reason: without_secrets(reason)[:400], self._patience_s)
 
 
 Location = Path | ObjectPath
@@ -272,15 +289,48 @@ def _version(answer: Any) -> Version:
     return {name: answer[name] for name in ("e_tag", "version") if answer[name] is not None}
 
 
+def _of_a_store(meta: Any) -> Any:
+    """What is known of an object; raises GenericError if that was not said by a store, but by a proxy with a page."""
+    from obstore.exceptions import GenericError
+
+    if meta["e_tag"] is None:
+        raise GenericError("an answer without an ETag, which is none of an object store")
+    return meta
+
+
+def _head(store: Any, key: str) -> Any:
+    """What is known of an object."""
+    from obstore.exceptions import BaseError
+
+    try:
+        return _of_a_store(_obstore().head(store, key))
+    except BaseError as exc:
+        if not re.search("status code: 40[013]", str(exc)):
+            raise
+    return _of_a_store(_obstore().get(store, key).meta)  # whose answer has a body, and with it the reason
+
+
 @functools.lru_cache
-def _store(root: str, retry_s: float) -> Any:
+def _store(root: str, retry_s: float, in_parts: bool) -> Any:
     from obstore.store import from_url
 
     global _first_user
     _first_user = os.getpid()
+    retry_s = min(UPLOAD_RETRY_S, patience_s()) if in_parts else retry_s
+    limits = (
+        {"timeout": PART_S} if in_parts else {"timeout": LONGEST_S, "read_timeout": max(1.0, min(STALL_S, 3 * retry_s))}
+    )
+    options = {name: timedelta(seconds=limit) for name, limit in limits.items()} | _client_options(root)
     backoff = {"init_backoff": timedelta(seconds=0.1), "max_backoff": timedelta(seconds=5), "base": 2}
     retry = {"max_retries": 1000, "retry_timeout": timedelta(seconds=retry_s), "backoff": backoff}
-    return from_url(root, retry_config=retry)
+    return from_url(root, client_options=options, retry_config=retry)
+
+
+def _client_options(root: str) -> dict[str, str]:
+    """The client's options in the environment (AWS_ALLOW_HTTP, AZURE_PROXY_URL, ...): ours would hide them."""
+    prefix = {"s3": "AWS_", "gs": "GOOGLE_"}.get(root[:2], "AZURE_")
+    found = {name: os.environ.get(prefix + name.upper()) for name in CLIENT_OPTIONS}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 _first_user: int | None = None
@@ -291,13 +341,30 @@ def _is_forked() -> bool:
     return _first_user not in (None, os.getpid())
 
 
-def main(url: str, target: str, num_bytes: str) -> None:
-    """Download an object; what a forked process starts."""
+def _download_in_a_process(path: ObjectPath, target: Path, num_bytes: int) -> None:
+    """What `download` does, by a new process; what that says while it waits goes to our standard error."""
+    command = [sys.executable, "-P", "-m", "pipeline.storage", str(path), str(target), str(num_bytes)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        kinds = {StorageSilentError.exit_code: StorageSilentError, NOT_FOUND: FileNotFoundError, OTHER_SIZE: ValueError}
+        raise kinds.get(done.returncode, StorageError)(done.stdout.strip() or f"{path}: no copy could be made.")
+
+
+NOT_FOUND, OTHER_SIZE = 3, 4
+"""Exit codes of that process."""
+
+
+def main(url: str, target: str, num_bytes: str) -> int:
+    """Download an object; what a forked process starts. An error goes to standard output."""
     try:
         ObjectPath(url).download(Path(target), int(num_bytes))
-    except (StorageError, FileNotFoundError, ValueError) as error:
-        sys.exit(str(error))
+    except (StorageError, FileNotFoundError, ValueError, OSError) as error:
+        print(error)
+        if isinstance(error, StorageError):
+            return error.exit_code
+        return NOT_FOUND if isinstance(error, FileNotFoundError) else OTHER_SIZE if isinstance(error, ValueError) else 1
+    return 0
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    sys.exit(main(*sys.argv[1:]))

@@ -5,13 +5,14 @@ import os
 import numpy as np
 import pytest
 
-from pipeline import copies, open_cache, storage
+from pipeline import copies, open_cache
 from pipeline.config import TrainConfig
 from pipeline.errors import (
     ConfigError,
     StorageError,
 )
 from pipeline.files import hash_file, owner_name, write_json
+from pipeline.patience import PATIENCE
 from pipeline.runs.commits import COMMITS, SHARDS, remove_leftovers
 from pipeline.settings import load_config
 from pipeline.shards.verify import verify_cache
@@ -52,12 +53,12 @@ def test_passing_faults_of_reads_are_retried(server, url, local, kind):
 
 
 def test_lasting_faults_are_one_clear_error(server, url, local, monkeypatch):
-    monkeypatch.setattr(storage, "RETRY_S", 0.3)
+    monkeypatch.setenv(PATIENCE, "0.3")
     put_cache(local, url)
     for kind, message in [("500", "InternalError"), ("throttle", "SlowDown"), ("drop", "error sending request")]:
         server.fail((kind, "GET", "manifest.json", 10_000))
         code, _, err = run("verify", url)
-        assert code == 2
+        assert code == 75
         assert err.count("\n") == 1
         assert f"{url}/manifest.json: cannot read it: " in err
         assert message in err

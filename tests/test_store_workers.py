@@ -8,10 +8,10 @@ from random import Random
 
 import pytest
 
-from pipeline import storage
 from pipeline.corpus import Corpus
 from pipeline.errors import PartitionsFailedError, StorageError
 from pipeline.files import list_names
+from pipeline.patience import PATIENCE
 from pipeline.runs.commits import SHARDS, list_commits
 from pipeline.runs.failures import forget_failures, list_failures, read_failure
 from pipeline.runs.leases import LEASES, Leases, list_leases
@@ -193,7 +193,7 @@ def test_capture_goes_on_while_beats_fail(server, cache, rows):
 
 
 def test_commit_that_the_store_does_not_take_reaches_the_caller(server, cache, rows, monkeypatch):
-    monkeypatch.setattr(storage, "RETRY_S", 0.3)
+    monkeypatch.setenv(PATIENCE, "0.3")
     server.fail(("500", "PUT", "/commits/00003", 10_000))
     with pytest.raises(StorageError, match=r"commits/00003\.json: cannot write it"):
         run_worker(cache, rows, lease_s=LONG_S)

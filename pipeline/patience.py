@@ -1,0 +1,211 @@
+"""Patience with an object store: which of its failures pass, how long they are waited for, what is said meanwhile.
+
+An outage (no connection, no answer, a server error, throttling) is waited out for LOGIT_CACHE_PATIENCE_S and then a
+StorageSilentError, with which a launcher runs the command again. What may pass by itself but is rather a mistake
+(credentials that have run out, a wrong clock, an answer that is none of a store) is waited for DOUBT_S. A refusal is
+final at once. Both are a StorageError.
+"""
+
+import itertools
+import logging
+import math
+import os
+import re
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from typing import TypeVar
+
+from pipeline.errors import ConfigError, StorageError, StorageSilentError
+from pipeline.progress import duration
+
+PATIENCE = "LOGIT_CACHE_PATIENCE_S"
+"""Environment variable: seconds for which a store that does not answer is waited for."""
+DEFAULT_S = 600.0
+DOUBT_S = 60.0
+"""Seconds for which a failure is waited for that is rather a mistake than an outage."""
+CLIENT_S = 10.0
+"""Seconds for which the store's client tries again itself; what we try again is signed anew."""
+LONGEST_PAUSE_S = 10.0
+SAY_AFTER_S = 10.0
+"""A store that is silent for so long is spoken of."""
+OUTAGE, DOUBT, REFUSAL, ABSENT = "outage", "doubt", "refusal", "absent"
+"""What a failure may be. Absent: the store has answered that there is no such object."""
+
+Result = TypeVar("Result")
+_say = logging.getLogger(__name__).warning
+"""Standard error unless a program sets it up otherwise, in every process of ours: no stage has to hand a reporter down."""
+
+
+def number_of_environment(name: str, default: float) -> float:
+    """A setting from the environment, not negative; raises ConfigError."""
+    text = os.environ.get(name) or str(default)
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not number >= 0:
+        raise ConfigError(f"{name} is {text!r}; expected a number, 0 or more, like {default:g}.")
+    return number
+
+
+def patience_s() -> float:
+    """Seconds for which an outage is waited for."""
+    return number_of_environment(PATIENCE, DEFAULT_S)
+
+
+class _Silence:
+    """What is known of one store by all threads of this process."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._waiting = 0
+        self._since: float | None = None
+
+    @property
+    def said(self) -> bool:
+        """The store is known to be silent."""
+        return self._since is not None
+
+    def begins(self) -> None:
+        """A request has failed and waits."""
+        with self._lock:
+            self._waiting += 1
+
+    def ends(self) -> None:
+        """A request waits no more, whether it was answered or given up."""
+        with self._lock:
+            self._waiting -= 1
+
+    def say(self, store: str, line: str, since: float) -> None:
+        """Say it, once."""
+        with self._lock:
+            first, self._since = self._since is None, since if self._since is None else self._since
+        if first:
+            _say(f"{store}: does not answer: {line}; waiting up to {_shown(patience_s())} ({PATIENCE})")
+
+    def answered(self, store: str) -> None:
+        """Say, once, that all who waited have been answered."""
+        with self._lock:
+            since = self._since if not self._waiting else None
+            if since is not None:
+                self._since = None
+        if since is not None:
+            _say(f"{store}: answers again, after {duration(time.monotonic() - since)}")
+
+
+_silences: dict[str, _Silence] = defaultdict(_Silence)
+_interrupted = threading.Event()
+
+
+def stop_waiting() -> None:
+    """Let every request fail that waits now: this command is about to leave."""
+    global _interrupted
+    waiting, _interrupted = _interrupted, threading.Event()
+    waiting.set()
+
+
+def ask(
+    store: str, request: Callable[[float], Result], what: str, describe: Callable[[str], str], at_most_s: float | None
+) -> Result:
+    """The answer to a request, which gets the seconds for which the client may try again itself.
+
+    With `at_most_s` it is a hasty one: no longer than that, and once only while the store is known to be silent. A
+    message is `what` failed and what `describe` makes of the reason. Raises FileNotFoundError, StorageError.
+    """
+    from obstore.exceptions import BaseError
+
+    silence, interrupted = _silences[store], _interrupted
+    limit_s = patience_s() if at_most_s is None else 0 if silence.said else min(at_most_s, patience_s())
+    client_s, since = min(CLIENT_S, limit_s), None
+    try:
+        for attempt in itertools.count():
+            started = time.monotonic()
+            try:
+                result = request(client_s)
+                break
+            except (BaseError, FileNotFoundError) as exc:
+                kind, now = kind_of(exc), time.monotonic()
+                if kind == ABSENT:
+                    raise
+                if since is None:
+                    silence.begins()
+                    since = now - min(now - started, client_s)
+                pause = min(0.1 * 2 ** min(attempt, 10), LONGEST_PAUSE_S)
+                given_up = now - since + pause > (min(limit_s, DOUBT_S) if kind == DOUBT else limit_s)
+                reason = f"{what}: {describe(reason_of(exc))}"
+                if kind == REFUSAL or given_up or interrupted.wait(pause):
+                    raise _final(kind, reason, now - since) from exc
+                if time.monotonic() - since >= SAY_AFTER_S:
+                    silence.say(store, reason, since)
+    finally:
+        if since is not None:
+            silence.ends()
+    silence.answered(store)
+    return result
+
+
+def _final(kind: str, reason: str, waited_s: float) -> StorageError:
+    if kind == OUTAGE:
+        return StorageSilentError(f"{reason}; no answer for {_shown(waited_s)}: run the same command again")
+    return StorageError(reason + next((advice for code, advice in _ADVICE.items() if code in reason), ""))
+
+
+def _shown(seconds: float) -> str:
+    return duration(seconds) if math.isfinite(seconds) else "for ever"
+
+
+def is_bucket_missing(exc: BaseException) -> bool:
+    """Whether it is the bucket or container that is not there, and not the object."""
+    return bool(re.search("NoSuchBucket|ContainerNotFound|bucket does not exist", str(exc)))
+
+
+def reason_of(exc: BaseException) -> str:
+    """What a failure says, on one line, with the cause that the client has put into its debugging notes."""
+    text, _, notes = str(exc).partition("\n\nDebug source")
+    text = " ".join(text.split())
+    causes = re.findall(r'(?:message|error): "([^"]+)"|\b(TimedOut)\b', notes)
+    cause = "".join(causes[-1]) if causes else ""
+    return f"{text} ({cause})" if cause and cause not in text else text
+
+
+def kind_of(exc: BaseException) -> str:
+    """OUTAGE, DOUBT, REFUSAL or ABSENT, from what the client makes of an answer: a text, and few types."""
+    from obstore.exceptions import AlreadyExistsError, GenericError
+
+    text = str(exc)
+    if _EXPIRED.search(text) or _NO_CREDENTIALS in text:
+        return DOUBT
+    if is_bucket_missing(exc):
+        return REFUSAL
+    if isinstance(exc, FileNotFoundError):
+        return OUTAGE if "NoSuchUpload" in text else ABSENT  # an upload whose last answer was lost
+    if isinstance(exc, AlreadyExistsError):  # a conflict with another request under way
+        return OUTAGE
+    if not isinstance(exc, GenericError):
+        return REFUSAL
+    if found := re.search(r"status code: (\d{3})", text):
+        status = int(found[1])
+        passes = status in (408, 409, 425, 429) or (status >= 500 and status not in (501, 505)) or _PASSES.search(text)
+        return OUTAGE if passes else REFUSAL
+    return REFUSAL if "builder error" in text else DOUBT if _STRANGE.search(text) else OUTAGE
+
+
+_EXPIRED = re.compile("ExpiredToken|TokenRefreshRequired|RequestTimeTooSkewed|RequestExpired|ExpiredAuthentication")
+_NO_CREDENTIALS = "://169.254."
+"""Where a client looks for the credentials of a machine if the environment has none."""
+_PASSES = re.compile("<Code>(RequestTimeout|SlowDown|InternalError|ServiceUnavailable|OperationAborted)<")
+"""Of errors of the class 400."""
+_STRANGE = re.compile(
+    "non-partial response|metadata from headers|Got invalid|redirect|without an ETag|InvalidData|certificate"
+)
+"""An answer that is none of a store's: a proxy's page, say."""
+_ADVICE = {
+    "ExpiredToken": "; the credentials have run out: give new ones and run the same command again",
+    "RequestTimeTooSkewed": "; this machine's clock is wrong: set it and run the same command again",
+    _NO_CREDENTIALS: "; the environment has no credentials, and this machine gives none",
+    "NoSuchBucket": "; there is no such bucket",
+    "without an ETag": "; look at the endpoint and at proxies in between",
+    "builder error": "; look at the endpoint (AWS_ALLOW_HTTP=true if it has no TLS)",
+}

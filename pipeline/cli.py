@@ -1,9 +1,9 @@
 """The command line: the only code that prints results or chooses an exit code.
 
 Exit codes: 0 done, 1 `verify` found damage or `audit` a disagreement, 2 a mistake or fault that the
-user can mend, 75 drained after a signal, or a store that does not answer: run it again; `status` has 3 and 4. Anything
-else keeps its traceback. A
-command imports its stage inside its function, so that `--help` loads neither torch nor vllm.
+user can mend, 75 drained after a signal, or an object store that does not answer: run the same command
+again; `status` has 3 and 4. Anything else keeps its traceback. A command imports its stage inside its
+function, so that `--help` loads neither torch nor vllm.
 """
 
 import os
@@ -30,7 +30,7 @@ from pipeline.config import (
 )
 from pipeline.cpu import prepare_threads
 from pipeline.documents import printable
-from pipeline.errors import MENDABLE, CacheCorruptError, Drained, PipelineError
+from pipeline.errors import MENDABLE, CacheCorruptError, Drained, PipelineError, StorageSilentError
 from pipeline.options import config_command
 from pipeline.progress import TerminalReporter
 from pipeline.runs.launch.processes import follow_parent
@@ -129,7 +129,14 @@ def status_command(config: StatusConfig) -> None:
 
     reader = StatusReader(config.cache)
     while True:
-        status = reader.read(config.events)
+        try:
+            status = reader.read(config.events)
+        except StorageSilentError as error:
+            if not config.watch:
+                raise
+            click.echo(printable(str(error)), err=True)
+            time.sleep(config.interval_s)
+            continue
         if config.watch and sys.stdout.isatty():
             click.clear()
         click.echo(status.to_json() if config.json else "\n".join(describe(status)))

@@ -1,6 +1,7 @@
 """Copies on this machine of what lies in an object store: shards, in limited room."""
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import os
@@ -14,6 +15,7 @@ from pathlib import Path
 from pipeline.documents import is_file_name, short
 from pipeline.errors import StorageError
 from pipeline.files import read_small
+from pipeline.patience import number_of_environment
 from pipeline.storage import Location, ObjectPath, at_home
 
 COPIES, COPIES_GB = "LOGIT_CACHE_DIR", "LOGIT_CACHE_GB"
@@ -49,24 +51,40 @@ def local_copy(path: ObjectPath, checksum: str, num_bytes: int, is_whole: Callab
     """A file of this machine with the contents of an object of a size, whose hash is `checksum`.
 
     The copy is kept for the next time, under `copy_name`; those used longest ago make room. Raises
-    FileNotFoundError, and ValueError if the object has another size or two downloads in turn are not `is_whole`.
+    FileNotFoundError, ValueError if the object has another size or two downloads in turn are not `is_whole`, and
+    StorageError where this machine cannot hold it.
     """
     folder = copies_folder()
     copy = folder / copy_name(path, checksum)
-    with (folder / f".lock-{copy.name[:2]}").open("w") as lock:
+    for _ in range(2):
+        try:
+            return _kept_or_fetched(path, copy, num_bytes, is_whole)
+        except OSError as exc:
+            if exc.errno is None:  # the store has no such object
+                raise
+            problem = exc.strerror
+            if exc.errno == errno.ENOENT:  # the folder was removed just now
+                copies_folder()
+            elif exc.errno not in (errno.ENOSPC, errno.EDQUOT) or not _make_room(copy, num_bytes):
+                break
+    raise StorageError(f"{folder}: no copy of {path}: {problem}; make room there, or name another folder in {COPIES}.")
+
+
+def _kept_or_fetched(path: ObjectPath, copy: Path, num_bytes: int, is_whole: Callable[[Path], bool]) -> Path:
+    with (copy.parent / f".lock-{copy.name[:2]}").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # the ranks of one machine download a shard once
         for _ in range(2):
             if copy.is_file() and is_whole(copy):
                 os.utime(copy)
                 return copy
-            with tempfile.TemporaryDirectory(dir=folder, prefix=DOWNLOAD) as scratch:
+            with tempfile.TemporaryDirectory(dir=copy.parent, prefix=DOWNLOAD) as scratch:
                 path.download(Path(scratch) / copy.name, num_bytes)
                 os.replace(Path(scratch) / copy.name, copy)
             _make_room(copy)
         if is_whole(copy):
             return copy
         copy.unlink(missing_ok=True)
-    raise ValueError(f"{path}: its bytes are not those of the checksum {checksum}")
+    raise ValueError(f"{path}: its bytes are not those of the checksum of its record")
 
 
 def local_folder(folder: Location, scratch: Path) -> Path:
@@ -92,8 +110,9 @@ def kept_copy(folder: ObjectPath) -> Path:
 _kept: list[tempfile.TemporaryDirectory] = []
 
 
-def _make_room(newest: Path) -> None:
-    limit = float(os.environ.get(COPIES_GB) or DEFAULT_GB) * 1e9
+def _make_room(newest: Path, num_bytes: int = 0) -> bool:
+    """Keep to the limit, and free so many bytes, if need be and others can go; whether any went."""
+    limit = number_of_environment(COPIES_GB, DEFAULT_GB) * 1e9
     now = time.time()
     used = []
     for path in newest.parent.iterdir():
@@ -105,9 +124,11 @@ def _make_room(newest: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
         elif COPY.fullmatch(path.name):  # and not a shard that is being written
             used.append((status.st_mtime, status.st_size, path))
-    total = sum(size for _, size, _ in used)
+    total = before = sum(size for _, size, _ in used)
+    limit = min(limit, total - num_bytes)
     for mtime, size, path in sorted(used):
         if total <= limit or now - mtime < JUST_USED_S:
             break
         path.unlink(missing_ok=True)
         total -= size
+    return total < before

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from typing import Any, TypeVar
 
+from pipeline.patience import stop_waiting
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -42,6 +44,9 @@ def _run(
         try:
             for future in as_completed(futures):
                 yield future.result()
+        except KeyboardInterrupt:
+            stop_waiting()  # threads that wait for a store
+            raise
         finally:
             pool.shutdown(cancel_futures=True)  # waits: the pool's own end would not, once it was shut down
 

@@ -55,6 +55,11 @@ def patience_s() -> float:
     return number_of_environment(PATIENCE, DEFAULT_S)
 
 
+def patience_of_environment() -> dict[str, str]:
+    """The setting, if there is one, for processes on other machines; raises ConfigError."""
+    return {PATIENCE: f"{patience_s():g}"} if os.environ.get(PATIENCE) else {}
+
+
 class _Silence:
     """What is known of one store by all threads of this process."""
 
@@ -180,6 +185,8 @@ def kind_of(exc: BaseException) -> str:
     if is_bucket_missing(exc):
         return REFUSAL
     if isinstance(exc, FileNotFoundError):
+        if re.search("<html|<!doctype", text, re.IGNORECASE):
+            return DOUBT
         return OUTAGE if "NoSuchUpload" in text else ABSENT  # an upload whose last answer was lost
     if isinstance(exc, AlreadyExistsError):  # a conflict with another request under way
         return OUTAGE

@@ -9,7 +9,6 @@ store's own tools read them. What fails is tried again as pipeline/patience.py s
 """
 
 import contextlib
-import functools
 import math
 import os
 import posixpath
@@ -18,27 +17,18 @@ import subprocess
 import sys
 import urllib.parse
 from collections.abc import Callable, Iterator
-from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TypeVar
 
 from pipeline.errors import ConfigError, StorageError, StorageSilentError
-from pipeline.patience import DOUBT, ask, is_bucket_missing, kind_of, patience_s
+from pipeline.patience import DOUBT, ask, is_bucket_missing, kind_of
+from pipeline.store_client import client, head, is_forked, of_a_store
 
 RANGE_BYTES, RANGES = 8 << 20, 8
 """Bytes of a file that are asked for at a time, and how many such requests are under way."""
 PARTS = 4
 """Parts of an upload, of 5 MiB, that are under way at a time."""
-STALL_S, PART_S, LONGEST_S = 30.0, 300.0, 3600.0
-"""Seconds without a byte after which an answer is given up; for which a part of an upload may take, whose connection
-says nothing while it is sent; that any request may take. A link of 70 kB/s is fast enough for all of them."""
-UPLOAD_RETRY_S = 60.0
-"""Seconds for which a part is sent again. After that the whole upload is."""
-CLIENT_OPTIONS = ("allow_http", "allow_invalid_certificates", "connect_timeout", "http1_only", "http2_only")
-CLIENT_OPTIONS += ("pool_idle_timeout", "pool_max_idle_per_host", "proxy_ca_certificate", "proxy_excludes", "proxy_url")
-CLIENT_OPTIONS += ("read_timeout", "root_certificate", "timeout", "user_agent")
-"""Of the store's client, as it reads them in the environment, behind a prefix."""
 SCHEMES = ("s3", "s3a", "gs", "az", "abfs", "abfss")
 
 Version = dict[str, str]
@@ -110,8 +100,8 @@ class ObjectPath:
 
     def stat(self) -> Any:
         """An object with `st_size` and `st_mtime`; raises FileNotFoundError."""
-        head = self._call("read", _head)
-        return SimpleNamespace(st_size=int(head["size"]), st_mtime=head["last_modified"].timestamp())
+        found = self._call("read", head)
+        return SimpleNamespace(st_size=int(found["size"]), st_mtime=found["last_modified"].timestamp())
 
     def iterdir(self) -> "Iterator[ObjectPath]":
         """What lies directly below, by name."""
@@ -122,7 +112,7 @@ class ObjectPath:
             listed = [entry["path"] for entry in found["objects"]] + list(found["common_prefixes"])
             if not listed:  # so reads a proxy's page, too
                 with contextlib.suppress(FileNotFoundError, PermissionDeniedError):
-                    _head(store, f"{key}/.nothing".strip("/"))
+                    head(store, f"{key}/.nothing".strip("/"))
             return listed
 
         return iter(sorted(ObjectPath(f"{self._root}/{name}", self._patience_s) for name in self._call("list", names)))
@@ -136,7 +126,7 @@ class ObjectPath:
 
         def get(store: Any, key: str) -> tuple[bytes | None, float]:
             found = _obstore().get(store, key)
-            meta = _of_a_store(found.meta)
+            meta = of_a_store(found.meta)
             contents = bytes(found.bytes()) if meta["size"] <= at_most else None
             return contents, meta["last_modified"].timestamp()
 
@@ -167,7 +157,7 @@ class ObjectPath:
             except (AlreadyExistsError, PreconditionError):
                 try:
                     found = _obstore().get(store, key)
-                    meta = _of_a_store(found.meta)
+                    meta = of_a_store(found.meta)
                     return _version(meta) if bytes(found.bytes()) == contents else None
                 except FileNotFoundError as gone:
                     if is_bucket_missing(gone):
@@ -193,7 +183,7 @@ class ObjectPath:
 
         Also in a process that was forked.
         """
-        if _is_forked():
+        if is_forked():
             return _download_in_a_process(self, target, num_bytes)
         from pipeline.parallel import in_threads
 
@@ -215,17 +205,17 @@ class ObjectPath:
 
     def _call(self, verb: str, request: Callable[[Any, str], Result], *, in_parts: bool = False) -> Result:
         """The answer to a request, waited for as patience.py says; raises FileNotFoundError, StorageError."""
-        if _is_forked():
+        if is_forked():
             raise RuntimeError(f"{self}: asked for in a forked process; the client's threads do not live there")
 
         from obstore.exceptions import BaseError
 
         def ask_once(client_s: float) -> Result:
             try:
-                return request(_store(self._root, client_s, in_parts), self._key)
+                return request(client(self._root, client_s, in_parts), self._key)
             except (BaseError, FileNotFoundError) as exc:
                 if kind_of(exc) == DOUBT:
-                    _store.cache_clear()  # the next one reads the credentials anew
+                    client.cache_clear()  # the next one reads the credentials anew
                 raise
 
         what = f"{self}: cannot {verb} it"
@@ -289,80 +279,32 @@ def _version(answer: Any) -> Version:
     return {name: answer[name] for name in ("e_tag", "version") if answer[name] is not None}
 
 
-def _of_a_store(meta: Any) -> Any:
-    """What is known of an object; raises GenericError if that was not said by a store, but by a proxy with a page."""
-    from obstore.exceptions import GenericError
-
-    if meta["e_tag"] is None:
-        raise GenericError("an answer without an ETag, which is none of an object store")
-    return meta
-
-
-def _head(store: Any, key: str) -> Any:
-    """What is known of an object."""
-    from obstore.exceptions import BaseError
-
-    try:
-        return _of_a_store(_obstore().head(store, key))
-    except BaseError as exc:
-        if not re.search("status code: 40[013]", str(exc)):
-            raise
-    return _of_a_store(_obstore().get(store, key).meta)  # whose answer has a body, and with it the reason
-
-
-@functools.lru_cache
-def _store(root: str, retry_s: float, in_parts: bool) -> Any:
-    from obstore.store import from_url
-
-    global _first_user
-    _first_user = os.getpid()
-    retry_s = min(UPLOAD_RETRY_S, patience_s()) if in_parts else retry_s
-    limits = (
-        {"timeout": PART_S} if in_parts else {"timeout": LONGEST_S, "read_timeout": max(1.0, min(STALL_S, 3 * retry_s))}
-    )
-    options = {name: timedelta(seconds=limit) for name, limit in limits.items()} | _client_options(root)
-    backoff = {"init_backoff": timedelta(seconds=0.1), "max_backoff": timedelta(seconds=5), "base": 2}
-    retry = {"max_retries": 1000, "retry_timeout": timedelta(seconds=retry_s), "backoff": backoff}
-    return from_url(root, client_options=options, retry_config=retry)
-
-
-def _client_options(root: str) -> dict[str, str]:
-    """The client's options in the environment (AWS_ALLOW_HTTP, AZURE_PROXY_URL, ...): ours would hide them."""
-    prefix = {"s3": "AWS_", "gs": "GOOGLE_"}.get(root[:2], "AZURE_")
-    found = {name: os.environ.get(prefix + name.upper()) for name in CLIENT_OPTIONS}
-    return {name: value for name, value in found.items() if value is not None}
-
-
-_first_user: int | None = None
-"""The process in which the client's threads live; a fork has none, and would wait for ever."""
-
-
-def _is_forked() -> bool:
-    return _first_user not in (None, os.getpid())
-
-
 def _download_in_a_process(path: ObjectPath, target: Path, num_bytes: int) -> None:
     """What `download` does, by a new process; what that says while it waits goes to our standard error."""
     command = [sys.executable, "-P", "-m", "pipeline.storage", str(path), str(target), str(num_bytes)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if done.returncode:
+        if done.returncode > OS_ERROR:
+            raise OSError(done.returncode - OS_ERROR, os.strerror(done.returncode - OS_ERROR))
         kinds = {StorageSilentError.exit_code: StorageSilentError, NOT_FOUND: FileNotFoundError, OTHER_SIZE: ValueError}
         raise kinds.get(done.returncode, StorageError)(done.stdout.strip() or f"{path}: no copy could be made.")
 
 
-NOT_FOUND, OTHER_SIZE = 3, 4
-"""Exit codes of that process."""
+NOT_FOUND, OTHER_SIZE, OS_ERROR = 3, 4, 100
+"""Exit codes of that process; above the last, by the number of the system's error."""
 
 
 def main(url: str, target: str, num_bytes: str) -> int:
     """Download an object; what a forked process starts. An error goes to standard output."""
     try:
         ObjectPath(url).download(Path(target), int(num_bytes))
-    except (StorageError, FileNotFoundError, ValueError, OSError) as error:
+    except (StorageError, ValueError, OSError) as error:
         print(error)
         if isinstance(error, StorageError):
             return error.exit_code
-        return NOT_FOUND if isinstance(error, FileNotFoundError) else OTHER_SIZE if isinstance(error, ValueError) else 1
+        if isinstance(error, ValueError):
+            return OTHER_SIZE
+        return NOT_FOUND if error.errno is None else OS_ERROR + error.errno
     return 0
 
 

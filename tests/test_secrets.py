@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import storage
 from pipeline.config import CacheConfig
 from pipeline.errors import ConfigError, StorageError
 from pipeline.runs.presence import one_line
 from pipeline.settings import load_config
 from pipeline.storage import ObjectPath, location, without_secrets
+from pipeline.store_client import client
 from tests.helpers import run
 from tests.workers import new_cache, run_worker, tiny_corpus
 
@@ -31,9 +31,9 @@ def shows_secret(text: str | bytes) -> bool:
 def planted(monkeypatch):
     for name in CREDENTIALS:
         monkeypatch.setenv(name, PLANTED)
-    storage._store.cache_clear()  # clients read the environment when they are made
+    client.cache_clear()  # clients read the environment when they are made
     yield
-    storage._store.cache_clear()
+    client.cache_clear()
 
 
 @pytest.mark.parametrize(

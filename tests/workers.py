@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.corpus import TOKENIZER, Corpus, TokenSequence
-from pipeline.errors import Drained, PipelineError
+from pipeline.errors import PipelineError
 from pipeline.manifest import CacheManifest
 from pipeline.progress import Reporter
 from pipeline.runs.folder import open_folder
@@ -107,11 +107,9 @@ def exit_code_of(run: Callable[[], None]) -> int:
     """As of the command line."""
     try:
         run()
-    except Drained as drained:
-        return drained.exit_code
     except BaseException as exc:
         print(repr(exc), file=sys.stderr, flush=True)
-        return 2 if isinstance(exc, PipelineError | OSError) else 1
+        return exc.exit_code if isinstance(exc, PipelineError) else 2 if isinstance(exc, OSError) else 1
     return 0
 
 

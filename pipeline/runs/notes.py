@@ -45,7 +45,7 @@ class Notes(Protocol):
     def renew(self, name: str) -> bool:
         """Set the time of a note that `create` has made to now; False if it is gone. It never makes one anew."""
 
-    def replace(self, name: str, text: str) -> None:
+    def replace(self, name: str, text: str, *, patient: bool = False) -> None:
         """Write a note, whether there is one or not; readers see the old one or the new one."""
 
     def read(self, name: str) -> Note | None:
@@ -87,7 +87,7 @@ class FolderNotes:
             return False
         return True
 
-    def replace(self, name: str, text: str) -> None:
+    def replace(self, name: str, text: str, *, patient: bool = False) -> None:
         partial = self._folder / (name + PARTIAL)
         try:
             partial.write_text(text, encoding="utf-8")
@@ -133,8 +133,8 @@ class ObjectNotes:
             self._mine[name] = mine[0], version
         return version is not None
 
-    def replace(self, name: str, text: str) -> None:
-        (self._hasty / name).write_bytes(text.encode())
+    def replace(self, name: str, text: str, *, patient: bool = False) -> None:
+        ((self._folder if patient else self._hasty) / name).write_bytes(text.encode())
 
     def read(self, name: str) -> Note | None:
         try:

@@ -85,7 +85,7 @@ class Presence:
             if prefix == f"{self._rank.worker:04d}" and owner_is_dead(owner):
                 self._notes.remove(name)
         self.events.note("started", workers=self._rank.workers)
-        self._write()  # here an error is the caller's: a folder in which nothing can be written
+        self._write(patient=True)  # here an error is the caller's: a folder in which nothing can be written
         self._thread.start()
         return self
 
@@ -137,9 +137,9 @@ class Presence:
                 self._write()
             self.events.flush()
 
-    def _write(self) -> None:
+    def _write(self, *, patient: bool = False) -> None:
         with self._lock:
-            self._notes.replace(self._name, json.dumps(asdict(self._record())))
+            self._notes.replace(self._name, json.dumps(asdict(self._record())), patient=patient)
 
     def _record(self) -> WorkerRecord:
         now, tokens = time.monotonic(), self._num_tokens

@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from pipeline.errors import ConfigError, PipelineError
+from pipeline.patience import patience_of_environment
 from pipeline.progress import Reporter
 from pipeline.runs.drain import EXIT_DRAINED
 from pipeline.runs.launch import PIPELINE, Job
@@ -81,7 +82,7 @@ def settings_manifest(job: Job) -> dict[str, Any]:
 def capture_manifest(job: Job) -> dict[str, Any]:
     """One pod a worker. Evicted and drained pods are replaced and not counted as failures."""
     submit = job.submit
-    environment = [{"name": "PIPELINE_WORKERS", "value": str(submit.workers)}]
+    environment = [{"name": "PIPELINE_WORKERS", "value": str(submit.workers)}, *_patience()]
     container = _container(
         job, "worker", job.capture_command("python", SETTINGS / CAPTURE_SETTINGS), job.gpus_per_worker, environment
     )
@@ -105,9 +106,9 @@ def capture_manifest(job: Job) -> dict[str, Any]:
 
 def student_manifest(job: Job) -> dict[str, Any]:
     """The training on one node, behind a first container that verifies the cache."""
-    verify = _container(job, "gate", ["python", *PIPELINE, "verify", str(job.settings.out)], 0, [])
+    verify = _container(job, "gate", ["python", *PIPELINE, "verify", str(job.settings.out)], 0, _patience())
     container = _container(
-        job, "student", job.student_command("python", SETTINGS / STUDENT_SETTINGS), job.submit.student_gpus, []
+        job, "student", job.student_command("python", SETTINGS / STUDENT_SETTINGS), job.submit.student_gpus, _patience()
     )
     pod = _pod(job, [container]) | {"initContainers": [verify]}
     return _job(_name(job, "student"), pod, suspend=True, backoffLimit=job.submit.attempts)
@@ -151,6 +152,10 @@ def _container(job: Job, name: str, command: list[str], gpus: int, environment: 
     if gpus:
         container["resources"] = {"limits": {"nvidia.com/gpu": str(gpus)}}
     return container
+
+
+def _patience() -> list[dict[str, str]]:
+    return [{"name": name, "value": value} for name, value in patience_of_environment().items()]
 
 
 def _name(job: Job, what: str) -> str:

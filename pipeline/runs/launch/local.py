@@ -4,13 +4,15 @@ import contextlib
 import os
 import time
 
-from pipeline.errors import Drained, PipelineError
+from pipeline.errors import Drained, PipelineError, StorageSilentError
 from pipeline.progress import Reporter
 from pipeline.runs.commits import list_commits
 from pipeline.runs.drain import EXIT_DRAINED, Drain
 from pipeline.runs.launch import Job
 from pipeline.runs.launch.processes import Child, last_lines
+from pipeline.runs.notes import PATIENCE_S
 from pipeline.runs.status import StatusReader, describe
+from pipeline.storage import Location, ObjectPath
 
 POLL_S = 0.2
 SAY_INTERVAL_S = 60.0
@@ -46,6 +48,8 @@ def require_whole(job: Job, reporter: Reporter) -> None:
 class _Pool:
     def __init__(self, job: Job, reporter: Reporter) -> None:
         self._job, self._reporter = job, reporter
+        self._hasty = _hasty(job.cache)
+        self._num_done = 0
         self._children: dict[int, Child] = {}
         self._fruitless: dict[int, int] = {}
         self._done_before: dict[int, int] = {}
@@ -108,14 +112,14 @@ class _Pool:
         environment = {"PIPELINE_WORKER": str(worker), "PIPELINE_WORKERS": str(job.submit.workers)}
         if job.gpus_per_worker:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(_devices(worker, job.gpus_per_worker))
-        self._done_before[worker] = len(list_commits(job.cache))
+        self._done_before[worker] = self._count_done()
         self._children[worker] = Child(job.capture_command(), environment, job.logs / f"capture-{worker}.log")
 
     def _ended(self, worker: int, child: Child, code: int, drained: bool) -> None:
         """Start a worker again, unless it is done, told to stop, or ends again and again with nothing new."""
         if code == 0 or (drained and code == EXIT_DRAINED):
             return
-        further = len(list_commits(self._job.cache)) > self._done_before[worker]
+        further = self._count_done() > self._done_before[worker]
         self._fruitless[worker] = 0 if further else self._fruitless.get(worker, 0) + 1
         again = not drained and code != FAULT_OF_THE_USER and self._fruitless[worker] < self._job.submit.attempts
         self._reporter.log(
@@ -128,8 +132,19 @@ class _Pool:
     def _say(self) -> None:
         if time.monotonic() - self._said > SAY_INTERVAL_S:
             self._said = time.monotonic()
-            for line in describe(StatusReader(self._job.cache).read()):
-                self._reporter.log(line)
+            with contextlib.suppress(StorageSilentError):
+                for line in describe(StatusReader(self._hasty).read()):
+                    self._reporter.log(line)
+
+    def _count_done(self) -> int:
+        """Partitions that are committed, as far as is known: workers are tended while a store does not answer."""
+        with contextlib.suppress(StorageSilentError):
+            self._num_done = len(list_commits(self._hasty))
+        return self._num_done
+
+
+def _hasty(cache: Location) -> Location:
+    return ObjectPath(str(cache), PATIENCE_S) if isinstance(cache, ObjectPath) else cache
 
 
 def _devices(worker: int, count: int) -> list[str]:

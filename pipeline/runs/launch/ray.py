@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from pipeline.errors import ConfigError, PipelineError
+from pipeline.patience import patience_of_environment
 from pipeline.progress import Reporter
 from pipeline.runs.launch import Job
 from pipeline.runs.launch.local import FAULT_OF_THE_USER, require_whole
@@ -33,7 +34,7 @@ def launch(job: Job, reporter: Reporter) -> None:
         require_whole(job, reporter)
         if job.submit.train_student is not None:
             trainer = task.options(num_cpus=1, num_gpus=job.submit.student_gpus)
-            _wait_for([trainer.remote(job.student_command(), {}, str(job.logs / "student.log"))])
+            _wait_for([trainer.remote(job.student_command(), patience_of_environment(), str(job.logs / "student.log"))])
     finally:
         ray.shutdown()
 
@@ -57,6 +58,7 @@ def run_command(command: list[str], environment: Mapping[str, str], log: str) ->
 
 def _environment(job: Job, worker: int) -> dict[str, str]:
     environment = {"PIPELINE_WORKER": str(worker), "PIPELINE_WORKERS": str(job.submit.workers)}
+    environment |= patience_of_environment()
     if "PYTHONPATH" in os.environ:
         environment["PYTHONPATH"] = os.environ["PYTHONPATH"]
     return environment

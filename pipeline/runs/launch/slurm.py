@@ -50,9 +50,16 @@ cd @cwd
 before=${DONE:-0} attempt=${ATTEMPT:-1} student=${STUDENT:-}
 
 @pipeline status @cache
-state=$?    # 0 complete, 3 incomplete, 4 all that is left was set aside after failures
+state=$?    # 0 complete, 3 incomplete, 4 all that is left was set aside after failures, 75 the store does not answer
 if [ $state -eq 0 ]; then
-    exec @pipeline verify @cache    # with 0 the student starts
+    @pipeline verify @cache    # with 0 the student starts
+    state=$?
+    if [ $state -ne 75 ]; then exit $state; fi
+fi
+if [ $state -eq 75 ] && [ ${SLURM_RESTART_COUNT:-0} -lt @attempts ]; then
+    echo "the store does not answer; this gate comes back"
+    scontrol requeue $SLURM_JOB_ID
+    sleep 60    # Slurm ends this script
 fi
 
 now=$(@pipeline status @cache --json | sed -n 's/^ "num_done": //p' | tr -d ,)

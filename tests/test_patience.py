@@ -19,8 +19,8 @@ from pipeline.runs.leases import list_leases
 from pipeline.shards.verify import verify_cache
 from pipeline.storage import ObjectPath
 from tests.helpers import run, wait_until
-from tests.object_store import end_of_store_worker, put_cache, start_store_worker
-from tests.small import FakeEngine, assert_equal_caches, make_cache
+from tests.object_store import put_cache
+from tests.small import assert_equal_caches, make_cache
 from tests.test_workers import SlowEngine
 from tests.workers import new_cache, run_worker, tiny_corpus
 
@@ -63,8 +63,11 @@ DOUBTED = [
 WAITED_FOR = ["500", "throttle", "timeout", "drop", "outage 1000"]
 
 
-@pytest.mark.parametrize("kind", [*(kind for kind, _ in REFUSED + DOUBTED), *WAITED_FOR])
-@pytest.mark.parametrize("command", ["status", "verify", "export", "convert"])
+@pytest.mark.parametrize(
+    ("command", "kind"),
+    [("status", kind) for kind in [*dict(REFUSED + DOUBTED), *WAITED_FOR]]
+    + [(command, kind) for command in ("verify", "export", "convert") for kind in ("expired", "outage 1000")],
+)
 def test_failure_that_lasts_is_one_line_and_an_exit_code(
     server, url, local, tmp_path, monkeypatch, hurry, kind, command
 ):
@@ -226,43 +229,45 @@ def test_conflict_with_a_request_that_came_to_nothing_is_not_another_s_win(serve
     assert not (url / "record").write_bytes(b"theirs", first_wins=True)
 
 
-class CountedEngine(SlowEngine):
-    made = 0
+def _breaks_down(server, kind, url):
+    """An engine that counts how often it is made; the store fails from its fourth answer on."""
 
-    def __init__(self, manifest):
-        super().__init__(manifest)
-        type(self).made += 1
+    class Victim(SlowEngine):
+        made = 0
 
+        def __init__(self, manifest):
+            super().__init__(manifest)
+            type(self).made += 1
 
-def test_worker_waits_out_an_outage_and_keeps_its_engine(server, url, rows, hurry):
-    cache, CountedEngine.made = new_cache(url, rows), 0
-
-    class Victim(CountedEngine):
         def score(self, requests):
             for number, answer in enumerate(super().score(requests)):
                 if number == 3:
-                    server.fail(("outage 1", "", url.name, FOR_EVER))
+                    server.fail((kind, "", url.name, FOR_EVER))
                 yield answer
 
-    run_worker(cache, rows, make_engine=Victim, lease_s=0.8)  # which runs out meanwhile
-    assert Victim.made == 1
+    return Victim
+
+
+def test_worker_waits_out_an_outage_and_keeps_its_engine(server, url, rows, hurry):
+    cache, engine = new_cache(url, rows), _breaks_down(server, "outage 1", url)
+    run_worker(cache, rows, make_engine=engine, lease_s=0.8)  # which runs out meanwhile
+    assert engine.made == 1
     assert server.met()[0] > 3
     assert verify_cache(cache).problems == []
     assert (list_failures(cache), list_leases(cache)) == ({}, {})
     assert len(list((cache / SHARDS).iterdir())) == len(list((cache / COMMITS).iterdir())) == COUNT
 
 
-def test_worker_leaves_a_store_that_stays_silent_to_be_run_again(server, url, rows, monkeypatch):
+def test_worker_leaves_a_store_that_stays_silent_to_be_run_again(server, url, rows, monkeypatch, hurry):
     monkeypatch.setenv(PATIENCE, "0.3")
     cache = new_cache(url, rows)
-    worker = start_store_worker(cache, rows, make_engine=SlowEngine, lease_s=100.0)
-    wait_until(lambda: len(list_commits(cache)) >= 2)
-    server.fail(("outage 1000", "", url.name, FOR_EVER))
-    assert end_of_store_worker(worker) == 75
+    with pytest.raises(StorageSilentError, match="run the same command again") as left:
+        run_worker(cache, rows, make_engine=_breaks_down(server, "outage 1000", url), lease_s=100.0)
+    assert left.value.exit_code == 75
     server.fail()
     assert list_failures(cache) == {}
-    assert 2 <= len(list_commits(cache)) < COUNT
-    run_worker(cache, rows, make_engine=FakeEngine, lease_s=100.0)
+    assert len(list_commits(cache)) < COUNT
+    run_worker(cache, rows, lease_s=100.0)
     assert verify_cache(cache).problems == []
 
 

@@ -112,7 +112,7 @@ class ObjectPath:
             listed = [entry["path"] for entry in found["objects"]] + list(found["common_prefixes"])
             if not listed:  # so reads a proxy's page, too
                 with contextlib.suppress(FileNotFoundError, PermissionDeniedError):
-                    head(store, f"{key}/.nothing".strip("/"))
+                    of_a_store(_obstore().get(store, f"{key}/.nothing".strip("/")).meta)
             return listed
 
         return iter(sorted(ObjectPath(f"{self._root}/{name}", self._patience_s) for name in self._call("list", names)))

@@ -154,9 +154,6 @@ class _SlowBody:
             left -= len(piece)
         return b"".join(pieces)
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._body, name)
-
 
 def main(ready: Path) -> None:
     """Serve until killed."""

@@ -6,7 +6,6 @@ StorageSilentError, with which a launcher runs the command again. What may pass 
 final at once. Both are a StorageError.
 """
 
-import itertools
 import logging
 import math
 import os
@@ -27,7 +26,7 @@ DOUBT_S = 60.0
 """Seconds for which a failure is waited for that is rather a mistake than an outage."""
 CLIENT_S = 10.0
 """Seconds for which the store's client tries again itself; what we try again is signed anew."""
-LONGEST_PAUSE_S = 10.0
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 10.0
 SAY_AFTER_S = 10.0
 """A store that is silent for so long is spoken of."""
 OUTAGE, DOUBT, REFUSAL, ABSENT = "outage", "doubt", "refusal", "absent"
@@ -121,40 +120,58 @@ def ask(
     """
     from obstore.exceptions import BaseError
 
-    silence, interrupted = _silences[store], _interrupted
-    limit_s = patience_s() if at_most_s is None else 0 if silence.said else min(at_most_s, patience_s())
-    client_s, since = min(CLIENT_S, limit_s), None
-    try:
-        for attempt in itertools.count():
+    with _Waiting(store, lambda exc: f"{what}: {describe(reason_of(exc))}", at_most_s) as waiting:
+        while True:
             started = time.monotonic()
             try:
-                result = request(client_s)
-                break
+                return request(waiting.client_s)
             except (BaseError, FileNotFoundError) as exc:
-                kind, now = kind_of(exc), time.monotonic()
+                kind = kind_of(exc)
                 if kind == ABSENT:
                     raise
-                if since is None:
-                    silence.begins()
-                    since = now - min(now - started, client_s)
-                pause = min(0.1 * 2 ** min(attempt, 10), LONGEST_PAUSE_S)
-                given_up = now - since + pause > (min(limit_s, DOUBT_S) if kind == DOUBT else limit_s)
-                reason = f"{what}: {describe(reason_of(exc))}"
-                if kind == REFUSAL or given_up or interrupted.wait(pause):
-                    raise _final(kind, reason, now - since) from exc
-                if time.monotonic() - since >= SAY_AFTER_S:
-                    silence.say(store, reason, since)
-    finally:
-        if since is not None:
-            silence.ends()
-    silence.answered(store)
-    return result
+                waiting.failed(kind, exc, started)
 
 
-def _final(kind: str, reason: str, waited_s: float) -> StorageError:
-    if kind == OUTAGE:
-        return StorageSilentError(f"{reason}; no answer for {_shown(waited_s)}: run the same command again")
-    return StorageError(reason + next((advice for code, advice in _ADVICE.items() if code in reason), ""))
+class _Waiting:
+    """One request from its first try to its answer, and what its failures mean for it."""
+
+    def __init__(self, store: str, describe: Callable[[BaseException], str], at_most_s: float | None) -> None:
+        self._store, self._describe = store, describe
+        self._silence, self._interrupted = _silences[store], _interrupted
+        self._limit_s = patience_s() if at_most_s is None else min(at_most_s, patience_s())
+        if at_most_s is not None and self._silence.said:
+            self._limit_s = 0.0
+        self.client_s = min(CLIENT_S, self._limit_s)
+        self._since: float | None = None
+        self._pause_s = FIRST_PAUSE_S
+
+    def __enter__(self) -> "_Waiting":
+        return self
+
+    def __exit__(self, exc_type: type | None, *ignored: object) -> None:
+        if self._since is not None:
+            self._silence.ends()
+        if exc_type is None or issubclass(exc_type, FileNotFoundError):
+            self._silence.answered(self._store)
+
+    def failed(self, kind: str, exc: BaseException, started: float) -> None:
+        """Wait until the request may be made again; raises StorageError if it may not. `started`: the last try."""
+        now = time.monotonic()
+        if self._since is None:
+            self._silence.begins()
+            self._since = now - min(now - started, self.client_s)
+        limit_s = min(self._limit_s, DOUBT_S) if kind == DOUBT else self._limit_s
+        if kind == REFUSAL or now - self._since + self._pause_s > limit_s or self._interrupted.wait(self._pause_s):
+            raise self._given_up(kind, exc) from exc
+        self._pause_s = min(2 * self._pause_s, LONGEST_PAUSE_S)
+        if time.monotonic() - self._since >= SAY_AFTER_S:
+            self._silence.say(self._store, self._describe(exc), self._since)
+
+    def _given_up(self, kind: str, exc: BaseException) -> StorageError:
+        reason, waited_s = self._describe(exc), time.monotonic() - (self._since or math.inf)
+        if kind == OUTAGE:
+            return StorageSilentError(f"{reason}; no answer for {_shown(waited_s)}: run the same command again.")
+        return StorageError(reason + next((advice for code, advice in _ADVICE.items() if code in str(exc)), ""))
 
 
 def _shown(seconds: float) -> str:
@@ -169,8 +186,8 @@ def is_bucket_missing(exc: BaseException) -> bool:
 def reason_of(exc: BaseException) -> str:
     """What a failure says, on one line, with the cause that the client has put into its debugging notes."""
     text, _, notes = str(exc).partition("\n\nDebug source")
-    text = " ".join(text.split())
-    causes = re.findall(r'(?:message|error): "([^"]+)"|\b(TimedOut)\b', notes)
+    text = _RETRIES.sub(":", " ".join(text.split()))
+    causes = re.findall(r'(?:message|error): "([^"]+)"|\b(TimedOut|Invalid[A-Z]\w+)\b', notes)
     cause = "".join(causes[-1]) if causes else ""
     return f"{text} ({cause})" if cause and cause not in text else text
 
@@ -199,6 +216,8 @@ def kind_of(exc: BaseException) -> str:
     return REFUSAL if "builder error" in text else DOUBT if _STRANGE.search(text) else OUTAGE
 
 
+_RETRIES = re.compile(r" in [0-9.]+\S*s(, after \d+ retries, max_retries: \d+, retry_timeout: \S+)? -")
+"""What the client says of its own attempts, which are not all."""
 _EXPIRED = re.compile("ExpiredToken|TokenRefreshRequired|RequestTimeTooSkewed|RequestExpired|ExpiredAuthentication")
 _NO_CREDENTIALS = "://169.254."
 """Where a client looks for the credentials of a machine if the environment has none."""

@@ -13,6 +13,7 @@ import math
 import os
 import posixpath
 import re
+import signal
 import subprocess
 import sys
 import urllib.parse
@@ -281,8 +282,11 @@ def _version(answer: Any) -> Version:
 
 def _download_in_a_process(path: ObjectPath, target: Path, num_bytes: int) -> None:
     """What `download` does, by a new process; what that says while it waits goes to our standard error."""
+    from pipeline.runs.launch.processes import PARENT
+
     command = [sys.executable, "-P", "-m", "pipeline.storage", str(path), str(target), str(num_bytes)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    parent = {PARENT: f"{os.getpid()} {signal.SIGKILL.value}"}  # it does not wait for a store after we have ended
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=os.environ | parent)
     if done.returncode:
         if done.returncode > OS_ERROR:
             raise OSError(done.returncode - OS_ERROR, os.strerror(done.returncode - OS_ERROR))
@@ -296,6 +300,9 @@ NOT_FOUND, OTHER_SIZE, OS_ERROR = 3, 4, 100
 
 def main(url: str, target: str, num_bytes: str) -> int:
     """Download an object; what a forked process starts. An error goes to standard output."""
+    from pipeline.runs.launch.processes import follow_parent
+
+    follow_parent()
     try:
         ObjectPath(url).download(Path(target), int(num_bytes))
     except (StorageError, ValueError, OSError) as error:

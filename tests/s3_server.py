@@ -43,6 +43,7 @@ ERRORS = {
     "skewed": ("403 Forbidden", "RequestTimeTooSkewed"),
     "timeout": ("400 Bad Request", "RequestTimeout"),
     "conflict": ("409 Conflict", "ConditionalRequestConflict"),
+    "upload": ("404 Not Found", "NoSuchUpload"),
     "bucket": ("404 Not Found", "NoSuchBucket"),
 }
 PAGE = b"<!DOCTYPE html><html><body>Please log in to the network.</body></html>"

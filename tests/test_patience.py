@@ -199,7 +199,7 @@ def test_answer_that_breaks_off_is_asked_for_again(server, url, tmp_path, monkey
 
 
 @pytest.mark.parametrize("request_of", [("PUT", "partNumber"), ("POST", "uploads"), ("POST", "uploadId")])
-@pytest.mark.parametrize("kind", ["lose", "500", "outage 0.5"])
+@pytest.mark.parametrize("kind", ["lose", "500", "outage 0.5", "upload"])
 def test_upload_survives_a_fault_of_any_of_its_requests(server, url, tmp_path, hurry, kind, request_of):
     """Also when the answer to its last request is lost, after which the store knows of no such upload."""
     (tmp_path / "file").write_bytes(LARGE)

@@ -6,11 +6,14 @@ import logging
 import multiprocessing
 import shutil
 import threading
+from unittest.mock import Mock
 
 import numpy as np
+import obstore.store
 import pytest
 
 from pipeline import copies, open_cache, patience, store_client
+from pipeline.config import TrainConfig
 from pipeline.errors import CacheCorruptError, StorageError, StorageSilentError
 from pipeline.patience import PATIENCE
 from pipeline.runs.commits import COMMITS, SHARDS, list_commits
@@ -18,9 +21,10 @@ from pipeline.runs.failures import list_failures
 from pipeline.runs.leases import list_leases
 from pipeline.shards.verify import verify_cache
 from pipeline.storage import ObjectPath
+from stages.train_student import train_student
 from tests.helpers import run, wait_until
 from tests.object_store import put_cache
-from tests.small import assert_equal_caches, make_cache
+from tests.small import assert_equal_caches, llama_config, make_cache
 from tests.test_workers import SlowEngine
 from tests.workers import new_cache, run_worker, tiny_corpus
 
@@ -99,6 +103,15 @@ def test_failure_that_passes_leaves_no_trace(server, url, local, hurry, kind):
     assert min(server.met()) >= 1
     server.fail()
     assert not (url / "new").is_file()
+
+
+def test_credentials_that_have_run_out_are_looked_up_anew_with_every_try(server, url, monkeypatch, hurry):
+    (url / "file").write_bytes(b"contents")
+    made = Mock(wraps=obstore.store.from_url)
+    monkeypatch.setattr(obstore.store, "from_url", made)
+    server.fail(("expired", "GET", "file", 3))
+    (url / "file").read_bytes()
+    assert made.call_count == 3
 
 
 def test_missing_bucket_is_named_by_every_command(server, local, rows, teacher, tmp_path, monkeypatch, hurry):
@@ -284,6 +297,16 @@ def test_readers_wait_out_an_outage_forked_ones_too(server, url, local):
     assert results.get(timeout=120) == [sequence.key for sequence in open_cache(local)]
     reader.join()
     assert server.met()[0] > 0
+
+
+def test_training_waits_out_an_outage(server, url, local, tmp_path):
+    put_cache(local, url)
+    llama_config(open_cache(local).manifest.vocab_size, num_hidden_layers=1).save_pretrained(tmp_path / "student")
+    server.fail(("outage 0.5", "", SHARDS, FOR_EVER))
+    student = tmp_path / "student" / "config.json"
+    train_student(TrainConfig(student=student, cache=url, out=tmp_path / "out", max_steps=2))
+    assert server.met()[0] > 0
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["steps"] == 2
 
 
 def open_first(cache, results) -> None:

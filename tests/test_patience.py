@@ -184,11 +184,12 @@ def test_hasty_request_asks_once_while_the_store_is_known_to_be_silent(server, u
 def test_request_that_waits_is_ended_by_an_interruption(server, url, monkeypatch, hurry):
     monkeypatch.setenv(PATIENCE, "100000")
     server.fail(("500", "GET", "file", FOR_EVER))
-    waiting = threading.Thread(target=pytest.raises, args=(StorageSilentError, (url / "file").read_bytes))
+    arguments = (StorageSilentError, (url / "file").read_bytes)
+    waiting = threading.Thread(target=pytest.raises, args=arguments, daemon=True)
     waiting.start()
     wait_until(lambda: server.met()[0] > 2)
     patience.stop_waiting()
-    waiting.join()
+    wait_until(lambda: not waiting.is_alive())
 
 
 @pytest.mark.parametrize("name", [PATIENCE, copies.COPIES_GB])

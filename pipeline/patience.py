@@ -197,21 +197,19 @@ def kind_of(exc: BaseException) -> str:
     from obstore.exceptions import AlreadyExistsError, GenericError
 
     text = str(exc)
-    if _EXPIRED.search(text) or _NO_CREDENTIALS in text:
+    status = int(found[1]) if (found := re.search(r"status code: (\d{3})", text)) else 0
+    passes = status in (408, 409, 425, 429) or (status >= 500 and status not in (501, 505)) or _PASSES.search(text)
+    if _EXPIRED.search(text) or _NO_CREDENTIALS in text or (_PAGE.search(text) and not passes):
         return DOUBT
     if is_bucket_missing(exc):
         return REFUSAL
     if isinstance(exc, FileNotFoundError):
-        if re.search("<html|<!doctype", text, re.IGNORECASE):
-            return DOUBT
         return OUTAGE if "NoSuchUpload" in text else ABSENT  # an upload whose last answer was lost
     if isinstance(exc, AlreadyExistsError):  # a conflict with another request under way
         return OUTAGE
     if not isinstance(exc, GenericError):
         return REFUSAL
-    if found := re.search(r"status code: (\d{3})", text):
-        status = int(found[1])
-        passes = status in (408, 409, 425, 429) or (status >= 500 and status not in (501, 505)) or _PASSES.search(text)
+    if status:
         return OUTAGE if passes else REFUSAL
     return REFUSAL if "builder error" in text else DOUBT if _STRANGE.search(text) else OUTAGE
 
@@ -221,10 +219,12 @@ _RETRIES = re.compile(r" in [0-9.]+\S*s(, after \d+ retries, max_retries: \d+, r
 _EXPIRED = re.compile("ExpiredToken|TokenRefreshRequired|RequestTimeTooSkewed|RequestExpired|ExpiredAuthentication")
 _NO_CREDENTIALS = "://169.254."
 """Where a client looks for the credentials of a machine if the environment has none."""
+_PAGE = re.compile("<html|<!doctype", re.IGNORECASE)
 _PASSES = re.compile("<Code>(RequestTimeout|SlowDown|InternalError|ServiceUnavailable|OperationAborted)<")
 """Of errors of the class 400."""
 _STRANGE = re.compile(
-    "non-partial response|metadata from headers|Got invalid|redirect|without an ETag|InvalidData|certificate"
+    "non-partial response|metadata from headers|Got invalid|following redirect|Received redirect|without an ETag|"
+    "kind: InvalidData|InvalidCertificate"
 )
 """An answer that is none of a store's: a proxy's page, say."""
 _ADVICE = {
@@ -233,5 +233,6 @@ _ADVICE = {
     _NO_CREDENTIALS: "; the environment has no credentials, and this machine gives none",
     "NoSuchBucket": "; there is no such bucket",
     "without an ETag": "; look at the endpoint and at proxies in between",
+    "<html": "; look at the endpoint and at proxies in between",
     "builder error": "; look at the endpoint (AWS_ALLOW_HTTP=true if it has no TLS)",
 }

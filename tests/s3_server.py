@@ -8,7 +8,7 @@ method ("" is any) whose path and query contain `path` meet the fault. `GET /_fa
     500         an internal error, before anything happens
     throttle    503 SlowDown with Retry-After, before anything happens
     ...         and so on for the rest of ERRORS
-    html        a page of a proxy, with status 200, before anything happens; html404: with status 404
+    html        a page of a proxy, with status 200, before anything happens; html404, html503: with another
     drop        the connection is closed, before anything happens
     outage S    the same, for S seconds from the first request that meets it
     lose        the request is carried out, and the connection closed without an answer
@@ -68,10 +68,11 @@ class Faulty:
             environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
             start_response(status, [("Content-Type", "application/xml"), ("Retry-After", "1")])
             return [f"<Error><Code>{code}</Code><Message>{code}</Message></Error>".encode()]
-        if kind in ("html", "html404"):
+        if kind.startswith("html"):
             environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
-            status = "200 OK" if kind == "html" else "404 Not Found"
-            start_response(status, [("Content-Type", "text/html"), ("Content-Length", str(len(PAGE)))])
+            start_response(
+                kind.removeprefix("html") or "200", [("Content-Type", "text/html"), ("Content-Length", str(len(PAGE)))]
+            )
             return [PAGE]
         if kind in ("drop", "outage"):
             return self._close(environ)

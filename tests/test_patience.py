@@ -62,9 +62,9 @@ DOUBTED = [
     ("expired403", "the credentials have run out"),
     ("skewed", "this machine's clock is wrong"),
     ("html", "without an ETag, which is none of an object store; look at the endpoint and at proxies in between"),
-    ("html404", "404"),
+    ("html404", "look at the endpoint and at proxies in between"),
 ]
-WAITED_FOR = ["500", "throttle", "timeout", "drop", "outage 1000"]
+WAITED_FOR = ["500", "html503", "throttle", "timeout", "drop", "outage 1000"]
 
 
 @pytest.mark.parametrize(
@@ -136,7 +136,7 @@ def test_page_of_a_proxy_is_neither_an_empty_store_nor_damage(server, url, local
     monkeypatch.setenv(PATIENCE, "0.1")
     put_cache(local, url)
     for kind in ("html", "html404"):
-        for method, part in (("GET", "commits"), ("GET", "shards"), ("", "shards"), ("", "tokenizer")):
+        for method, part in (("GET", "/commits/"), ("GET", "/shards/"), ("", "/shards/"), ("", "/tokenizer")):
             shutil.rmtree(copies.copies_folder())
             server.fail((kind, method, part, FOR_EVER))
             code, _, err = run("verify", url, "--repair")

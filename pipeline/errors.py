@@ -78,6 +78,8 @@ def fault_of_machine(error: BaseException) -> str | None:
     """What the operating system refused, as a line, also where a library wraps it; None if it is no such error."""
     if isinstance(error, OSError) and error.errno is not None and (error.filename or error.errno in MENDABLE):
         return f"{error.filename2 or error.filename or 'reading or writing'}: {os.strerror(error.errno)}."
+    if isinstance(error, FileNotFoundError) and "temporary directory" in str(error):
+        return f"{error.strerror}; set TMPDIR to a folder that can be written."
     if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM or NO_MEMORY.search(str(error)):
         return f"out of memory: {' '.join(str(error).split())[:200] or 'the system gives no more'}."
     if isinstance(error, UnicodeEncodeError) and error.reason == "surrogates not allowed":

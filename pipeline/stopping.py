@@ -10,7 +10,6 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from multiprocessing import resource_tracker
 from pathlib import Path
 from types import FrameType
 
@@ -63,6 +62,10 @@ def starting_processes() -> Iterator[None]:
 
     A process that is given only half of what it is to do says so with a traceback.
     """
+    from multiprocessing import (
+        resource_tracker,  # which would take longer to load than all else that a command begins with
+    )
+
     kept: list[int] = []
     is_main = threading.current_thread() is threading.main_thread()
     previous = {number: signal.signal(number, lambda *of: kept.append(of[0])) for number in heard(SIGNALS) if is_main}

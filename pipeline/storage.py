@@ -243,7 +243,9 @@ def at_home(path: Path) -> Path:
     try:
         return path.expanduser()
     except RuntimeError as exc:
-        raise ConfigError(f"{path}: there is no such user; write ./{path} for a file of that name.") from exc
+        raise ConfigError(
+            f"{path}: there is no such user, or no home folder; write ./{path} for a file of that name, or set HOME."
+        ) from exc
 
 
 def without_secrets(text: str) -> str:

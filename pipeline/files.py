@@ -178,6 +178,13 @@ def remove_partials(folder: Path, name: str = "") -> int:
     return removed
 
 
+def is_vacant(folder: Path) -> bool:
+    """True if nothing is there, or a folder in which at most something is being written, or was when its writer died."""
+    if not folder.is_dir():
+        return not folder.exists()
+    return all(name.endswith(PARTIAL) for name in os.listdir(folder))
+
+
 def _owner_of(name: str) -> str:
     """The owner in a name by `partial_path`: host, which may have dots, namespace and pid come last."""
     return ".".join(name.removesuffix(PARTIAL).split(".")[-owner_name().count(".") - 1 :]) if PARTIAL in name else ""

@@ -256,3 +256,18 @@ def test_clock_that_jumps_during_a_capture(tmp_path, monkeypatch):
     assert open_cache(cache)[0].key == open_cache(cache)[0].key
     (cache / INDEX).unlink()
     assert len(open_cache(cache)) == 30
+
+
+def test_folder_in_which_a_process_just_begins_or_died_beginning_is_free(tmp_path, corpus):
+    cache = make_cache(tmp_path / "cache", corpus)
+    out = tmp_path / "out"
+    out.mkdir()
+    words = ["export", cache, "--to", "parquet", "--temperature", 1, "--out", out, "--workers", 1]
+    (out / "letter.txt").write_text("mine")
+    code, _, err = run(*words)
+    assert (code, err.count("\n")) == (2, 1)
+    assert (out / "letter.txt").read_text() == "mine"
+    (out / "letter.txt").rename(out / f".export.json.{DEAD}{PARTIAL}")
+    code, _, err = run(*words)
+    assert code == 0, err
+    assert [path for path in out.rglob("*") if PARTIAL in path.name] == []

@@ -57,9 +57,10 @@ def _upload(source: Path, target: ObjectPath) -> None:
 
 
 def _open_folder(folder: Path, manifest: CacheManifest, tokenizer: Path) -> None:
-    if folder.exists() and not (folder / MANIFEST).is_file() and (not folder.is_dir() or any(folder.iterdir())):
+    is_free = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+    if not is_free and not (folder / MANIFEST).is_file():  # in this order: another process may just have made it
         raise CacheMismatchError(f"{folder}: exists and holds no cache; choose another --out or empty it.")
-    if not (folder / MANIFEST).is_file():
+    if is_free:
         _create(folder, manifest, tokenizer)
     CacheManifest.read(folder).require_equal(manifest, folder)
     if not (folder / TOKENIZER).is_dir():

@@ -11,7 +11,7 @@ import xxhash
 from pipeline.config import TrainConfig
 from pipeline.documents import short
 from pipeline.errors import CacheMismatchError, ConfigError, PipelineError
-from pipeline.files import canonical_json, held, read_json, write_json
+from pipeline.files import canonical_json, held, is_vacant, read_json, write_json
 from pipeline.manifest import CacheManifest
 from pipeline.settings import resolved
 from pipeline.targets import column_of
@@ -83,7 +83,7 @@ def open_folder(config: TrainConfig, cache: CacheManifest, held_out: CacheManife
     run = _description(config, cache, held_out, shape)
     path = config.out / RUN
     if not path.is_file():
-        if config.out.exists() and (not config.out.is_dir() or any(config.out.iterdir())):
+        if not is_vacant(config.out) and not path.is_file():  # another process may just begin
             raise ConfigError(f"{config.out}: exists and holds no training run; choose another --out or empty it.")
         config.out.mkdir(parents=True, exist_ok=True)
         write_json(path, run, first_wins=True)

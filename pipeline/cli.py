@@ -2,8 +2,8 @@
 
 Exit codes: 0 done, 1 `verify` found damage or `audit` a disagreement, 2 a mistake or fault that the
 user can mend, 75 drained after a signal, or an object store that does not answer: run the same command
-again; `status` has 3 and 4. Anything else keeps its traceback. A command imports its stage inside its
-function, so that `--help` loads neither torch nor vllm.
+again; 128 and a signal's number if there was nothing to drain; `status` has 3 and 4. Anything else keeps its
+traceback. A command imports its stage inside its function, so that `--help` loads neither torch nor vllm.
 """
 
 import os
@@ -30,10 +30,12 @@ from pipeline.config import (
 )
 from pipeline.cpu import prepare_threads
 from pipeline.documents import printable
-from pipeline.errors import MENDABLE, CacheCorruptError, Drained, PipelineError, StorageSilentError
+from pipeline.errors import CacheCorruptError, Drained, PipelineError, StorageSilentError, fault_of_machine
 from pipeline.options import config_command
 from pipeline.progress import TerminalReporter
 from pipeline.runs.launch.processes import follow_parent
+from pipeline.stopping import Stopped, Unwinding
+from pipeline.streams import close_streams, open_streams, remark, require_utf8, say
 
 SHOWN_PROBLEMS = 20
 """Disagreements that an audit lists; the rest is counted."""
@@ -50,16 +52,16 @@ class _Main(click.Group):
         follow_parent()
         try:
             return super().invoke(context)
-        except Drained as drained:
-            click.echo(printable(str(drained)), err=True)
-            sys.exit(drained.exit_code)
+        except (Drained, Stopped) as ended:
+            remark(printable(str(ended)))
+            sys.exit(ended.exit_code)
         except PipelineError as error:
-            click.echo(f"error: {printable(str(error))}", err=True)
+            remark(f"error: {printable(str(error))}")
             sys.exit(error.exit_code)
-        except OSError as error:
-            if error.errno not in MENDABLE:
+        except Exception as error:
+            if (fault := fault_of_machine(error)) is None:
                 raise
-            click.echo(f"error: {error.filename or 'writing'}: {error.strerror}.", err=True)
+            remark(f"error: {printable(fault)}")
         sys.exit(2)
 
 
@@ -97,7 +99,7 @@ def estimate_command(config: EstimateConfig) -> None:
     from pipeline.estimate import describe, estimate
 
     found = estimate(config)
-    click.echo(found.to_json() if config.json else "\n".join(describe(found)))
+    say(found.to_json() if config.json else "\n".join(describe(found)))
 
 
 @main.command("submit")
@@ -134,13 +136,13 @@ def status_command(config: StatusConfig) -> None:
         except StorageSilentError as error:
             if not config.watch:
                 raise
-            click.echo(printable(str(error)), err=True)
+            remark(printable(str(error)))
             time.sleep(config.interval_s)
             continue
         if config.watch and sys.stdout.isatty():
             click.clear()
-        click.echo(status.to_json() if config.json else "\n".join(describe(status)))
-        if not config.watch or status.state != "incomplete":
+        is_read = say(status.to_json() if config.json else "\n".join(describe(status)))
+        if not is_read or not config.watch or status.state != "incomplete":
             sys.exit(status.exit_code)
         time.sleep(config.interval_s)
 
@@ -162,31 +164,31 @@ def verify_command(config: VerifyConfig) -> None:
             repair_manifest(config.cache)
         num_tokens = CacheManifest.read(config.cache).num_tokens
     except CacheCorruptError as damage:
-        click.echo(printable(str(damage)))
+        say(printable(str(damage)))
         if config.repair:
-            click.echo(f"{config.cache}: the manifest and its copy are damaged; put one back from a backup.")
+            say(f"{config.cache}: the manifest and its copy are damaged; put one back from a backup.")
         sys.exit(1)
     with TerminalReporter().progress("verify", num_tokens) as progress:
         report = verify_cache(config.cache, progress.advance, config.workers)
     for problem in report.problems:
-        click.echo(printable(problem))
+        say(printable(problem))
     if config.repair:
         repair_cache(config.cache, report)
     if report.problems:
         _say_what_now(config, report)
     else:
-        click.echo(
+        say(
             f"{config.cache}: sound: {report.num_partitions} partitions, {report.num_sequences:,} sequences, "
             f"{report.num_targets:,} targets, {report.bytes / max(report.num_targets, 1):.1f} bytes a target."
         )
 
 
 def _say_what_now(config: VerifyConfig, report: Any) -> None:
-    click.echo(f"{config.cache}: {len(report.problems)} problems in {report.num_partitions} partitions.")
+    say(f"{config.cache}: {len(report.problems)} problems in {report.num_partitions} partitions.")
     if not config.repair:
         sys.exit(1)
     todo = len(report.damaged) + len(report.missing)
-    click.echo(
+    say(
         f"{config.cache}: repaired: {len(report.damaged)} damaged partitions were dropped; run the same "
         f"`pipeline cache-logits` command again: it computes the {todo} that are missing now."
     )
@@ -200,9 +202,9 @@ def audit_command(config: AuditConfig) -> None:
 
     report = audit_cache(config, TerminalReporter())
     for problem in report.problems[:SHOWN_PROBLEMS]:
-        click.echo(printable(problem))
+        say(printable(problem))
     outcome = f"{len(report.problems)} disagreements" if report.problems else "the teacher agrees"
-    click.echo(
+    say(
         f"{config.cache}: {outcome}: {report.num_sequences:,} sequences, {report.num_targets:,} targets; the largest "
         f"difference of a probability is {report.largest:.2g}, {report.allowed:.2g} is allowed (rounding alone makes "
         f"{report.rounding_error:.2g}, the teacher's arithmetic may make {report.noise:.2g})."
@@ -267,7 +269,7 @@ def demo_command(config: DemoConfig) -> None:
     from stages.demo import demo
 
     for line in demo(config, TerminalReporter()):
-        click.echo(line)
+        say(line)
 
 
 def run() -> None:
@@ -276,15 +278,20 @@ def run() -> None:
     Native threads of its libraries now and then abort the process there (exit code -6), when all work
     is done and on the disk.
     """
+    unwinding = Unwinding()
+    unwinding.begin()
+    require_utf8()
+    open_streams()
     _leave_working_directory()
     try:
         main()
     except SystemExit as leaving:
+        close_streams()
         if "vllm" in sys.modules and isinstance(leaving.code, int):
-            sys.stdout.flush()
-            sys.stderr.flush()
             os._exit(leaving.code)
         raise
+    finally:
+        unwinding.end()
 
 
 def _leave_working_directory() -> None:

@@ -33,7 +33,7 @@ ABANDONED_S = 86_400.0
 
 def copies_folder() -> Path:
     """The folder for local copies of shards, made if need be."""
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "logit-cache-pipeline"
+    default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "logit-cache-pipeline"
     folder = at_home(Path(os.environ.get(COPIES) or default))
     folder.mkdir(parents=True, exist_ok=True)
     return folder

@@ -21,7 +21,7 @@ import xxhash
 
 from pipeline.documents import Count, FileName, Hash, Text, Width, document_of, printable, short
 from pipeline.errors import CorpusError
-from pipeline.files import canonical_json, hash_file, partial_path, publish, read_json, write_json
+from pipeline.files import canonical_json, hash_file, read_json, replacing, write_json
 from pipeline.ipc import file_batches
 from pipeline.tokenizer import TokenizerIdentity
 
@@ -140,14 +140,9 @@ def write_partition(folder: Path, index: int, sequences: Sequence[TokenSequence]
     """Write partition `index` of the corpus in `folder` atomically."""
     path = folder / PARTITIONS / f"{index:05d}.arrow"
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = partial_path(path)
-    try:
-        with pa.OSFile(str(partial), "wb") as file, pa.ipc.new_file(file, SCHEMA) as writer:
-            for start in range(0, len(sequences), 256):
-                writer.write_batch(_batch(sequences[start : start + 256]))
-        publish(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(path) as partial, pa.OSFile(str(partial), "wb") as file, pa.ipc.new_file(file, SCHEMA) as writer:
+        for start in range(0, len(sequences), 256):
+            writer.write_batch(_batch(sequences[start : start + 256]))
     return CorpusPartition(
         file=path.name,
         num_sequences=len(sequences),

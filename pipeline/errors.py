@@ -18,11 +18,15 @@ a PipelineError is a bug of ours or a fault of the machine and keeps its traceba
 """
 
 import errno
+import os
+import re
 
 MENDABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG}
-MENDABLE |= {errno.ENOTDIR, errno.EISDIR, errno.ELOOP}
+MENDABLE |= {errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EMFILE, errno.ENFILE, errno.ENOTSUP}
 """Operating-system errors that are the user's to mend, and that no other partition would be spared: a full disk, a
-read-only folder, a file in the place of a folder."""
+read-only folder, a file in the place of a folder, a limit on open files."""
+NO_MEMORY = re.compile(r"can't allocate memory|can't start new thread|Cannot allocate memory|malloc of size \d+ failed")
+"""What libraries say where they raise no MemoryError."""
 
 
 class PipelineError(Exception):
@@ -77,3 +81,19 @@ class CacheCorruptError(CacheError):
 
 class CacheMismatchError(CacheError):
     """The cache was made by other settings, or for another vocabulary."""
+
+
+def fault_of_machine(error: BaseException) -> str | None:
+    """What the operating system refused, as a line, also where a library wraps it; None if it is no such error."""
+    if isinstance(error, OSError) and error.errno is not None and (error.filename or error.errno in MENDABLE):
+        return f"{error.filename2 or error.filename or 'reading or writing'}: {os.strerror(error.errno)}."
+    if isinstance(error, FileNotFoundError) and "temporary directory" in str(error):
+        return f"{error.strerror}; set TMPDIR to a folder that can be written."
+    if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM or NO_MEMORY.search(str(error)):
+        return f"out of memory: {' '.join(str(error).split())[:200] or 'the system gives no more'}."
+    if isinstance(error, UnicodeEncodeError) and error.reason == "surrogates not allowed":
+        name = error.object[max(0, error.start - 60) : error.end + 60]
+        return f"{name}: the name of a file or folder is not UTF-8; rename it."
+    if wrapped := re.search(r"\(os error (\d+)\)", str(error)):  # as libraries written in Rust say it
+        return f"reading or writing: {os.strerror(int(wrapped[1]))}."
+    return fault_of_machine(error.__cause__) if error.__cause__ is not None else None

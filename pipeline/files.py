@@ -5,25 +5,35 @@ moved to its final name in one step. JSON documents carry a checksum of themselv
 Knows nothing of corpora or caches.
 """
 
+import contextlib
+import errno
+import fcntl
 import json
 import os
 import re
 import shutil
 import socket
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
 from pipeline.documents import Kind, Refusal, document_of, printable
+from pipeline.errors import PipelineError
 from pipeline.storage import Location, ObjectPath
 
 LARGEST_DOCUMENT = 64 << 20
 """Bytes; more are not even read."""
 PARTIAL = ".partial"
 """Suffix of files that are being written; nothing reads them."""
+NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK}
+"""What a hard link comes to where there are none: on FAT, exFAT, some network and FUSE file systems."""
+
+NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS}
+"""What a lock comes to where there are none."""
 
 
 def owner_name() -> str:
@@ -89,15 +99,95 @@ def publish_first(partial: Path, final: Path) -> bool:
         os.link(partial, final)
     except FileExistsError:
         return False
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise
+        if not _rename_first(partial, final):
+            return False
     finally:
-        partial.unlink()
+        partial.unlink(missing_ok=True)
     sync_folder(final.parent)
+    return True
+
+
+@contextmanager
+def held(path: Path, otherwise: PipelineError) -> Iterator[None]:
+    """Hold a file, made if need be, against other processes that do; raises `otherwise` if one does.
+
+    The system frees it even after a kill -9. Where a file system knows no such locks, nothing is held.
+    """
+    with path.open("ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise otherwise from None
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+        yield
+
+
+def _rename_first(partial: Path, final: Path) -> bool:
+    """`publish_first` for a file system without hard links, where no two look and rename at the same time."""
+    descriptor = os.open(final.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)  # which the system frees, even after a kill -9
+        if final.exists():
+            return False
+        os.rename(partial, final)
+    finally:
+        os.close(descriptor)
     return True
 
 
 def partial_path(final: Path) -> Path:
     """A temporary name for `final` in its own folder, unique to this process."""
     return final.with_name(f"{final.name}.{owner_name()}{PARTIAL}")
+
+
+@contextmanager
+def replacing(final: Path) -> Iterator[Path]:
+    """A temporary name for a file or folder that takes its final name at the end, and is gone after an error."""
+    partial = partial_path(final)
+    try:
+        with naming(final):
+            yield partial
+            publish(partial, final)
+    finally:
+        remove_tree(partial)
+
+
+@contextmanager
+def naming(path: Location) -> Iterator[None]:
+    """An error of the system that names no file, such as a write to a full disk, names this one."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
+def remove_partials(folder: Path, name: str = "") -> int:
+    """Delete what dead processes of this host were writing in `folder`, of one name or of any; returns how many."""
+    removed = 0
+    with contextlib.suppress(FileNotFoundError):
+        for path in list(folder.iterdir()):
+            if path.name.startswith(name) and owner_is_dead(_owner_of(path.name)):
+                remove_tree(path)
+                removed += 1
+    return removed
+
+
+def is_vacant(folder: Path) -> bool:
+    """True if nothing is there, or a folder in which at most something is being written, or was when its writer died."""
+    if not folder.is_dir():
+        return not folder.exists()
+    return all(name.endswith(PARTIAL) for name in os.listdir(folder))
+
+
+def _owner_of(name: str) -> str:
+    """The owner in a name by `partial_path`: host, which may have dots, namespace and pid come last."""
+    return ".".join(name.removesuffix(PARTIAL).split(".")[-owner_name().count(".") - 1 :]) if PARTIAL in name else ""
 
 
 def list_names(folder: Location) -> list[str]:
@@ -123,11 +213,12 @@ def write_json(path: Location, document: dict[str, Any], *, first_wins: bool = F
         return path.write_bytes(contents, first_wins=first_wins)
     partial = partial_path(path)
     try:
-        partial.write_bytes(contents)
-        if first_wins:
-            return publish_first(partial, path)
-        publish(partial, path)
-        return True
+        with naming(path):
+            partial.write_bytes(contents)
+            if first_wins:
+                return publish_first(partial, path)
+            publish(partial, path)
+            return True
     finally:
         partial.unlink(missing_ok=True)
 

@@ -5,7 +5,7 @@ import io
 from pathlib import Path
 from typing import Any
 
-from pipeline.files import partial_path, publish
+from pipeline.files import replacing
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #1d2733; }
@@ -23,9 +23,8 @@ Table = list[list[str]]
 def write_page(path: Path, title: str, body: str) -> None:
     """Publish a page whose body is given as HTML."""
     head = f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(title)}</title><style>{STYLE}</style>"
-    partial = partial_path(path)
-    partial.write_text(f"{head}{body}</html>\n", encoding="utf-8")
-    publish(partial, path)
+    with replacing(path) as partial:
+        partial.write_text(f"{head}{body}</html>\n", encoding="utf-8")
 
 
 def html_table(table: Table) -> str:

@@ -1,16 +1,25 @@
 """The same work on many items at once: the first failure stops the rest and reaches the caller."""
 
+import functools
 import multiprocessing
 import os
+import signal
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from multiprocessing.process import BaseProcess
 from typing import Any, TypeVar
 
 from pipeline.patience import stop_waiting
+from pipeline.stopping import starting_processes
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+LEFT = 128 + signal.SIGTERM
+"""Exit code of a process of a pool that was told to end."""
+LAST_WORDS_S = 5.0
+"""In which a process that is to end removes what it has half done."""
 
 
 def in_threads(function: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Iterator[Result]:
@@ -29,7 +38,7 @@ def in_processes(function: Callable[[Item], Result], items: Iterable[Item], work
 
     The function, the items and the results must be picklable.
     """
-    return _run(function, items, workers, _processes)
+    return _run(functools.partial(_one, function), items, workers, _processes)
 
 
 def _run(
@@ -39,16 +48,32 @@ def _run(
     if workers == 1 or len(items) <= 1:
         yield from map(function, items)
         return
-    with executor(min(workers, len(items))) as pool:
-        futures = [pool.submit(function, item) for item in items]
-        try:
-            for future in as_completed(futures):
-                yield future.result()
-        except KeyboardInterrupt:
-            stop_waiting()  # threads that wait for a store
-            raise
-        finally:
-            pool.shutdown(cancel_futures=True)  # waits: the pool's own end would not, once it was shut down
+    strangers, pool = set(multiprocessing.active_children()), None
+    try:
+        with starting_processes():
+            pool = executor(min(workers, len(items)))
+            futures = [pool.submit(function, item) for item in items]
+        for future in as_completed(futures):
+            yield future.result()
+    except Exception:
+        raise
+    except BaseException:  # a signal, or nobody wants the rest: processes drop what they have in hand
+        stop_waiting()  # threads that wait for a store
+        _end(set(multiprocessing.active_children()) - strangers)
+        raise
+    finally:
+        if pool is not None:
+            pool.shutdown(cancel_futures=True)
+
+
+def _end(processes: Iterable[BaseProcess]) -> None:
+    """Let processes unwind what they do, and wait for them; none gets more than LAST_WORDS_S."""
+    for process in processes:
+        process.terminate()
+    deadline = time.monotonic() + LAST_WORDS_S
+    for process in processes:
+        process.join(max(0.0, deadline - time.monotonic()))
+        process.kill()
 
 
 def _processes(workers: int) -> Executor:
@@ -57,10 +82,40 @@ def _processes(workers: int) -> Executor:
 
 
 def _end_with_the_parent() -> None:
+    """In a process of the pool: SIGTERM, or the end of the parent, ends it; what it has in hand unwinds first."""
+    signal.signal(signal.SIGTERM, _leave)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM,))
     parent: Any = multiprocessing.parent_process()
 
     def watch() -> None:
         parent.join()
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(LAST_WORDS_S)
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+def _one(function: Callable[[Item], Result], item: Item) -> Result:
+    global _in_hand
+    try:
+        _in_hand = True
+        return function(item)
+    except _Left:
+        os._exit(LEFT)
+    finally:
+        _in_hand = False
+
+
+def _leave(*_: object) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough
+    if not _in_hand:
+        os._exit(LEFT)
+    raise _Left
+
+
+class _Left(BaseException):
+    """Unwinds what a process of the pool has in hand."""
+
+
+_in_hand = False

@@ -63,8 +63,9 @@ class TerminalReporter(Reporter):
 
     def log(self, line: str) -> None:
         """Write a line, above the bar if there is one."""
-        tqdm.write(printable(line, newline="\n"), file=sys.stderr)
-        sys.stderr.flush()
+        with contextlib.suppress(OSError):  # a pipe that nobody reads, a terminal that was closed: the work goes on
+            tqdm.write(printable(line, newline="\n"), file=sys.stderr)
+            sys.stderr.flush()
 
     def progress(self, what: str, total: int, unit: str = "tokens") -> Progress:
         """A bar, or lines."""
@@ -139,8 +140,9 @@ class _Bar(Progress):
         if self._bar is None:
             self._bar = tqdm(initial=self._recalled + amount, **self._options)
             amount = 0
-        self._bar.set_postfix_str(note, refresh=False)
-        self._bar.update(amount)
+        with contextlib.suppress(OSError):  # as in TerminalReporter.log
+            self._bar.set_postfix_str(note, refresh=False)
+            self._bar.update(amount)
 
     def recall(self, amount: int) -> None:
         self._recalled += amount
@@ -151,7 +153,8 @@ class _Bar(Progress):
 
     def close(self) -> None:
         if self._bar is not None:
-            self._bar.close()
+            with contextlib.suppress(OSError):
+                self._bar.close()
 
 
 class _Lines(Progress):

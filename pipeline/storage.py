@@ -242,11 +242,18 @@ def location(value: str | Path) -> Location:
 
 
 def at_home(path: Path) -> Path:
-    """The path with ~ or ~user at its beginning replaced; raises ConfigError if there is no such user."""
+    """The path with ~ or ~user at its beginning replaced; raises ConfigError if there is no such user, and for a name
+    that is not UTF-8, which no document of ours can hold."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise ConfigError(f"{path}: its name is not UTF-8; rename it.") from None
     try:
         return path.expanduser()
     except RuntimeError as exc:
-        raise ConfigError(f"{path}: there is no such user; write ./{path} for a file of that name.") from exc
+        raise ConfigError(
+            f"{path}: there is no such user, or no home folder; write ./{path} for a file of that name, or set HOME."
+        ) from exc
 
 
 def without_secrets(text: str) -> str:

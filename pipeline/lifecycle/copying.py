@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.errors import CacheCorruptError
-from pipeline.files import hash_file
+from pipeline.files import hash_file, naming
 from pipeline.manifest import CacheManifest
 from pipeline.runs.commits import ShardCommit, commit_shard, partial_shard_path
 from pipeline.shards.containers import CONTAINERS, Container, Shard
@@ -37,15 +37,16 @@ def copy_shard(source: Path, commit: ShardCommit, folder: Path, partition: int, 
     layout, statistics = layout_of_commit(theirs, commit), commit.statistics
     partial = partial_shard_path(folder, partition, CONTAINERS[name].suffix)
     try:
-        if rows is None and name == theirs.container:
-            _copy_file(original, partial, commit.xxh3_128)
-        else:
-            with closing(open_shard(source, theirs, commit)) as shard:
-                if rows is not None:
-                    layout, statistics = _measure(shard, layout, rows, commit)
-                _write(shard, rows, partial, layout, CONTAINERS[name])
-                _compare(shard, rows, partial, layout, CONTAINERS[name])
-        commit_shard(folder, partition, partial, layout, statistics)
+        with naming(partial):
+            if rows is None and name == theirs.container:
+                _copy_file(original, partial, commit.xxh3_128)
+            else:
+                with closing(open_shard(source, theirs, commit)) as shard:
+                    if rows is not None:
+                        layout, statistics = _measure(shard, layout, rows, commit)
+                    _write(shard, rows, partial, layout, CONTAINERS[name])
+                    _compare(shard, rows, partial, layout, CONTAINERS[name])
+            commit_shard(folder, partition, partial, layout, statistics)
     finally:
         partial.unlink(missing_ok=True)
 

@@ -14,7 +14,7 @@ from pipeline.config import ExportConfig
 from pipeline.cpu import available_cores
 from pipeline.documents import short
 from pipeline.errors import CacheMismatchError, ConfigError, PipelineError
-from pipeline.files import canonical_json, partial_path, publish, read_json, write_json
+from pipeline.files import canonical_json, is_vacant, read_json, remove_partials, replacing, write_json
 from pipeline.lifecycle.copying import sequences_of_shard
 from pipeline.lifecycle.exported import LAYOUTS, Row
 from pipeline.manifest import CacheManifest
@@ -56,9 +56,10 @@ def _open_folder(config: ExportConfig, manifest: CacheManifest) -> None:
     identity = xxhash.xxh3_128_hexdigest(canonical_json(manifest.identity()))
     record = {"cache": identity, "layout": config.layout, "temperature": config.temperature}
     path = config.out / RECORD
-    if not path.is_file() and config.out.exists() and (not config.out.is_dir() or any(config.out.iterdir())):
+    if not path.is_file() and not is_vacant(config.out) and not path.is_file():  # another process may just begin
         raise ConfigError(f"{config.out}: exists and holds no export; choose another --out or empty it.")
     config.out.mkdir(parents=True, exist_ok=True)
+    remove_partials(config.out)
     write_json(path, record, first_wins=True)
     found = read_json(path, PipelineError)
     different = [name for name, value in record.items() if found.get(name) != value]
@@ -74,14 +75,9 @@ def _write_file(config: ExportConfig, commit: ShardCommit) -> int:
     metadata = {"temperature": repr(config.temperature), "alignment": ALIGNMENT, "columns": config.layout}
     schema = layout.schema.with_metadata(metadata)
     final = config.out / file_name(commit.partition)
-    partial = partial_path(final)
-    try:
-        with pq.ParquetWriter(partial, schema, compression="zstd") as writer:
-            for rows in _row_groups(_rows(config, manifest, commit)):
-                writer.write_table(layout.table(rows, schema))
-        publish(partial, final)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(final) as partial, pq.ParquetWriter(partial, schema, compression="zstd") as writer:
+        for rows in _row_groups(_rows(config, manifest, commit)):
+            writer.write_table(layout.table(rows, schema))
     return commit.num_tokens
 
 

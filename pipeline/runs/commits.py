@@ -24,6 +24,7 @@ from pipeline.files import (
     owner_name,
     publish,
     read_document,
+    remove_partials,
     write_json,
 )
 from pipeline.shards.containers import CONTAINERS, structure_of
@@ -119,6 +120,7 @@ def remove_leftovers(folder: Location) -> int:
         for path in dead:
             path.unlink(missing_ok=True)
         return len(dead)
+    num_partials = sum(remove_partials(folder / name) for name in ("", COMMITS))
     shards: dict[int, list[str]] = {}
     for name in list_names(folder / SHARDS):
         for (partition,) in numbers_in([name], r"(\d{5,15})-.*"):
@@ -134,7 +136,7 @@ def remove_leftovers(folder: Location) -> int:
     removed = [name for name in removed if owner_is_dead(_owner(name))]
     for name in removed:
         (folder / SHARDS / name).unlink(missing_ok=True)
-    return len(removed)
+    return len(removed) + num_partials
 
 
 def _owner(name: str) -> str:

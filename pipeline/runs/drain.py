@@ -1,6 +1,6 @@
 """Leaving in good order: the first signal asks for a drain, the second leaves at once.
 
-SIGTERM, SIGUSR1 (Slurm's warning) and SIGINT only set a flag. What is in hand is finished, so a drain
+SIGTERM, SIGUSR1 (Slurm's warning), SIGINT and SIGHUP (a terminal that is closed) only set a flag. What is in hand is finished, so a drain
 takes as long as the rest of the current shard and the rows in flight: one shard's time at most.
 """
 
@@ -12,13 +12,12 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+from pipeline.stopping import ECHO_S, heard
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 EXIT_DRAINED = 75
 """EX_TEMPFAIL of sysexits.h: run the same command again."""
 _NAP_S = 0.1
-_ECHO_S = 2.0
-"""Signals that follow the first so closely are the same request: a launcher of several threads that is killed may
-send its parent-death signal once for every thread."""
 
 
 class Drain:
@@ -33,7 +32,7 @@ class Drain:
 
     def __enter__(self) -> "Drain":
         if threading.current_thread() is threading.main_thread():
-            self._previous = {number: signal.signal(number, self._handle) for number in SIGNALS}
+            self._previous = {number: signal.signal(number, self._handle) for number in heard(SIGNALS)}
         return self
 
     def __exit__(self, *exc: Any) -> None:
@@ -65,7 +64,7 @@ class Drain:
 
     def _handle(self, number: int, frame: Any) -> None:
         # A plain flag: taking a lock here could wait for the very code that was interrupted.
-        if self.requested and time.monotonic() - self._requested_at < _ECHO_S:
+        if self.requested and time.monotonic() - self._requested_at < ECHO_S:
             return
         if self.requested or self._nothing_in_hand:
             with contextlib.suppress(Exception):

@@ -1,13 +1,12 @@
 """The folder of a cache: it comes into being in one step, with its manifest and its tokenizer."""
 
-import os
 import shutil
 import tempfile
 from pathlib import Path
 
 from pipeline.copies import local_folder
 from pipeline.errors import CacheMismatchError
-from pipeline.files import partial_path, publish, sync_folder
+from pipeline.files import remove_partials, remove_tree, replacing
 from pipeline.manifest import MANIFEST, TOKENIZER, CacheManifest
 from pipeline.runs.commits import COMMITS, SHARDS
 from pipeline.runs.events import EVENTS
@@ -58,9 +57,10 @@ def _upload(source: Path, target: ObjectPath) -> None:
 
 
 def _open_folder(folder: Path, manifest: CacheManifest, tokenizer: Path) -> None:
-    if folder.exists() and not (folder / MANIFEST).is_file() and (not folder.is_dir() or any(folder.iterdir())):
+    is_free = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+    if not is_free and not (folder / MANIFEST).is_file():  # in this order: another process may just have made it
         raise CacheMismatchError(f"{folder}: exists and holds no cache; choose another --out or empty it.")
-    if not (folder / MANIFEST).is_file():
+    if is_free:
         _create(folder, manifest, tokenizer)
     CacheManifest.read(folder).require_equal(manifest, folder)
     if not (folder / TOKENIZER).is_dir():
@@ -69,27 +69,31 @@ def _open_folder(folder: Path, manifest: CacheManifest, tokenizer: Path) -> None
 
 def _create(folder: Path, manifest: CacheManifest, tokenizer: Path) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = partial_path(folder)
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    make_places(partial)
-    shutil.copytree(tokenizer, partial / TOKENIZER)
-    manifest.write(partial)
+    remove_partials(folder.parent, folder.name)
     try:
-        os.rename(partial, folder)
-        sync_folder(folder.parent)
+        with replacing(folder) as partial:
+            remove_tree(partial)
+            partial.mkdir()
+            make_places(partial)
+            _copy(tokenizer, partial / TOKENIZER)
+            manifest.write(partial)
     except OSError:
-        shutil.rmtree(partial)
         if not (folder / MANIFEST).is_file():  # no other process has made it meanwhile
             raise
 
 
 def _restore(source: Path, final: Path) -> None:
-    partial = partial_path(final)
-    shutil.copytree(source, partial, dirs_exist_ok=True)
     try:
-        publish(partial, final)
+        with replacing(final) as partial:
+            _copy(source, partial)
     except OSError:
-        shutil.rmtree(partial)
         if not final.is_dir():  # no other process has put it back meanwhile
             raise
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Copy the files of a folder; an error is the system's, where that of shutil is a list of them."""
+    target.mkdir(exist_ok=True)
+    for path in sorted(source.rglob("*")):
+        copy = target / path.relative_to(source)
+        copy.mkdir(exist_ok=True) if path.is_dir() else shutil.copyfile(path, copy)

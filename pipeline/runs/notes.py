@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Protocol
 
 from pipeline.errors import CacheCorruptError, StorageError
-from pipeline.files import PARTIAL, list_names, read_small
+from pipeline.files import PARTIAL, list_names, naming, read_small
 from pipeline.storage import Location, ObjectPath, Version
 
 PATIENCE_S = 15.0
@@ -75,7 +75,8 @@ class FolderNotes:
         except FileExistsError:
             return False
         try:
-            os.write(descriptor, text.encode())
+            with naming(self._folder / name):
+                os.write(descriptor, text.encode())
         finally:
             os.close(descriptor)
         return True
@@ -90,8 +91,9 @@ class FolderNotes:
     def replace(self, name: str, text: str, *, patient: bool = False) -> None:
         partial = self._folder / (name + PARTIAL)
         try:
-            partial.write_text(text, encoding="utf-8")
-            os.replace(partial, self._folder / name)
+            with naming(self._folder / name):
+                partial.write_text(text, encoding="utf-8")
+                os.replace(partial, self._folder / name)
         except OSError:
             partial.unlink(missing_ok=True)
             raise

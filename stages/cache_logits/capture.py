@@ -13,6 +13,7 @@ from typing import Any
 
 from pipeline.corpus import Corpus, TokenSequence
 from pipeline.errors import CorpusError
+from pipeline.files import naming
 from pipeline.lifecycle.known import CopiedTargets
 from pipeline.manifest import CacheManifest
 from pipeline.runs.commits import ShardCommit, commit_shard, partial_shard_path
@@ -161,14 +162,16 @@ class _Writer:
         container = CONTAINERS[self._manifest.container]
         path = partial_shard_path(self._folder, partition, container.suffix)
         try:
-            writer = container.create(path, layout)
-            try:
-                statistics = self._fill(writer, layout, item)
-            finally:
-                writer.discard()
-            if statistics is None:
-                return False
-            self._on_commit(partition, commit_shard(self._folder, partition, path, layout, statistics.to_dict()))
+            with naming(path):
+                writer = container.create(path, layout)
+                try:
+                    statistics = self._fill(writer, layout, item)
+                finally:
+                    writer.discard()
+                if statistics is None:
+                    return False
+                commit = commit_shard(self._folder, partition, path, layout, statistics.to_dict())
+            self._on_commit(partition, commit)
         finally:
             path.unlink(missing_ok=True)
         return True

@@ -63,9 +63,14 @@ class Steps:
         self.reporter.log(f"\n$ pipeline {' '.join(words)}")
         started = time.monotonic()
         environment = {**os.environ, **following(signal.SIGTERM)}
-        process = subprocess.run([sys.executable, *PIPELINE, *words], env=environment)
-        if process.returncode != 0:
-            raise PipelineError(f"the demo's step {name!r} ended with exit code {process.returncode}; see above.")
+        with subprocess.Popen([sys.executable, *PIPELINE, *words], env=environment) as process:
+            try:
+                code = process.wait()
+            except BaseException:  # a signal: the step saves what it can, and is waited for
+                process.terminate()
+                raise
+        if code != 0:
+            raise PipelineError(f"the demo's step {name!r} ended with exit code {code}; see above.")
         self.seconds[name] = time.monotonic() - started
         record.parent.mkdir(parents=True, exist_ok=True)
         write_json(record, {"seconds": self.seconds[name], "arguments": words})

@@ -27,7 +27,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from pipeline.documents import Finite, entry_of
 from pipeline.errors import CorpusError
-from pipeline.files import PARTIAL, canonical_json, hash_file, partial_path, publish, read_json, write_json
+from pipeline.files import canonical_json, hash_file, read_json, remove_partials, replacing, write_json
 from pipeline.progress import Progress, Reporter, duration
 from pipeline.tokenizer import load_tokenizer, save_tokenizer
 from stages.demo.muon import Muon
@@ -221,13 +221,8 @@ def _key(train: Path, recipe: DemoRecipe) -> str:
 def _replacing(out: Path) -> Iterator[Path]:
     """A temporary folder that takes the place of `out` on success and is removed on error."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    for left_behind in out.parent.glob(f"{out.name}.*{PARTIAL}"):
-        shutil.rmtree(left_behind)
-    partial = partial_path(out)
-    partial.mkdir()
-    try:
+    remove_partials(out.parent, out.name)
+    with replacing(out) as partial:
+        partial.mkdir()
         yield partial
         shutil.rmtree(out, ignore_errors=True)
-        publish(partial, out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.errors import CorpusError
-from pipeline.files import partial_path, publish
+from pipeline.files import replacing
 
 TRAIN = "train.jsonl"
 HELD_OUT = "heldout.jsonl"
@@ -120,14 +120,9 @@ def read_documents(path: Path) -> Iterator[dict[str, str]]:
 def write_documents(path: Path, documents: Iterable[dict[str, str]]) -> None:
     """Write a jsonl file atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = partial_path(path)
-    try:
-        with partial.open("w", encoding="utf-8", newline="\n") as file:
-            for document in documents:
-                file.write(json.dumps(document, ensure_ascii=False) + "\n")
-        publish(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(path) as partial, partial.open("w", encoding="utf-8", newline="\n") as file:
+        for document in documents:
+            file.write(json.dumps(document, ensure_ascii=False) + "\n")
 
 
 def _files(root: Path) -> Iterator[tuple[str, Path]]:

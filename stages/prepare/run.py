@@ -24,7 +24,7 @@ from pipeline.corpus import (
 )
 from pipeline.documents import entry_of, printable
 from pipeline.errors import ConfigError, CorpusError
-from pipeline.files import partial_path, publish
+from pipeline.files import replacing
 from pipeline.progress import Progress, Reporter
 from pipeline.settings import resolved
 from pipeline.tokenizer import TokenizerIdentity, identify, load_tokenizer, save_tokenizer
@@ -242,10 +242,9 @@ def _finished(
 
 def _save_tokenizer(tokenizer: Any, config: PrepareConfig) -> None:
     folder = config.out / TOKENIZER
-    partial = partial_path(folder)
-    save_tokenizer(tokenizer, partial, trust_remote_code=config.trust_remote_code)
-    shutil.rmtree(folder, ignore_errors=True)
-    publish(partial, folder)
+    with replacing(folder) as partial:
+        save_tokenizer(tokenizer, partial, trust_remote_code=config.trust_remote_code)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _row_keys(table: pa.Table) -> list[bytes]:

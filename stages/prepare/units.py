@@ -9,7 +9,6 @@
 The folder is removed when the corpus is finished.
 """
 
-import fcntl
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,7 +21,7 @@ import xxhash
 from pipeline.corpus import MANIFEST, PARTITIONS, CorpusPartition
 from pipeline.documents import Count, Hash, short
 from pipeline.errors import ConfigError, CorpusError
-from pipeline.files import PARTIAL, numbers_in, partial_path, publish, read_document, read_json, write_json
+from pipeline.files import PARTIAL, held, numbers_in, read_document, read_json, replacing, write_json
 from stages.prepare.inputs import InputFile, same_files
 
 UNITS = "units"
@@ -53,11 +52,7 @@ def exclusive(out: Path) -> Iterator[None]:
     """Hold the corpus in `out` against other processes; the system frees it even after a kill -9."""
     path = out / UNITS / LOCK
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as exc:
-            raise ConfigError(f"{out}: another `pipeline prepare` writes there; wait, or choose another.") from exc
+    with held(path, ConfigError(f"{out}: another `pipeline prepare` writes there; wait, or choose another.")):
         yield
 
 
@@ -107,9 +102,8 @@ def commit(
 ) -> FinishedUnit:
     """Declare unit `index` finished."""
     path = _keys_path(out, index)
-    partial = partial_path(path)
-    partial.write_bytes(document_keys)
-    publish(partial, path)
+    with replacing(path) as partial:
+        partial.write_bytes(document_keys)
     unit = FinishedUnit(
         files=[file.identity for file in files],
         partitions=tuple(partitions),

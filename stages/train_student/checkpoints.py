@@ -17,12 +17,14 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from pipeline.documents import Count, printable
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, fault_of_machine
 from pipeline.files import read_document, sync_file, write_json
 
 MARK = "whole.json"
 WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 """Environment variable of torch."""
+TORCH_WRITES = re.compile("PytorchStreamWriter|inline_container|iostream error")
+"""In what torch says of a file that it cannot write."""
 DIRECTORY_CLASSES = {
     "pathlib": ("PosixPath",),
     "torch": ("Size",),
@@ -68,6 +70,25 @@ class MarkWhole(TrainerCallback):
                 (old / MARK).unlink()
                 shutil.rmtree(old)
         _wait_for_all_ranks()  # torchrun ends the others when one leaves: not before the mark is there
+
+
+@contextmanager
+def whole_or_gone(folder: Path) -> Iterator[None]:
+    """What was written of a checkpoint goes if the disk does not take all of it; raises PipelineError that says so.
+
+    Torch writes in C++ and tells of a full disk as a position in a file that is not the expected one.
+    """
+    try:
+        yield
+    except Exception as error:
+        reason = fault_of_machine(error) or (f"{error}." if TORCH_WRITES.search(str(error)) else None)
+        if reason is None:
+            raise
+        shutil.rmtree(folder, ignore_errors=True)
+        raise PipelineError(
+            f"{folder}: cannot be written: {' '.join(reason.split())} The checkpoint before is whole: make room, and run "
+            "the same command again."
+        ) from error
 
 
 def _wait_for_all_ranks() -> None:

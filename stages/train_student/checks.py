@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import xxhash
 from pipeline.config import TrainConfig
 from pipeline.documents import short
 from pipeline.errors import CacheMismatchError, ConfigError, PipelineError
-from pipeline.files import canonical_json, read_json, write_json
+from pipeline.files import canonical_json, held, is_vacant, read_json, write_json
 from pipeline.manifest import CacheManifest
 from pipeline.settings import resolved
 from pipeline.targets import column_of
@@ -82,10 +83,10 @@ def open_folder(config: TrainConfig, cache: CacheManifest, held_out: CacheManife
     run = _description(config, cache, held_out, shape)
     path = config.out / RUN
     if not path.is_file():
-        if config.out.exists() and (not config.out.is_dir() or any(config.out.iterdir())):
+        if not is_vacant(config.out) and not path.is_file():  # another process may just begin
             raise ConfigError(f"{config.out}: exists and holds no training run; choose another --out or empty it.")
         config.out.mkdir(parents=True, exist_ok=True)
-        write_json(path, run)
+        write_json(path, run, first_wins=True)
     known = _defaults() | read_json(path, PipelineError)
     different = [key for key in run if key in known and key not in PATHS and run[key] != known[key]]
     if (config.eval_cache is None) != (known["eval_cache"] is None):
@@ -99,6 +100,15 @@ def open_folder(config: TrainConfig, cache: CacheManifest, held_out: CacheManife
                 "ranks); the same global batch continues with any number of ranks"
             )
         raise ConfigError(f"{config.out}: holds a run with other settings: {found}{hint}; choose another --out.")
+
+
+def alone_in(out: Path) -> AbstractContextManager[None]:
+    """Hold the folder of a run against other trainings: two would delete each other's checkpoints."""
+    if rank() != 0:
+        return nullcontext()
+    return held(
+        out / RUN, ConfigError(f"{out}: another `pipeline train-student` writes there; wait, or choose another.")
+    )
 
 
 def _description(

@@ -1,7 +1,7 @@
 """The command `pipeline train-student`, from its settings to a finished student."""
 
 import pickle
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from stages.train_student.checkpoints import (
     unpickling_problem,
     weights_only,
 )
-from stages.train_student.checks import open_folder, require_room, require_same_targets, require_targets
+from stages.train_student.checks import alone_in, open_folder, require_room, require_same_targets, require_targets
 from stages.train_student.coverage import coverage_notes
 from stages.train_student.dataset import CacheDataset, Collate
 from stages.train_student.evaluation import Evaluation
@@ -62,11 +62,11 @@ def train_student(config: TrainConfig, reporter: Reporter | None = None) -> dict
     training. SIGTERM, SIGUSR1 or SIGINT to any rank: all of them save a checkpoint after the current step and raise
     Drained.
     """
-    with own_process_group():
-        return _train_student(config, reporter or Reporter())
+    with own_process_group(), ExitStack() as until_the_end:
+        return _train_student(config, reporter or Reporter(), until_the_end)
 
 
-def _train_student(config: TrainConfig, reporter: Reporter) -> dict[str, Any]:
+def _train_student(config: TrainConfig, reporter: Reporter, until_the_end: ExitStack) -> dict[str, Any]:
     cache = open_cache(config.cache)
     require_targets(config, cache.manifest)
     held_out = open_cache(config.eval_cache) if config.eval_cache is not None else None
@@ -86,6 +86,7 @@ def _train_student(config: TrainConfig, reporter: Reporter) -> dict[str, Any]:
     if (config.out / METRICS).is_file():
         reporter.log(f"{config.out}: finished before; nothing to do.")
         return read_metrics(config.out)
+    until_the_end.enter_context(alone_in(config.out))
     with Drain() as drain:
         with reporter.waiting("loading the student") if rank() == 0 else nullcontext():
             trainer = _trainer(config, student, cache, held_out, shape, drain, reporter)

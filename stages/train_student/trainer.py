@@ -1,6 +1,7 @@
 """transformers.Trainer with the fused loss: its data, what it judges of every step, and what it logs."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 
 from pipeline.errors import PipelineError
 from pipeline.runs.drain import Drain
-from stages.train_student.checkpoints import Mark
+from stages.train_student.checkpoints import Mark, whole_or_gone
 from stages.train_student.evaluation import Evaluation
 from stages.train_student.gradients import GradientWatch
 from stages.train_student.guards import StepGuard
@@ -178,6 +179,10 @@ class DistillationTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         self.start_clock()
         return metrics
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        with whole_or_gone(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"):
+            super()._save_checkpoint(*args, **kwargs)
 
     def start_clock(self) -> None:
         """Training time begins now: neither start-up nor an evaluation is any."""

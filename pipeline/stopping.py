@@ -1,0 +1,90 @@
+"""Ending on a signal: at the first one the command unwinds, and its half-made files go; at a second one it is gone.
+
+Commands that have something to finish or to save ask for more time with `pipeline.runs.drain`.
+"""
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+SIGNALS = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM)
+"""Ctrl-C and the end of the terminal or of its ssh, which every process of the terminal gets, and the word of others."""
+ECHO_S = 2.0
+"""Signals that follow the first so closely are the same request: a launcher of several threads that is killed may
+send its parent-death signal once for every thread."""
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal ended the command."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name}.")
+        self.exit_code = 128 + number
+
+
+class Unwinding:
+    """Raises Stopped in the main thread at the first signal, and leaves at one that is no echo of it."""
+
+    def __init__(self) -> None:
+        self._since: float | None = None
+
+    def begin(self) -> None:
+        """From now on; a signal that this process was started to ignore, as by nohup, stays ignored."""
+        for number in heard(SIGNALS):
+            signal.signal(number, self._handle)
+
+    def end(self) -> None:
+        """Nothing is left to unwind: the next signal ends the process."""
+        self._since = float("-inf")
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._since is None:
+            self._since = time.monotonic()
+            raise Stopped(number)
+        if time.monotonic() - self._since > ECHO_S:
+            os._exit(128 + number)
+
+
+def heard(signals: tuple[signal.Signals, ...]) -> list[signal.Signals]:
+    """Those that this process does not ignore."""
+    return [number for number in signals if signal.getsignal(number) is not signal.SIG_IGN]
+
+
+@contextmanager
+def starting_processes() -> Iterator[None]:
+    """For starting processes that this one ends: signals of the terminal never reach them, and none cuts a start short.
+
+    A process that is given only half of what it is to do says so with a traceback.
+    """
+    from multiprocessing import (
+        resource_tracker,  # which would take longer to load than all else that a command begins with
+    )
+
+    kept: list[int] = []
+    is_main = threading.current_thread() is threading.main_thread()
+    previous = {number: signal.signal(number, lambda *of: kept.append(of[0])) for number in heard(SIGNALS) if is_main}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # which they inherit
+    try:
+        resource_tracker.ensure_running()  # a process too; it ends with an unblocking of its own
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+        for number in kept[:1]:
+            signal.raise_signal(number)
+
+
+def quiet_while_loading() -> None:
+    """As the command line, until it listens: Ctrl-C ends the process without Python's traceback. In a library: nothing."""
+    _, *started_by = sys.orig_argv
+    is_command = any(Path(word).name in ("pipeline", "pipeline.cli") for word in started_by[:4])
+    if is_command and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)

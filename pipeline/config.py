@@ -14,6 +14,7 @@ CONTAINERS = ("arrow", "zarr")
 EXPORTS = ("parquet",)
 EXPORT_LAYOUTS = ("plain", "axolotl")
 PACKINGS = ("isolated", "crossing", "none")
+OVERLONG = ("drop", "truncate", "cut")
 TAILS = ("ghost", "hybrid", "sampled", "zero", "renormalise", "uniform")
 DIVERGENCES = ("forward", "reverse", "js")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -41,6 +42,14 @@ class PrepareConfig(Settings):
         "'crossing' lets it cross, 'none' writes one piece of a document a sequence.",
         choices=PACKINGS,
     )
+    overlong: str = setting(
+        "drop",
+        "What becomes of a conversation, or a prompt with its completion, that is longer than a sequence: 'drop', "
+        "'truncate' (its oldest messages, or the beginning of the prompt, go; system messages and answers stay whole), "
+        "'cut' into pieces as plain text always is.",
+        choices=OVERLONG,
+    )
+    last_turn_only: bool = setting(False, "Only the last turn of the assistant carries loss.")
     partition_tokens: int = setting(16_777_216, "Tokens in one file of the corpus.")
     skip_bad_lines: bool = setting(False, "Count and skip records that cannot be read, instead of stopping.")
     trust_remote_code: bool = setting(

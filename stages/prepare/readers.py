@@ -19,6 +19,7 @@ import zstandard
 
 from pipeline.errors import CorpusError
 from pipeline.progress import Reporter
+from stages.prepare.forms import field_names, forms_in
 from stages.prepare.inputs import InputFile, suffix_of
 
 EXAMPLES = 3
@@ -141,13 +142,13 @@ def _read_parquet(file: InputFile, text_field: str) -> Iterator[Record]:
 
 
 def _columns(file: InputFile, names: list[str], text_field: str) -> list[str]:
-    for columns in ([text_field], ["messages"], ["prompt", "completion"]):
-        if all(name in names for name in columns):
-            return columns
-    raise CorpusError(
-        f"{file.path}: no column {text_field!r}, `messages`, or `prompt` with `completion`; "
-        f"its columns are: {', '.join(names)}; name the one that holds the text with --text-field."
-    )
+    if not forms_in(names, text_field):
+        raise CorpusError(
+            f"{file.path}: no column {text_field!r}, `messages`, or `prompt` with `completion`; "
+            f"its columns are: {', '.join(names)}; name the one that holds the text with --text-field."
+        )
+    wanted = field_names(text_field)
+    return [name for name in names if name in wanted]
 
 
 @contextmanager

@@ -14,6 +14,7 @@ import xxhash
 
 from pipeline.config import PrepareConfig
 from pipeline.corpus import (
+    END_TOKEN_IDS,
     MANIFEST,
     TOKENIZER,
     CorpusManifest,
@@ -28,10 +29,11 @@ from pipeline.files import partial_path, publish
 from pipeline.progress import Progress, Reporter
 from pipeline.settings import resolved
 from pipeline.tokenizer import TokenizerIdentity, identify, load_tokenizer, save_tokenizer
-from stages.prepare.documents import Document, DocumentEncoder
+from stages.prepare.documents import DocumentEncoder
 from stages.prepare.inputs import UNIT_BYTES, InputFile, InputFiles, describe, divide, find_inputs, same_files
 from stages.prepare.packing import PACKERS
 from stages.prepare.readers import BadLines, Record, read_records
+from stages.prepare.tokens import ENDED_BY, Document
 from stages.prepare.units import (
     FinishedUnit,
     check_folder,
@@ -67,14 +69,19 @@ def prepare(config: PrepareConfig, reporter: Reporter | None = None, *, unit_byt
         _save_tokenizer(tokenizer, config)
         units = _run(config, tokenizer, divide(inputs.files, unit_bytes), reporter)
         statistics = sum((Counter(unit.statistics) for unit in units), Counter())
-        names = [*units[0].statistics, "ignored_files"]
+        names = [*dict.fromkeys(name for unit in units for name in unit.statistics), "ignored_files"]
         statistics["ignored_files"] = inputs.ignored
         manifest = CorpusManifest(
             sequence_length=config.sequence_length,
             packing=config.packing,
             tokenizer=identity,
             partitions=tuple(partition for unit in units for partition in unit.partitions),
-            settings={**resolved(config), **settings, "input_files": [file.identity for file in inputs.files]},
+            settings={
+                **resolved(config),
+                **settings,
+                END_TOKEN_IDS: _end_token_ids(tokenizer, statistics),
+                "input_files": [file.identity for file in inputs.files],
+            },
             statistics={name: statistics[name] for name in names},
         )
         if not manifest.partitions:
@@ -127,7 +134,7 @@ class _Work:
         """Read, pack and write one unit, and commit it."""
         config = self._config
         bad_lines = BadLines(config.skip_bad_lines, self._reporter)
-        encoder = DocumentEncoder(self._tokenizer, config.tokenizer, config.text_field, bad_lines, self._reporter)
+        encoder = DocumentEncoder(config, self._tokenizer, bad_lines, self._reporter)
         packer = PACKERS[config.packing](config.sequence_length)
         counts: Counter[str] = Counter(duplicate_documents=0, documents=0, duplicate_sequences=0)
         partitions: list[CorpusPartition] = []
@@ -135,7 +142,7 @@ class _Work:
 
         def rows() -> Iterator[TokenSequence]:
             for document in encoder.encode(self._records(files, bad_lines)):
-                if self._is_new_document(document, keys, counts):
+                if self._is_new_document(document, keys, counts) and not _is_overlong(document, config, counts):
                     yield from packer.add(document)
             yield from packer.flush()
 
@@ -149,9 +156,8 @@ class _Work:
         statistics = {
             "files": len(files),
             "input_bytes": sum(file.size for file in files),
-            "records": encoder.records,
             "bad_lines": bad_lines.count,
-            "empty_documents": encoder.empty_documents,
+            **encoder.counts,
             **counts,
             **packer.counts,
         }
@@ -207,12 +213,28 @@ def _compared_settings(config: PrepareConfig, tokenizer: Any, identity: Tokenize
         "sequence_length": config.sequence_length,
         "text_field": config.text_field,
         "packing": config.packing,
+        "overlong": config.overlong,
+        "last_turn_only": config.last_turn_only,
         "partition_tokens": config.partition_tokens,
         **{f"tokenizer_{name}": value for name, value in identity.to_dict().items()},
         "tokenizer_special_ids": list(tokenizer("", verbose=False)["input_ids"]),
         "tokenizer_eos_id": tokenizer.eos_token_id,
         "chat_template": None if template is None else xxhash.xxh3_128_hexdigest(repr(template).encode()),
     }
+
+
+def _is_overlong(document: Document, config: PrepareConfig, counts: Counter[str]) -> bool:
+    """Whether the document is to be dropped because it is not to be cut; counts it."""
+    if document.kind == "text" or config.overlong == "cut" or len(document.token_ids) <= config.sequence_length:
+        return False
+    counts[f"overlong_{document.kind}s_dropped"] += 1
+    return True
+
+
+def _end_token_ids(tokenizer: Any, statistics: Counter[str]) -> list[int]:
+    """The tokens that the documents' labels end with: where a student is to stop."""
+    tokens = [name.removeprefix(ENDED_BY) for name in statistics if name.startswith(ENDED_BY)]
+    return sorted(tokenizer.convert_tokens_to_ids(tokens))
 
 
 def _finished(

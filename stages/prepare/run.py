@@ -100,6 +100,8 @@ def _run(
 ) -> list[FinishedUnit]:
     units = resume(config.out, groups, config.skip_bad_lines)
     with reporter.progress("prepare", sum(file.size for files in groups for file in files), "bytes") as progress:
+        if tokenizer.eos_token_id is None:
+            reporter.log(f"{config.tokenizer}: has no end-of-sequence token; what does not end with one stays without.")
         work = _Work(config, tokenizer, reporter, progress)
         for index, unit in enumerate(units):
             work.recall(index, unit)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.config import PrepareConfig
+from pipeline.config import TextConfig
 from pipeline.progress import Reporter
 from stages.prepare.chat import ChatTemplate, Rendered
 from stages.prepare.conversations import Conversation, Refused
@@ -38,7 +38,7 @@ COUNTS = (
 class DocumentEncoder:
     """Turns records into documents, in order, and counts what it meets."""
 
-    def __init__(self, config: PrepareConfig, tokenizer: Any, bad_lines: BadLines, reporter: Reporter) -> None:
+    def __init__(self, config: TextConfig, tokenizer: Any, bad_lines: BadLines, reporter: Reporter) -> None:
         self._config = config
         self._tokenizer = tokenizer
         self._bad_lines = bad_lines
@@ -169,6 +169,14 @@ class DocumentEncoder:
         self._counts["truncated_completions"] += 1
         kept = np.r_[:front, start : len(document.token_ids)]
         return Document(document.token_ids[kept], document.loss_mask[kept], document.kind)
+
+
+def is_overlong(document: Document, config: TextConfig, counts: Counter[str]) -> bool:
+    """Whether the document is to be dropped because it is not to be cut; counts it."""
+    if document.kind == "text" or config.overlong == "cut" or len(document.token_ids) <= config.sequence_length:
+        return False
+    counts[f"overlong_{document.kind}s_dropped"] += 1
+    return True
 
 
 def _chat(rendered: Rendered, conversation: Conversation, where: str) -> Text:

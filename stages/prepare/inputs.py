@@ -59,14 +59,14 @@ def suffix_of(path: Path) -> str:
     return next((suffix for suffix in SUFFIXES if name.endswith(suffix)), "")
 
 
-def find_inputs(paths: Sequence[Path], out: Path) -> InputFiles:
+def find_inputs(paths: Sequence[Path], out: Path | None) -> InputFiles:
     """The input files at `paths`, folders searched in sorted order; raises ConfigError or CorpusError."""
     found: dict[Path, InputFile] = {}
     ignored = 0
     for given in paths:
         if not given.exists():
             raise ConfigError(f"{given}: no such file or folder; check the path of this input.")
-        if out.resolve().is_relative_to(given.resolve()):
+        if out is not None and out.resolve().is_relative_to(given.resolve()):
             raise ConfigError(f"{out}: --out lies inside the input {given}; choose a folder outside of it.")
         if not given.is_dir() and not suffix_of(given):
             raise ConfigError(f"{given}: not a type of input; expected one of: {', '.join(SUFFIXES)}.")

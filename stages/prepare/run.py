@@ -29,11 +29,11 @@ from pipeline.files import partial_path, publish
 from pipeline.progress import Progress, Reporter
 from pipeline.settings import resolved
 from pipeline.tokenizer import TokenizerIdentity, identify, load_tokenizer, save_tokenizer
-from stages.prepare.documents import DocumentEncoder
+from stages.prepare.documents import DocumentEncoder, is_overlong
 from stages.prepare.inputs import UNIT_BYTES, InputFile, InputFiles, describe, divide, find_inputs, same_files
 from stages.prepare.packing import PACKERS
 from stages.prepare.readers import BadLines, Record, read_records
-from stages.prepare.tokens import ENDED_BY, Document
+from stages.prepare.tokens import ENDED_BY, Document, spoken
 from stages.prepare.units import (
     FinishedUnit,
     check_folder,
@@ -144,7 +144,7 @@ class _Work:
 
         def rows() -> Iterator[TokenSequence]:
             for document in encoder.encode(self._records(files, bad_lines)):
-                if self._is_new_document(document, keys, counts) and not _is_overlong(document, config, counts):
+                if self._is_new_document(document, keys, counts) and not is_overlong(document, config, counts):
                     yield from packer.add(document)
             yield from packer.flush()
 
@@ -225,14 +225,6 @@ def _compared_settings(config: PrepareConfig, tokenizer: Any, identity: Tokenize
     }
 
 
-def _is_overlong(document: Document, config: PrepareConfig, counts: Counter[str]) -> bool:
-    """Whether the document is to be dropped because it is not to be cut; counts it."""
-    if document.kind == "text" or config.overlong == "cut" or len(document.token_ids) <= config.sequence_length:
-        return False
-    counts[f"overlong_{document.kind}s_dropped"] += 1
-    return True
-
-
 def _end_token_ids(tokenizer: Any, statistics: Counter[str]) -> list[int]:
     """The tokens that the documents' labels end with: where a student is to stop."""
     tokens = [name.removeprefix(ENDED_BY) for name in statistics if name.startswith(ENDED_BY)]
@@ -292,4 +284,4 @@ def _summary(manifest: CorpusManifest) -> str:
 
 
 def _counts(manifest: CorpusManifest) -> str:
-    return ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in manifest.statistics.items() if count)
+    return ", ".join(f"{count:,} {spoken(name)}" for name, count in manifest.statistics.items() if count)

@@ -205,6 +205,12 @@ class TextEncoder:
         return self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
+def spoken(name: str) -> str:
+    """The name of a count as a person reads it."""
+    word, _, token = name.partition(ENDED_BY)
+    return f"ended by {token}" if not word else name.replace("_", " ")
+
+
 def _added(tokenizer: Any) -> tuple[list[int], list[int]]:
     """The tokens that the tokenizer puts before and behind every text."""
     whole = tokenizer("a", verbose=False)["input_ids"]

@@ -110,8 +110,10 @@ def _first_rows(config: PreviewConfig, tokenizer: Any, said: Reporter) -> tuple[
     bad_lines = BadLines(True, said)
     encoder = DocumentEncoder(config, tokenizer, bad_lines, said)
     packer = PACKERS[config.packing](config.sequence_length)
-    files = find_inputs(config.inputs, None).files
-    records = (record for file in files for record in read_records(file, config.text_field, bad_lines))
+    inputs = find_inputs(config.inputs, None)
+    if inputs.note:
+        said.log(f"not read: {inputs.note}")
+    records = (record for file in inputs.files for record in read_records(file, config.text_field, bad_lines))
     rows: list[TokenSequence] = []
     counts: Counter[str] = Counter()
     keys: set[bytes] = set()

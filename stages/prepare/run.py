@@ -57,6 +57,8 @@ def prepare(config: PrepareConfig, reporter: Reporter | None = None, *, unit_byt
     reporter = reporter or Reporter()
     check_folder(config.out)
     inputs = find_inputs(config.inputs, config.out)
+    if inputs.note:
+        reporter.log(f"{', '.join(map(str, config.inputs))}: not read: {inputs.note}")
     tokenizer = load_tokenizer(config.tokenizer, trust_remote_code=config.trust_remote_code, note=reporter.log)
     identity = identify(tokenizer)
     settings = _compared_settings(config, tokenizer, identity)
@@ -69,8 +71,8 @@ def prepare(config: PrepareConfig, reporter: Reporter | None = None, *, unit_byt
         _save_tokenizer(tokenizer, config)
         units = _run(config, tokenizer, divide(inputs.files, unit_bytes), reporter)
         statistics = sum((Counter(unit.statistics) for unit in units), Counter())
-        names = [*dict.fromkeys(name for unit in units for name in unit.statistics), "ignored_files"]
-        statistics["ignored_files"] = inputs.ignored
+        names = [*dict.fromkeys(name for unit in units for name in unit.statistics), *inputs.counts]
+        statistics.update(inputs.counts)
         manifest = CorpusManifest(
             sequence_length=config.sequence_length,
             packing=config.packing,

@@ -157,7 +157,7 @@ def _calls(calls: Any, where: str) -> list[dict[str, Any]]:
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise Refused(f"{where} has a tool call without a function's `name`; expected {{name, arguments}}")
         rest = {name: value for name, value in call.items() if "function" in call and name != "function"}
-        found.append({"type": "function", **rest, "function": {"arguments": {}, **function}})
+        found.append({"type": "function", **rest, "function": {**function, "arguments": function.get("arguments", {})}})
     return found
 
 

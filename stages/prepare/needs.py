@@ -22,7 +22,7 @@ class Needs:
         self._source = source
         self._parts = parts
         self._none_content = NAMELESS.search(source) is not None
-        takes_objects = OBJECT_ARGUMENTS.search(source) is not None
+        takes_objects = OBJECT_ARGUMENTS.search(source) is not None or "arguments" not in source
         self._arguments: Callable[[Any], Any] = (
             (lambda value: value) if STRING_TEST.search(source) else _as_object if takes_objects else _as_string
         )
@@ -79,7 +79,7 @@ class Needs:
 
     def _reasoning(self, name: str, number: int) -> str:
         for known in (name, *REASONING):
-            if re.search(rf"\b{known}\b", self._source):
+            if re.search(rf"[.'\"]{known}\b", self._source):
                 return known
         raise Refused(f"the chat template does not write the `{name}` of message {number}; put it into the content")
 

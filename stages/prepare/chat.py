@@ -23,12 +23,15 @@ RENDER_S = 10.0
 """Seconds that a template may take for one conversation; milliseconds are usual."""
 MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _EMPTY = (
-    r"(?:<(\|?[\w:]*(?:think|thought|reason)[\w:]*\|?)>\s*</\1>|\[(\w*THINK\w*)\]\s*\[/\2\]"
+    r"(?:<(\|?[\w:]{0,40}(?:think|thought|reason)[\w:]{0,40}\|?)>\s*</\1>|\[(\w{0,40}THINK\w{0,40})\]\s*\[/\2\]"
     r"|<\|channel>thought\s*<channel\|>)\n*"
 )
 EMPTY_THOUGHT = re.compile(r"\s*" + _EMPTY, re.IGNORECASE)
 LAST_EMPTY_THOUGHT = re.compile(_EMPTY + r"\Z", re.IGNORECASE)
-OPEN_THOUGHT = re.compile(r"(?:<\|?[\w:]*(?:think|thought|reason)[\w:]*\|?>|\[\w*THINK\w*\])\s*\Z", re.IGNORECASE)
+OPEN_THOUGHT = re.compile(
+    r"(?:<\|?[\w:]{0,40}(?:think|thought|reason)[\w:]{0,40}\|?>|\[\w{0,40}THINK\w{0,40}\])\s*\Z", re.IGNORECASE
+)
+LONGEST_TAG = 128
 HEADER = 6
 """Characters before a turn that are the template's own in any style."""
 REWRITTEN = (
@@ -110,7 +113,7 @@ class ChatTemplate:
         last = turn + 1 == len(messages)
         after = text if last else self._render(messages[: turn + 1], tools)[0]
         start = self._start(messages, turn, after, tools)
-        opening = OPEN_THOUGHT.search(after[:start])
+        opening = OPEN_THOUGHT.search(after, max(start - LONGEST_TAG, 0), start)
         head = opening.start() if opening else start
         first = _behind_thought(after, head, start, messages[turn])
         label = after[first : len(after) - self._second_end(after[first:])]
@@ -151,7 +154,7 @@ class ChatTemplate:
         except Refused:
             return None
         header = marked.partition(MARK)[0]
-        if thought := LAST_EMPTY_THOUGHT.search(header):
+        if thought := LAST_EMPTY_THOUGHT.search(header, max(len(header) - 2 * LONGEST_TAG, 0)):
             header = header[: thought.start()]
         return len(header) if marked.count(MARK) == 1 and after.startswith(header) else None
 

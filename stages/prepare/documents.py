@@ -5,7 +5,7 @@ model is to write. Special tokens that a text spells out, such as <|endoftext|>,
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from stages.prepare.readers import BadLines, Record
 from stages.prepare.tokens import Document, Text, TextEncoder
 
 BATCH_DOCUMENTS = 1024
-BATCH_CHARACTERS = 2 << 20
+BATCH_CHARACTERS = 1 << 19
 COUNTS = (
     "records",
     "empty_documents",
@@ -36,15 +36,25 @@ COUNTS = (
 
 
 class DocumentEncoder:
-    """Turns records into documents, in order, and counts what it meets."""
+    """Turns records into documents, in order, and counts what it meets.
 
-    def __init__(self, config: TextConfig, tokenizer: Any, bad_lines: BadLines, reporter: Reporter) -> None:
+    `progress` is told what share of a long text is tokenised.
+    """
+
+    def __init__(
+        self,
+        config: TextConfig,
+        tokenizer: Any,
+        bad_lines: BadLines,
+        reporter: Reporter,
+        progress: Callable[[float], None] = lambda share: None,
+    ) -> None:
         self._config = config
         self._tokenizer = tokenizer
         self._bad_lines = bad_lines
         self._reporter = reporter
         self._counts: Counter[str] = Counter(dict.fromkeys(COUNTS, 0))
-        self._texts = TextEncoder(tokenizer, config.tokenizer)
+        self._texts = TextEncoder(tokenizer, config.tokenizer, progress)
         self._templates: dict[bool, ChatTemplate] = {}
 
     @property

@@ -123,6 +123,8 @@ class _Work:
         self._document_keys: set[bytes] = set()
         self._row_keys: set[bytes] = set()
         self._num_partitions = 0
+        self._unsaid = self._inside = 0
+        """Bytes up to the record in hand that are not counted as done, and those of them that are by now."""
         self._documents = self._tokens = 0
         self._started = time.monotonic()
 
@@ -138,7 +140,7 @@ class _Work:
         """Read, pack and write one unit, and commit it."""
         config = self._config
         bad_lines = BadLines(config.skip_bad_lines, self._reporter)
-        encoder = DocumentEncoder(config, self._tokenizer, bad_lines, self._reporter)
+        encoder = DocumentEncoder(config, self._tokenizer, bad_lines, self._reporter, self._advance_inside)
         packer = PACKERS[config.packing](config.sequence_length)
         counts: Counter[str] = Counter(duplicate_documents=0, documents=0, duplicate_sequences=0)
         partitions: list[CorpusPartition] = []
@@ -171,11 +173,19 @@ class _Work:
         for file in files:
             said = 0
             for record in read_records(file, self._config.text_field, bad_lines):
+                self._unsaid = record.offset - said
                 yield record
                 if record.offset - said >= PROGRESS_BYTES:
-                    self._progress.advance(record.offset - said, self._note())
-                    said = record.offset
-            self._progress.advance(file.size - said, self._note())
+                    self._progress.advance(self._unsaid - self._inside, self._note())
+                    said, self._inside = record.offset, 0
+            self._progress.advance(file.size - said - self._inside, self._note())
+            self._unsaid = self._inside = 0
+
+    def _advance_inside(self, share: float) -> None:
+        """Count the bytes of the record in hand as done as far as its long text is tokenised."""
+        done = int(self._unsaid * share)
+        self._progress.advance(max(done - self._inside, 0), self._note())
+        self._inside = max(done, self._inside)
 
     def _note(self) -> str:
         seconds = max(time.monotonic() - self._started, 1e-9)

@@ -6,6 +6,7 @@ tokenised up to the label's end and from there on, so that what follows a turn c
 """
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -13,11 +14,16 @@ from typing import Any
 
 import numpy as np
 import xxhash
+from tokenizers.models import BPE
 
 from pipeline.errors import ConfigError
 from stages.prepare.chat import Spans, special_texts
 from stages.prepare.conversations import Conversation, Refused
 
+LONG_TEXT = 1 << 18
+"""Characters that are tokenised at a time of a text that is longer."""
+OVERLAP = 2048
+"""Characters over which two parts of a long text must agree."""
 END_TOKENS = 3
 """A chat template may write white space after the token that ends the last turn."""
 NO_ENDS = ("bos_token", "unk_token", "pad_token", "mask_token", "cls_token")
@@ -73,19 +79,27 @@ class Encoded:
     token_ids: np.ndarray
     """int32 [S]"""
     places: np.ndarray | None
-    """int64 [S, 2]; (0, 0) for tokens that the tokenizer added. None if nobody asked."""
+    """int32 [S, 2]; (0, 0) for tokens that the tokenizer added. None if nobody asked."""
 
 
 class TextEncoder:
     """Tokenises texts; `counts` has what it met at borders and ends, and `ended_by_X` for each token X that is a
     document's last label and ends it."""
 
-    def __init__(self, tokenizer: Any, folder: Path) -> None:
+    def __init__(self, tokenizer: Any, folder: Path, progress: Callable[[float], None] = lambda share: None) -> None:
         self.counts: Counter[str] = Counter(dict.fromkeys(COUNTS, 0))
         self._tokenizer = tokenizer
         self._folder = folder
         self._end = tokenizer.eos_token_id
         self._front, self._back = _added(tokenizer)
+        self._progress = progress
+        self._is_local = tokenizer.is_fast and isinstance(tokenizer.backend_tokenizer.model, BPE)
+        self._is_local &= self._encode_whole(["a"], True, False)[0].token_ids.tolist() == [
+            *self._front,
+            *self._encode_whole(["a"], False, False)[0].token_ids.tolist(),
+            *self._back,
+        ]
+        """Whether tokens depend on the text near them alone, as merges do; unigram's best way through it does not."""
         not_ends = {getattr(tokenizer, name, None) for name in NO_ENDS}
         ends = {text for text in special_texts(tokenizer) if text not in not_ends}
         self._ends = set(tokenizer.convert_tokens_to_ids(sorted(ends))) | ({self._end} - {None})
@@ -115,6 +129,16 @@ class TextEncoder:
         return [found[index] for index in range(len(texts))]
 
     def _encode(self, texts: list[str], *, special: bool, places: bool) -> list[Encoded]:
+        short = [index for index, text in enumerate(texts) if len(text) <= LONG_TEXT or not self._is_local]
+        found = dict(zip(short, self._encode_whole([texts[index] for index in short], special, places), strict=True))
+        for index, text in enumerate(texts):
+            if index not in found:
+                found[index] = self._encode_in_parts(text, special, places)
+        return [found[index] for index in range(len(texts))]
+
+    def _encode_whole(self, texts: list[str], special: bool, places: bool) -> list[Encoded]:
+        if not texts:
+            return []
         encoded = self._tokenizer(
             texts,
             add_special_tokens=special,  # a chat template writes its own
@@ -125,9 +149,32 @@ class TextEncoder:
         )
         offsets = encoded.get("offset_mapping") or [None] * len(texts)
         return [
-            Encoded(np.array(ids, np.int32), None if each is None else np.array(each, np.int64).reshape(-1, 2))
+            Encoded(np.array(ids, np.int32), None if each is None else np.array(each, np.int32).reshape(-1, 2))
             for ids, each in zip(encoded["input_ids"], offsets, strict=True)
         ]
+
+    def _encode_in_parts(self, text: str, special: bool, places: bool) -> Encoded:
+        """What `_encode_whole` makes of a long text, in bounded memory: it takes 230 bytes a character.
+
+        Parts overlap, and each continues the one before where both have the same tokens for a long while. Where they
+        do not, the text is tokenised as a whole.
+        """
+        parts = [_bare(self._front if special else [])]
+        begin, before = 0, None
+        while begin < len(text):
+            (part,) = self._encode_whole([text[begin : begin + LONG_TEXT]], special=False, places=True)
+            part = Encoded(part.token_ids, part.places + np.int32(begin))
+            start = 0 if before is None else _continuation(before, part)
+            is_last = begin + LONG_TEXT >= len(text)
+            stop, begin = (len(part.token_ids), len(text)) if is_last else _cut(part)
+            if start is None or stop is None or (stop <= start and not is_last):
+                return self._encode_whole([text], special, places)[0]
+            parts.append(Encoded(part.token_ids[start:stop], part.places[start:stop] if places else None))
+            before = Encoded(part.token_ids[stop:], part.places[stop:])
+            self._progress(begin / len(text))
+        parts.append(_bare(self._back if special else []))
+        token_ids = np.concatenate([part.token_ids for part in parts])
+        return Encoded(token_ids, np.concatenate([part.places for part in parts]) if places else None)
 
     def _document(self, text: Text, encoded: Encoded) -> Document:
         if text.labels:
@@ -203,6 +250,35 @@ class TextEncoder:
 
     def _decoded(self, ids: np.ndarray) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def _bare(ids: list[int]) -> Encoded:
+    """Tokens that the tokenizer adds."""
+    return Encoded(np.array(ids, np.int32), np.zeros((len(ids), 2), np.int32))
+
+
+def _cut(part: Encoded) -> tuple[int | None, int]:
+    """The token before which a part is cut, and the character at which the next part begins, well before it."""
+    starts, ends = part.places.T
+    fresh = np.flatnonzero((starts[1:] >= ends[:-1]) & (starts[1:] > starts[:-1])) + 1
+    last = int(ends[-1]) if len(ends) else 0
+    cuts = fresh[starts[fresh] >= last - 3 * OVERLAP]
+    begins = fresh[starts[fresh] >= last - 4 * OVERLAP]
+    if not len(cuts) or starts[cuts[0]] > last - 2 * OVERLAP:
+        return None, 0
+    return int(cuts[0]), int(starts[begins[0]])
+
+
+def _continuation(before: Encoded, part: Encoded) -> int | None:
+    """The token of `part` that is the first of `before`, if the next OVERLAP characters have the same tokens in both."""
+    first = int(before.places[0, 0])
+    start = int(np.searchsorted(part.places[:, 0], first))
+    count = int(np.searchsorted(before.places[:, 0], first + OVERLAP))
+    same = [
+        np.array_equal(one[:count], two[start : start + count])
+        for one, two in ((before.token_ids, part.token_ids), (before.places, part.places))
+    ]
+    return start if count and all(same) else None
 
 
 def spoken(name: str) -> str:

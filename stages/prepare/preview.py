@@ -20,6 +20,8 @@ from stages.prepare.readers import BadLines, read_records
 from stages.prepare.tokens import spoken
 
 SHADES = {True: ("\x1b[30;42m", "\x1b[30;102m"), False: ("\x1b[0m", "\x1b[2m")}
+LONGEST_UNIT = 16
+"""Tokens after which text that is no text is shown as it is."""
 RESET = "\x1b[0m"
 MEANINGS = {
     "spanning_tokens": "begin in a prompt and end in an answer; they are labels",
@@ -155,7 +157,6 @@ def _units(tokenizer: Any, ids: np.ndarray, mask: np.ndarray) -> Iterator[tuple[
     start = 0
     for stop in range(1, len(ids) + 1):
         text = tokenizer.decode(ids[start:stop], skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        whole = "\ufffd" not in text or stop - start >= 4 or stop == len(ids) or mask[stop] != mask[start]
-        if whole:
-            yield text, bool(mask[start])
+        if "\ufffd" not in text or stop - start >= LONGEST_UNIT or stop == len(ids):
+            yield text, bool(mask[stop - 1])
             start = stop

@@ -23,6 +23,7 @@ from pipeline.config import (
     ExportConfig,
     MergeConfig,
     PrepareConfig,
+    PreviewConfig,
     StatusConfig,
     SubmitConfig,
     TrainConfig,
@@ -78,6 +79,17 @@ def prepare_command(config: PrepareConfig) -> None:
     from stages.prepare import prepare
 
     prepare(config, TerminalReporter())
+
+
+@main.command("preview")
+@config_command(PreviewConfig)
+def preview_command(config: PreviewConfig) -> None:
+    """Show the first rows of a corpus, or of what INPUTS would become: tokens, labels, documents, what was dropped."""
+    from stages.prepare.preview import preview
+
+    color = config.color if config.color is not None else sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    for line in preview(config, color):
+        click.echo(line, color=color)
 
 
 @main.command("cache-logits")

@@ -30,6 +30,8 @@ FORMAT_VERSION = 1
 MANIFEST = "corpus.json"
 PARTITIONS = "partitions"
 TOKENIZER = "tokenizer"
+END_TOKEN_IDS = "end_token_ids"
+"""Name in a manifest's settings of the tokens that end the documents' labels."""
 
 SCHEMA = pa.schema(
     [

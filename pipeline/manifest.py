@@ -31,7 +31,7 @@ FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 COPY = "manifest.copy.json"
 TOKENIZER = "tokenizer"
-PROVENANCE = ("settings", "software", "chat_template", "tokenizer_files", "largest_token_id")
+PROVENANCE = ("settings", "software", "chat_template", "tokenizer_files", "largest_token_id", "end_token_ids")
 """Entries that tell where a cache comes from and do not decide what is in it."""
 COLLECTION = ("container", "corpus", "packing", "sequence_length", "num_tokens", "num_targets", "partitions")
 """Entries that say which sequences a cache has and how they are kept; a sequence's targets do not depend on them."""
@@ -77,6 +77,9 @@ class CacheManifest:
     """xxh3-128 of every file in tokenizer/; not part of the identity, which is `tokenizer`."""
     largest_token_id: Count | None = None
     """In any sequence; None if the cache was written before it was recorded."""
+    end_token_ids: tuple[Count, ...] = ()
+    """Tokens that end the corpus's documents, such as an end of turn: where a student stops to write; not part of the
+    identity. Empty if the corpus was written before they were recorded."""
 
     def __post_init__(self) -> None:
         """Raise ValueError if the entries contradict each other."""

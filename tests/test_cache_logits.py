@@ -256,6 +256,8 @@ def test_manifest_names_the_template_that_wrote_the_conversations(tmp_path, teac
         manifests.append(cache_logits(settings(teacher, corpus, tmp_path / name / "cache")))
     assert len({manifest.chat_template for manifest in manifests} - {None}) == 2
     manifests[0].require_equal(manifests[1], tmp_path)
+    ends = Corpus(tmp_path / "first" / "corpus").manifest.settings["end_token_ids"]
+    assert list(manifests[0].end_token_ids) == ends == [0]  # EOS, which `prepare` appended
 
 
 def test_empty_corpus_is_refused(tmp_path, teacher, corpus):

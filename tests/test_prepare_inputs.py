@@ -1,6 +1,7 @@
 """stages.prepare: what is read, and what a user is told about input that cannot be read."""
 
 import gzip
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,8 @@ import zstandard
 from pipeline.config import PrepareConfig
 from pipeline.errors import ConfigError, CorpusError
 from stages.prepare import prepare
+from stages.prepare.inputs import describe
+from stages.prepare.readers import read_records
 from tests.helpers import Lines, tiny_tokenizer
 
 RECORD = b'{"text": "something to read"}\n'
@@ -46,7 +49,7 @@ def test_folders_are_searched_and_other_types_counted(config: PrepareConfig, tmp
     (folder / "b" / "c").mkdir(parents=True)
     (folder / "b" / "c" / "deep.txt").write_text("deep text")
     (folder / "a.JSONL").write_bytes(RECORD)
-    (folder / "notes.md").write_text("ignored")
+    (folder / "notes.csv").write_text("ignored")
     manifest = prepare(changed(config, inputs=(folder,)))
     assert (manifest.statistics["files"], manifest.statistics["ignored_files"]) == (2, 1)
     assert [name for name, _, _ in manifest.settings["input_files"]] == ["tree/a.JSONL", "tree/b/c/deep.txt"]
@@ -159,3 +162,96 @@ def test_compressed_bombs_end_with_a_line_and_in_little_memory(tmp_path: Path) -
     assert len(lines) == 3
     for line, path in zip(lines, files, strict=True):
         assert line.startswith(f"{path}: line 1 has more than 33,554,432 bytes")
+
+
+def test_hidden_and_linked_things_of_a_folder_are_read_once_or_named(config: PrepareConfig, tmp_path: Path) -> None:
+    folder, elsewhere = tmp_path / "tree", tmp_path / "elsewhere"
+    for name in ("tree/.cache/huggingface", "tree/data", "elsewhere/deep"):
+        (tmp_path / name).mkdir(parents=True)
+    for name in (
+        "tree/.cache/huggingface/x.txt",
+        "tree/.hidden.txt",
+        "tree/requirements.txt",
+        "tree/a.csv",
+        "tree/b.CSV",
+    ):
+        (tmp_path / name).write_text("not to be trained")
+    for name in ("tree/data/one.txt", "elsewhere/deep/two.md", "elsewhere/three.txt"):
+        (tmp_path / name).write_text(f"text of {name}")
+    (folder / "linked").symlink_to(elsewhere)
+    (folder / "again").symlink_to(elsewhere)
+    (folder / "data" / "up").symlink_to(folder)
+    (folder / "gone.txt").symlink_to(tmp_path / "nowhere.txt")
+    (folder / "same.txt").symlink_to(folder / "data" / "one.txt")
+    reporter = Lines()
+    manifest = prepare(changed(config, inputs=(folder,)), reporter)
+    names = [name for name, _, _ in manifest.settings["input_files"]]
+    assert len(names) == 3 == manifest.statistics["documents"]
+    assert {name.rpartition("/")[2] for name in names} == {"one.txt", "two.md", "three.txt"}
+    found = {
+        name: manifest.statistics[name]
+        for name in ("ignored_files", "hidden_names", "dangling_links", "repeated_files")
+    }
+    assert found == {"ignored_files": 3, "hidden_names": 2, "dangling_links": 1, "repeated_files": 3}
+    assert "3 of other types: 2 .csv, 1 requirements.txt" in reporter.lines[0]
+    assert "gone.txt" in reporter.lines[0]
+
+
+def test_folder_of_other_types_lists_them(config: PrepareConfig, tmp_path: Path) -> None:
+    (tmp_path / "tree").mkdir()
+    for name in ("a.csv", "b.csv", "c.py", "noname"):
+        (tmp_path / "tree" / name).write_text("x")
+    with pytest.raises(CorpusError, match=r"no input file \(4 of other types: 2 \.csv, 1 \.py, 1 without a suffix\)"):
+        prepare(changed(config, inputs=(tmp_path / "tree",)))
+
+
+OBJECTS = ['{"text": "first"}', '{"text": "sec\\u00f6nd 🙂 ] } ,"}', '{"text": "third", "more": [1, {"a": "]"}]}']
+
+
+@pytest.mark.parametrize("read_bytes", [1, 7, 1 << 20])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "[" + ",".join(OBJECTS) + "]",
+        "\ufeff [ \n" + " ,\n ".join(OBJECTS) + "\n]\n",
+        "\n".join(OBJECTS),
+        " ".join(OBJECTS),
+    ],
+)
+def test_json_file_is_an_array_or_objects(
+    config: PrepareConfig, tmp_path: Path, monkeypatch, content, read_bytes
+) -> None:
+    monkeypatch.setattr("stages.prepare.json_files.READ_BYTES", read_bytes)
+    records = list(
+        read_records(describe(one_file(config, tmp_path, "a.json", content.encode()).inputs[0], "a"), "text", None)
+    )
+    assert [record.fields for record in records] == [json.loads(each) for each in OBJECTS]
+
+
+def test_json_file_of_one_object_is_a_record(config: PrepareConfig, tmp_path: Path) -> None:
+    manifest = prepare(one_file(config, tmp_path, "a.json", b'{\n  "text": "only one"\n}\n'))
+    assert manifest.statistics["records"] == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'[{"text": "a"}', r"a\.json: expected ',' at character 14"),
+        (b'[{"text": "a"} {"text": "b"}]', r"a\.json: expected ',' at character 15"),
+        (b'[{"text": "a"},]', r"a\.json: expected a value after the comma"),
+        (b'[{"text": "a"}] x', r"a\.json: expected nothing behind the array"),
+        (b'[{"text": "a', r"a\.json: expected JSON \(Unterminated string"),
+        (b'[{"text": "\xff"}]', r"a\.json: byte 0xff; expected UTF-8"),
+        (b"", "nothing to train on"),
+    ],
+)
+def test_broken_json_file_is_an_error_even_if_bad_lines_are_skipped(config, tmp_path, content, message) -> None:
+    with pytest.raises(CorpusError, match=message):
+        prepare(one_file(config, tmp_path, "a.json", content, skip_bad_lines=True))
+
+
+def test_record_of_a_json_array_that_is_no_object_is_rejected(config: PrepareConfig, tmp_path: Path) -> None:
+    strict = one_file(config, tmp_path, "a.json", b'[{"text": "a"}, "b", {"text": "c"}]')
+    with pytest.raises(CorpusError, match=r"a\.json: record 2: found a JSON str"):
+        prepare(strict)
+    assert prepare(changed(strict, skip_bad_lines=True)).statistics["bad_lines"] == 1

@@ -15,7 +15,7 @@ import zstandard
 
 from pipeline.config import PrepareConfig
 from pipeline.corpus import Corpus
-from pipeline.errors import ConfigError, PipelineError
+from pipeline.errors import ConfigError, CorpusError, PipelineError
 from pipeline.tokenizer import load_tokenizer
 from stages.prepare import prepare
 from tests.helpers import BOS, CHAT_TEMPLATE, EOS, MARKED_CHAT_TEMPLATE, tiny_tokenizer
@@ -143,7 +143,7 @@ def test_template_that_rewrites_earlier_turns_says_what_to_do(tmp_path: Path) ->
         "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
     )
     path = write_lines(tmp_path / "chat.jsonl", [conversation("a", "b", "c", "d")])
-    with pytest.raises(ConfigError, match=r"line 1: the chat template .* assistant message 2 .*\{% generation %\}"):
+    with pytest.raises(CorpusError, match="line 1: the chat template writes assistant message 2 in another way"):
         corpus_of(tmp_path, path, tokenizer={"chat_template": template})
 
 

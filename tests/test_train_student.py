@@ -13,12 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaForCausalLM
 
 from pipeline import open_cache
 from pipeline.config import TAILS, TrainConfig
 from pipeline.errors import CacheIncompleteError, CacheMismatchError, ConfigError, PipelineError
-from pipeline.files import write_json
+from pipeline.files import read_json, write_json
+from pipeline.manifest import MANIFEST
 from pipeline.runs.commits import COMMITS
 from pipeline.settings import resolved
 from stages.cache_logits.draws import reduce_rows
@@ -358,6 +359,17 @@ def test_finished_run_is_known_after_everything_has_moved(tmp_path, cache_folder
     places = (Path("moved-student") / student.name, Path("moved-cache"), Path("moved-out"))
     assert train_student(settings(*places, max_steps=1), lines := Lines()) == metrics
     assert lines.lines == ["moved-out: finished before; nothing to do."]
+
+
+@pytest.mark.parametrize("ends", [(), (7,), (3, 7)])
+def test_written_student_stops_where_the_documents_end(tmp_path, cache_folder, student, ends):
+    shutil.copytree(cache_folder, tmp_path / "cache")
+    document = read_json(tmp_path / "cache" / MANIFEST, PipelineError)
+    write_json(tmp_path / "cache" / MANIFEST, {**document, "end_token_ids": list(ends)})
+    train_student(settings(student, tmp_path / "cache", tmp_path / "out", max_steps=1))
+    generation = GenerationConfig.from_pretrained(tmp_path / "out")
+    own = AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.eos_token_id
+    assert generation.eos_token_id == (own if not ends else 7 if len(ends) == 1 else [3, 7])
 
 
 def test_mistakes_are_named(tmp_path, cache_folder, student):

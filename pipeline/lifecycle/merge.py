@@ -128,5 +128,6 @@ def _manifest(config: MergeConfig, caches: Sequence[Cache], pieces: Sequence[_Pi
         num_targets=sum(piece.num_targets for piece in pieces),
         partitions=tuple(np.cumsum([0, *(piece.num_sequences for piece in pieces)]).tolist()),
         largest_token_id=max(cache.largest_token_id() for cache in caches),
+        end_token_ids=tuple(sorted({token for manifest in manifests for token in manifest.end_token_ids})),
         settings=resolved(config) | {"merged": [manifest.settings for manifest in manifests]},
     )

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.config import CacheConfig
-from pipeline.corpus import TOKENIZER, Corpus
+from pipeline.corpus import END_TOKEN_IDS, TOKENIZER, Corpus
+from pipeline.corpus import MANIFEST as CORPUS_MANIFEST
+from pipeline.documents import Count, entry_of
 from pipeline.errors import CorpusError
 from pipeline.files import hash_folder
 from pipeline.lifecycle.known import GrownCorpus, KnownTargets
@@ -106,7 +108,13 @@ def _manifest(
         chat_template=corpus.manifest.settings.get("chat_template"),
         tokenizer_files=hash_folder(config.corpus / TOKENIZER),
         largest_token_id=largest_token_id,
+        end_token_ids=_end_token_ids(corpus),
     )
+
+
+def _end_token_ids(corpus: Corpus) -> tuple[int, ...]:
+    settings, where = corpus.manifest.settings, f"{corpus.folder / CORPUS_MANIFEST}: settings"
+    return entry_of(settings, END_TOKEN_IDS, tuple[Count, ...], (), where, CorpusError)
 
 
 def _versions() -> dict[str, str]:

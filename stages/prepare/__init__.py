@@ -1,12 +1,17 @@
 """Stage zero: text in, tokenised, masked, packed and deduplicated partitions out.
 
-    inputs.py     paths -> input files -> units of work
-    readers.py    a file -> records
-    chat.py       a conversation -> text and the spans that the assistant wrote
-    documents.py  records -> token ids and loss masks
-    packing.py    documents -> rows of at most `sequence_length` tokens
-    units.py      what is finished, on disk: resuming after a crash
-    run.py        the run
+    inputs.py         paths -> input files -> units of work
+    readers.py        a file -> records; json_files.py: of a .json file
+    forms.py          a record's fields -> text, a prompt with its completion, or a conversation
+    conversations.py  messages in the one form that templates take
+    needs.py          what a chat template wants of messages
+    chat.py           a conversation -> text and the spans that the assistant wrote
+    tokens.py         text and spans -> token ids and loss masks
+    documents.py      records -> documents: forms, templates and tokens in a row
+    packing.py        documents -> rows of at most `sequence_length` tokens
+    units.py          what is finished, on disk: resuming after a crash
+    run.py            the run
+    preview.py        the first rows as a person reads them
 
 Knows nothing of teachers.
 """

@@ -1,33 +1,78 @@
-"""A conversation as the tokenizer's chat template writes it, and which of its characters the assistant wrote."""
+"""A conversation as the tokenizer's chat template writes it, and which of its characters the assistant wrote.
+
+A turn's label is what the template writes between the prompt that asks for it and its end. It is the same whatever
+follows, or the conversation is refused: many templates drop the thinking of a turn once another one comes.
+"""
 
 import re
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateError
 
 from pipeline.errors import ConfigError
+from stages.prepare.conversations import REASONING, Conversation, Refused
+from stages.prepare.needs import MARK, Needs
 
 RENDER_S = 10.0
 """Seconds that a template may take for one conversation; milliseconds are usual."""
 MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_EMPTY = (
+    r"(?:<(\|?[\w:]{0,40}(?:think|thought|reason)[\w:]{0,40}\|?)>\s*</\1>|\[(\w{0,40}THINK\w{0,40})\]\s*\[/\2\]"
+    r"|<\|channel>thought\s*<channel\|>)\n*"
+)
+EMPTY_THOUGHT = re.compile(r"\s*" + _EMPTY, re.IGNORECASE)
+LAST_EMPTY_THOUGHT = re.compile(_EMPTY + r"\Z", re.IGNORECASE)
+OPEN_THOUGHT = re.compile(
+    r"(?:<\|?[\w:]{0,40}(?:think|thought|reason)[\w:]{0,40}\|?>|\[\w{0,40}THINK\w{0,40}\])\s*\Z", re.IGNORECASE
+)
+LONGEST_TAG = 128
+HEADER = 6
+"""Characters before a turn that are the template's own in any style."""
+REWRITTEN = (
+    "the chat template writes assistant message {} in another way once later ones follow; "
+    "train the last turn alone with --last-turn-only, or split the conversation"
+)
 Spans = list[tuple[int, int]]
+Messages = Sequence[dict[str, Any]]
+
+
+class Fault(Refused):
+    """The template failed, instead of refusing the messages by its own raise_exception."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """A conversation as text."""
+
+    text: str
+    labels: Spans
+    """Half-open character ranges that carry loss: of the trained turns, in order."""
+    inserted_thoughts: int
+    """Empty blocks of thinking that only the template wrote; they are no labels."""
+    unwritten: int
+    """Messages whose content the template left out."""
+    unwritten_thoughts: int
+    ends_with_label: bool
+    """Whether the last message is a trained one."""
 
 
 class ChatTemplate:
     """Renders conversations; finds the assistant's turns by the template's own marks, else by its prefixes.
 
     Works on text and characters: transformers' `assistant_masks` loses every turn after one that starts
-    with a character that no token's offsets cover, such as a space.
+    with a character that no token's offsets cover, such as a space. Raises ConfigError if there is no
+    template, or if it fails with whatever conversation.
     """
 
-    def __init__(self, tokenizer: Any, folder: Path, where: str) -> None:
+    def __init__(self, tokenizer: Any, folder: Path, where: str, *, with_tools: bool = False) -> None:
         try:
-            self.template = tokenizer.get_chat_template()
+            self.template = tokenizer.get_chat_template(tools=[] if with_tools else None)
         except ValueError as exc:
             raise ConfigError(
                 f"{where}: holds `messages`, but the tokenizer in {folder} has no chat template; "
@@ -35,50 +80,156 @@ class ChatTemplate:
             ) from exc
         self._folder = folder
         self._special_tokens = tokenizer.special_tokens_map
+        self._specials = tuple(filter(None, special_texts(tokenizer)))
         self._is_marked = MARKED.search(self.template) is not None
+        self._asks = "add_generation_prompt" in self.template
+        self.needs = Needs(self.template, self._takes_parts())
 
     @property
     def depends_on_date(self) -> bool:
         """Whether the rendered text may change from day to day."""
         return "strftime_now" in self.template
 
-    def render(self, messages: list[dict[str, Any]], where: str) -> tuple[str, Spans]:
-        """The text, and the half-open character ranges of the assistant's turns.
-
-        Raises jinja2.TemplateError if the template refuses the conversation, and ConfigError if it takes
-        it but does not tell the turns apart.
-        """
+    def render(self, conversation: Conversation) -> Rendered:
+        """The text and its labels; raises Refused."""
+        messages, tools = self.needs.fit(conversation), conversation.tools
+        text, marks = self._render(messages, tools, mark=self._is_marked)
+        unwritten = self.needs.unwritten(conversation, text)
         if self._is_marked:
-            return self._render(messages, mark=True)
-        text, _ = self._render(messages)
-        turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-        return text, [self._span(messages, index, text, where) for index in turns]
-
-    def _span(self, messages: list[dict[str, Any]], turn: int, text: str, where: str) -> tuple[int, int]:
-        try:
-            before, _ = self._render(messages[:turn], add_generation_prompt=True)
-            after, _ = self._render(messages[: turn + 1])
-        except TemplateError as exc:
-            raise self._unclear(where, turn, str(exc)) from exc
-        if not (after.startswith(before) and text.startswith(after)):
-            raise self._unclear(where, turn, "it writes earlier turns in another way once later ones follow")
-        return len(before), len(after)
-
-    def _unclear(self, where: str, turn: int, reason: str) -> ConfigError:
-        return ConfigError(
-            f"{where}: the chat template in {self._folder} does not show where assistant message {turn + 1} starts "
-            f"and ends ({reason}); put {{% generation %}} and {{% endgeneration %}} around the assistant's text in it."
+            spans = self._marked_spans(conversation, messages, text, marks)
+        else:
+            turns = [turn for turn in conversation.turns if conversation.trained[turn]]
+            spans = [self._span(messages, turn, text, tools) for turn in turns]
+        return Rendered(
+            text,
+            [(first, stop) for first, stop, _ in spans],
+            sum(inserted for _, _, inserted in spans),
+            *unwritten,
+            conversation.trained[-1],
         )
 
+    def _span(self, messages: Messages, turn: int, text: str, tools: Any) -> tuple[int, int, bool]:
+        """Where the label of assistant message `turn` stands in `text`, and whether an inserted thought precedes it."""
+        last = turn + 1 == len(messages)
+        after = text if last else self._render(messages[: turn + 1], tools)[0]
+        start = self._start(messages, turn, after, tools)
+        opening = OPEN_THOUGHT.search(after, max(start - LONGEST_TAG, 0), start)
+        head = opening.start() if opening else start
+        first = _behind_thought(after, head, start, messages[turn])
+        label = after[first : len(after) - self._second_end(after[first:])]
+        if text.startswith(after[: first + len(label)]):
+            return first, first + len(label), first > start
+        if not text.startswith(label, head) or not text.startswith(after[:head]):
+            head = _only_place(text, label, after[:head], messages, turn)
+        return head, head + len(label), False
+
+    def _start(self, messages: Messages, turn: int, after: str, tools: Any) -> int:
+        """Where the prompt for a turn ends in `after`, the rendering up to that turn."""
+        if turn == 0 and (place := self._content_place(messages, turn, after, tools)) is not None:
+            return place  # some templates ask for no answer to nothing
+        try:
+            before = self._render(messages[:turn], tools, add_generation_prompt=True)[0]
+        except Refused:
+            before = None
+        if before is not None and after.startswith(before) and self._asks:
+            return len(before)
+        place = self._content_place(messages, turn, after, tools)
+        if before is not None and after.startswith(before):
+            header = after[len(before) : place]
+            return len(before) if place is None or not header.strip() else place
+        if place is None:
+            raise Refused(
+                f"the chat template does not show where assistant message {turn + 1} starts; put {{% generation %}} "
+                "and {% endgeneration %} around the assistant's text in it"
+            )
+        return place
+
+    def _content_place(self, messages: Messages, turn: int, after: str, tools: Any) -> int | None:
+        """Where a mark in the place of the turn's whole text, or a thought before it, would stand; None if that cannot be told."""
+        bare = {"role": "assistant", "content": MARK}
+        if isinstance(messages[turn]["content"], list):
+            bare["content"] = [{"type": "text", "text": MARK}]
+        try:
+            marked, _ = self._render([*messages[:turn], bare], tools)
+        except Refused:
+            return None
+        header = marked.partition(MARK)[0]
+        if thought := LAST_EMPTY_THOUGHT.search(header, max(len(header) - 2 * LONGEST_TAG, 0)):
+            header = header[: thought.start()]
+        return len(header) if marked.count(MARK) == 1 and after.startswith(header) else None
+
+    def _second_end(self, label: str) -> int:
+        """Characters of an end of text that a template writes behind the end of a last turn, as Phi's do."""
+        end = self._special_tokens.get("eos_token")
+        if end and label.endswith(end) and label[: -len(end)].rstrip().endswith(self._specials):
+            return len(end)
+        return 0
+
+    def _marked_spans(
+        self, conversation: Conversation, messages: Messages, text: str, marks: Spans
+    ) -> list[tuple[int, int, bool]]:
+        """The template's marks of trained turns, as `_span` gives them; raises Refused if later turns change earlier ones."""
+        found, used = [], 0
+        turns = conversation.turns
+        for turn in turns:
+            own = marks[used:] if turn == turns[-1] else marks[used : used + 1]
+            if turn != turns[-1] and (conversation.trained[turn] or len(marks) != len(turns)):
+                part, upto = self._render(messages[: turn + 1], conversation.tools, mark=True)
+                own = marks[used : len(upto)]
+                labels = [_marked_label(text, span, messages[turn])[0] for span in own]
+                if labels != [_marked_label(part, span, messages[turn])[0] for span in upto[used:]]:
+                    raise Refused(REWRITTEN.format(turn + 1))
+            used += len(own)
+            if conversation.trained[turn]:
+                found += [
+                    (first, stop, first > span[0])
+                    for span in own
+                    for first, stop in [_marked_label(text, span, messages[turn])[1]]
+                ]
+        return found
+
+    def _takes_parts(self) -> bool:
+        """Whether the template reads lists of parts alone; raises ConfigError if it fails with any conversation."""
+        faults: list[str] = []
+        for part in (MARK, [{"type": "text", "text": MARK}]):
+            probe = [{"role": "user", "content": part}]
+            for probes in (probe, [{"role": "system", "content": part}, *probe]):
+                try:
+                    text, _ = self._render(probes, None)
+                except Fault as exc:
+                    faults.append(str(exc))
+                except Refused:
+                    pass
+                else:
+                    if MARK in text:
+                        self._require_answers(probe)
+                        return isinstance(part, list)
+        if len(faults) == 4:
+            raise ConfigError(
+                f"{self._folder}: its chat template fails with whatever messages ({faults[0]}); mend the template."
+            )
+        return False
+
+    def _require_answers(self, probe: Messages) -> None:
+        try:
+            self._render([*probe, {**probe[0], "role": "assistant"}], None)
+        except Fault as exc:
+            raise ConfigError(
+                f"{self._folder}: its chat template fails at an answer ({exc}); mend the template."
+            ) from exc
+        except Refused:
+            pass
+
     def _render(
-        self, messages: list[dict[str, Any]], *, add_generation_prompt: bool = False, mark: bool = False
+        self, messages: Messages, tools: Any, *, add_generation_prompt: bool = False, mark: bool = False
     ) -> tuple[str, Spans]:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         try:
             with _time_limit(RENDER_S):
                 texts, spans = render_jinja_template(
-                    conversations=[messages],
+                    conversations=[list(messages)],
+                    tools=tools,
                     chat_template=self.template,
                     add_generation_prompt=add_generation_prompt,
                     return_assistant_tokens_mask=mark,
@@ -88,11 +239,51 @@ class ChatTemplate:
             raise ConfigError(
                 f"{self._folder}: its chat template was not done after {RENDER_S:g} s with one conversation; it loops."
             ) from exc
-        except TemplateError:
-            raise
         except Exception as exc:  # a template is somebody's program: it may divide by zero, or exceed the sandbox
-            raise TemplateError(f"{type(exc).__name__}: {exc}") from exc
+            reason = " ".join(str(exc).split())
+            if type(exc) is TemplateError:
+                raise Refused(f"the chat template refuses these messages: {reason}") from exc
+            raise Fault(f"the chat template cannot write these messages: {type(exc).__name__}: {reason}") from exc
         return texts[0], spans[0] if mark else []
+
+
+def special_texts(tokenizer: Any) -> list[str]:
+    """The texts of a tokenizer's special tokens."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    return sorted({*tokenizer.all_special_tokens, *(token.content for token in added.values() if token.special)})
+
+
+def _behind_thought(text: str, head: int, start: int, message: dict[str, Any]) -> int:
+    """Where the turn at `start` begins behind an empty block of thinking that the message itself does not have.
+
+    The block begins at `head`, which lies before `start` if the prompt opens it.
+    """
+    found = EMPTY_THOUGHT.match(text, head)
+    if found is None or found.end() < start or any(str(message.get(name, "")).strip() for name in REASONING):
+        return start
+    content = message["content"]
+    own = "".join(part["text"] for part in content) if isinstance(content, list) else content or ""
+    return start if EMPTY_THOUGHT.match(own) else found.end()
+
+
+def _marked_label(text: str, span: tuple[int, int], message: dict[str, Any]) -> tuple[str, tuple[int, int]]:
+    """What is marked, less an inserted thought, and where it stands."""
+    first = min(_behind_thought(text, span[0], span[0], message), span[1])
+    return text[first : span[1]], (first, span[1])
+
+
+def _only_place(text: str, label: str, before: str, messages: Messages, turn: int) -> int:
+    """Where the label of a turn stands in a text whose beginning is another, if nothing else can be meant.
+
+    Raises Refused.
+    """
+    alike = [index for index, message in enumerate(messages) if message == messages[turn]]
+    places = [found.start() for found in re.finditer(re.escape(label), text)]
+    if label.strip() and len(places) == len(alike):
+        place = places[alike.index(turn)]
+        if text[:place].endswith(before[-HEADER:]):
+            return place
+    raise Refused(REWRITTEN.format(turn + 1))
 
 
 @contextmanager

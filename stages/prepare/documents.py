@@ -4,189 +4,190 @@ Plain text is a label everywhere; of a conversation or a prompt with its complet
 model is to write. Special tokens that a text spells out, such as <|endoftext|>, become those tokens.
 """
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
-import xxhash
-from jinja2 import TemplateError
 
-from pipeline.errors import ConfigError
+from pipeline.config import TextConfig
 from pipeline.progress import Reporter
-from stages.prepare.chat import ChatTemplate, Spans
+from stages.prepare.chat import ChatTemplate, Rendered
+from stages.prepare.conversations import Conversation, Refused
+from stages.prepare.forms import Completion, Undesirable, content_of, forms_in
 from stages.prepare.readers import BadLines, Record
+from stages.prepare.tokens import Document, Text, TextEncoder
 
 BATCH_DOCUMENTS = 1024
-BATCH_CHARACTERS = 2 << 20
-CHAT_END_TOKENS = 3
-"""A chat template may write white space after the token that ends the last turn."""
-
-
-@dataclass(frozen=True, slots=True)
-class Document:
-    """The tokens of one record, or a piece of them."""
-
-    token_ids: np.ndarray
-    """int32 [S]"""
-    loss_mask: np.ndarray
-    """bool [S], True where the token is a label."""
-
-    @property
-    def key(self) -> bytes:
-        """16 bytes that are equal for equal documents."""
-        digest = xxhash.xxh3_128(self.token_ids.tobytes())
-        digest.update(self.loss_mask.tobytes())
-        return digest.digest()
-
-
-@dataclass(frozen=True, slots=True)
-class _Text:
-    """A record as text that is ready to be tokenised."""
-
-    text: str
-    labels: Spans | None
-    """Character ranges that are labels; None for all."""
-    is_chat: bool
-    end_is_label: bool
-    """Whether an end-of-sequence token after the text is a label."""
+BATCH_CHARACTERS = 1 << 19
+COUNTS = (
+    "records",
+    "empty_documents",
+    "other_forms_ignored",
+    "undesirable_completions",
+    "messages_not_written",
+    "thoughts_not_written",
+    "tools_not_written",
+    "inserted_thoughts",
+    "truncated_chats",
+    "truncated_messages",
+    "truncated_completions",
+)
 
 
 class DocumentEncoder:
-    """Turns records into documents, in order; counts what it meets in `records` and `empty_documents`."""
+    """Turns records into documents, in order, and counts what it meets.
 
-    def __init__(self, tokenizer: Any, folder: Path, text_field: str, bad_lines: BadLines, reporter: Reporter) -> None:
-        self.records = 0
-        self.empty_documents = 0
+    `progress` is told what share of a long text is tokenised.
+    """
+
+    def __init__(
+        self,
+        config: TextConfig,
+        tokenizer: Any,
+        bad_lines: BadLines,
+        reporter: Reporter,
+        progress: Callable[[float], None] = lambda share: None,
+    ) -> None:
+        self._config = config
         self._tokenizer = tokenizer
-        self._folder = folder
-        self._text_field = text_field
         self._bad_lines = bad_lines
         self._reporter = reporter
-        self._end = tokenizer.eos_token_id
-        self._chat: ChatTemplate | None = None
+        self._counts: Counter[str] = Counter(dict.fromkeys(COUNTS, 0))
+        self._texts = TextEncoder(tokenizer, config.tokenizer, progress)
+        self._templates: dict[bool, ChatTemplate] = {}
+
+    @property
+    def counts(self) -> Counter[str]:
+        """What was met, by name."""
+        return Counter({**self._counts, **self._texts.counts})
 
     def encode(self, records: Iterable[Record]) -> Iterator[Document]:
         """The documents of all records that hold text; others are rejected or counted."""
-        batch: list[_Text] = []
+        batch: list[Text] = []
         characters = 0
         for record in records:
-            self.records += 1
+            self._counts["records"] += 1
             text = self._text_of(record)
             if text is None:
                 continue
             batch.append(text)
             characters += len(text.text)
             if len(batch) >= BATCH_DOCUMENTS or characters >= BATCH_CHARACTERS:
-                yield from self._tokenize(batch)
+                yield from self._documents(batch)
                 batch, characters = [], 0
-        yield from self._tokenize(batch)
+        yield from self._documents(batch)
 
-    def _text_of(self, record: Record) -> _Text | None:
-        fields = record.fields
-        if self._text_field in fields:
-            text = self._string(record, self._text_field)
-            prepared = None if text is None else _Text(text, None, False, True)
-        elif "messages" in fields:
-            prepared = self._conversation(record)
-        elif "prompt" in fields and "completion" in fields:
-            prompt, completion = self._string(record, "prompt"), self._string(record, "completion")
-            text = None if prompt is None or completion is None else prompt + completion
-            prepared = None if text is None else _Text(text, [(len(prompt), len(text))], False, True)
-        else:
+    def _documents(self, texts: list[Text]) -> Iterator[Document]:
+        for text, document in zip(texts, self._texts.documents(texts), strict=True):
+            if isinstance(document, Document) and len(document.token_ids) > self._config.sequence_length:
+                document = self._shortened(text, document)
+            if isinstance(document, Refused):
+                self._bad_lines.reject(f"{text.where}: {document}")
+            else:
+                yield document
+
+    def _text_of(self, record: Record) -> Text | None:
+        try:
+            text = self._read(record)
+        except Refused as exc:
+            self._bad_lines.reject(f"{record.where}: {exc}")
+            return None
+        except Undesirable:
+            self._counts["undesirable_completions"] += 1
+            return None
+        if text is not None and not text.text:
+            self._counts["empty_documents"] += 1
+            return None
+        return text
+
+    def _read(self, record: Record) -> Text | None:
+        fields, text_field = record.fields, self._config.text_field
+        content = content_of(fields, text_field, bool(self._tokenizer.chat_template))
+        present = [name for name, value in fields.items() if value is not None]
+        self._counts["other_forms_ignored"] += len(forms_in(present, text_field)) > 1
+        if content is None:
             self._bad_lines.reject(
-                f"{record.where}: no field {self._text_field!r}, `messages`, or `prompt` with `completion`; "
+                f"{record.where}: no field {text_field!r}, `messages`, or `prompt` with `completion`; "
                 f"it has: {', '.join(map(str, fields)) or 'no fields'}",
                 "name the field that holds the text with --text-field",
             )
             return None
-        if prepared is not None and not prepared.text:
-            self.empty_documents += 1
-            return None
-        return prepared
+        if isinstance(content, str):
+            return Text(content, where=record.where)
+        if isinstance(content, Completion):
+            whole = content.prompt + content.completion
+            return Text(whole, [(len(content.prompt), len(whole))], "completion", where=record.where)
+        if self._config.last_turn_only:
+            content = content.last_turn_only()
+        rendered = self._template(content, record.where).render(content)
+        self._counts["inserted_thoughts"] += rendered.inserted_thoughts
+        self._counts["messages_not_written"] += rendered.unwritten
+        self._counts["thoughts_not_written"] += rendered.unwritten_thoughts
+        return _chat(rendered, content, record.where)
 
-    def _string(self, record: Record, name: str) -> str | None:
-        return self._checked(f"{record.where}: field {name!r}", record.fields[name])
-
-    def _checked(self, where: str, value: Any) -> str | None:
-        if not isinstance(value, str):
-            self._bad_lines.reject(f"{where} holds {_kind(value)}; expected a string")
-            return None
-        try:
-            value.encode("utf-8")
-        except UnicodeEncodeError as exc:
-            self._bad_lines.reject(f"{where} holds half of a surrogate pair at character {exc.start}; expected text")
-            return None
-        return value
-
-    def _conversation(self, record: Record) -> _Text | None:
-        messages = self._messages(record)
-        if messages is None:
-            return None
-        if self._chat is None:
-            self._chat = ChatTemplate(self._tokenizer, self._folder, record.where)
-            if self._chat.depends_on_date:
+    def _template(self, conversation: Conversation, where: str) -> ChatTemplate:
+        has_tools = conversation.tools is not None
+        if has_tools not in self._templates:
+            template = ChatTemplate(self._tokenizer, self._config.tokenizer, where, with_tools=has_tools)
+            self._templates[has_tools] = template
+            if template.depends_on_date:
                 self._reporter.log(
-                    f"{self._folder}: the chat template writes the date; another day the same input gives other tokens."
+                    f"{self._config.tokenizer}: the chat template writes the date; another day the same input gives "
+                    "other tokens."
                 )
+            if has_tools and not template.needs.writes_tools:
+                self._reporter.log(f"{where}: holds `tools`, which the chat template does not write.")
+        template = self._templates[has_tools]
+        self._counts["tools_not_written"] += has_tools and not template.needs.writes_tools
+        return template
+
+    def _shortened(self, text: Text, document: Document) -> Document | Refused:
+        """The document made to fit, if that is asked for and can be; else as it is."""
+        if self._config.overlong != "truncate" or document.kind == "text":
+            return document
+        if text.conversation is None:
+            return self._without_begin_of_prompt(document)
         try:
-            text, labels = self._chat.render(messages, record.where)
-        except TemplateError as exc:
-            self._bad_lines.reject(f"{record.where}: the chat template refuses these messages: {exc}")
-            return None
-        return _Text(text, labels, True, messages[-1]["role"] == "assistant")
+            return self._without_oldest(text.conversation, document, text.where)
+        except Refused as exc:
+            return exc
 
-    def _messages(self, record: Record) -> list[dict[str, Any]] | None:
-        messages = record.fields["messages"]
-        if not isinstance(messages, list) or not messages or not all(isinstance(item, dict) for item in messages):
-            self._bad_lines.reject(
-                f"{record.where}: field 'messages' holds {_kind(messages)}; "
-                "expected a list of objects with `role` and `content`"
-            )
-            return None
-        for number, message in enumerate(messages, start=1):
-            for name in ("role", "content"):
-                if self._checked(f"{record.where}: `{name}` of message {number}", message.get(name)) is None:
-                    return None
-        return [{name: value for name, value in message.items() if value is not None} for message in messages]
+    def _without_oldest(self, conversation: Conversation, document: Document, where: str) -> Document:
+        """The longest rest of the conversation that fits; `document`, which is the whole, if none does."""
+        fewest, most, dropped = 1, conversation.num_groups, 0
+        while fewest < most:
+            middle = (fewest + most) // 2
+            rest = conversation.without(middle)
+            (shorter,) = self._texts.documents([_chat(self._template(rest, where).render(rest), rest, where)])
+            if isinstance(shorter, Refused):
+                raise shorter
+            if len(shorter.token_ids) <= self._config.sequence_length:
+                most, document, dropped = middle, shorter, len(conversation.messages) - len(rest.messages)
+            else:
+                fewest = middle + 1
+        self._counts["truncated_chats"] += dropped > 0
+        self._counts["truncated_messages"] += dropped
+        return document
 
-    def _tokenize(self, texts: list[_Text]) -> Iterator[Document]:
-        documents: dict[int, Document] = {}
-        kinds = {(text.labels is None, text.is_chat) for text in texts}
-        for everything, is_chat in sorted(kinds):
-            chosen = [i for i, text in enumerate(texts) if (text.labels is None, text.is_chat) == (everything, is_chat)]
-            if not everything and not self._tokenizer.is_fast:
-                raise ConfigError(
-                    f"{self._folder}: this tokenizer does not tell which characters a token covers, as masks of "
-                    "completions and chats need; convert it to a tokenizer.json."
-                )
-            encoded = self._tokenizer(
-                [texts[index].text for index in chosen],
-                add_special_tokens=not is_chat,  # a chat template writes its own
-                return_offsets_mapping=not everything,
-                return_attention_mask=False,
-                return_token_type_ids=False,
-                verbose=False,  # a document may be longer than the model's context: it is cut later
-            )
-            offsets = encoded.get("offset_mapping") or [None] * len(chosen)
-            for index, ids, places in zip(chosen, encoded["input_ids"], offsets, strict=True):
-                documents[index] = self._document(texts[index], ids, places)
-        return (documents[index] for index in range(len(texts)))
-
-    def _document(self, text: _Text, ids: list[int], offsets: list[tuple[int, int]] | None) -> Document:
-        has_end = self._end is None or self._end in ids[-CHAT_END_TOKENS if text.is_chat else -1 :]
-        token_ids = np.array(ids if has_end else [*ids, self._end], np.int32)
-        if text.labels is None:
-            return Document(token_ids, np.ones(len(token_ids), np.bool_))
-        loss_mask = np.zeros(len(token_ids), np.bool_)
-        starts = np.array(offsets, np.int64).reshape(-1, 2)[:, 0]
-        for first, stop in text.labels:
-            loss_mask[: len(starts)] |= (starts >= first) & (starts < stop)
-        if not text.is_chat or not has_end:
-            loss_mask[-1] |= text.end_is_label and token_ids[-1] == self._end
-        return Document(token_ids, loss_mask)
+    def _without_begin_of_prompt(self, document: Document) -> Document:
+        """What fits of the end of a prompt with its whole completion, if that does."""
+        front = self._texts.num_front(document.token_ids)
+        start = len(document.token_ids) - self._config.sequence_length + front
+        if not document.loss_mask.any() or int(document.loss_mask.argmax()) <= start:
+            return document
+        self._counts["truncated_completions"] += 1
+        kept = np.r_[:front, start : len(document.token_ids)]
+        return Document(document.token_ids[kept], document.loss_mask[kept], document.kind)
 
 
-def _kind(value: Any) -> str:
-    return "null" if value is None else f"a value of type {type(value).__name__}"
+def is_overlong(document: Document, config: TextConfig, counts: Counter[str]) -> bool:
+    """Whether the document is to be dropped because it is not to be cut; counts it."""
+    if document.kind == "text" or config.overlong == "cut" or len(document.token_ids) <= config.sequence_length:
+        return False
+    counts[f"overlong_{document.kind}s_dropped"] += 1
+    return True
+
+
+def _chat(rendered: Rendered, conversation: Conversation, where: str) -> Text:
+    return Text(rendered.text, rendered.labels, "chat", rendered.ends_with_label, conversation, where)

@@ -1,14 +1,31 @@
 """Which files are read, in which order, and how they are divided into units of work."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from pathlib import Path
 
 from pipeline.errors import ConfigError, CorpusError
 
-SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
+SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".json", ".md")
+NO_TEXT = (
+    "requirements*.txt",
+    "constraints*.txt",
+    "CMakeLists.txt",
+    "robots.txt",
+    "dataset_info*.json",
+    "dataset_dict.json",
+    "state.json",
+    "package*.json",
+)
+"""Names of files that lie in folders of text and are none; read only if they are given themselves."""
 UNIT_BYTES = 64 << 20
 """Input that a crash can make us read again; a larger file is a unit of its own."""
+
+
+SHOWN = 8
+"""Kinds of ignored files that are named."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,8 +55,10 @@ class InputFiles:
     """All files of a run, in the order in which they are read."""
 
     files: tuple[InputFile, ...]
-    ignored: int
-    """Files of other types in the folders that were given."""
+    counts: Counter[str]
+    """ignored_files (of other types), hidden_names, dangling_links and repeated_files in the folders that were given."""
+    note: str
+    """What was left out of folders, by suffix and name; empty if nothing was."""
 
     @property
     def size(self) -> int:
@@ -59,28 +78,82 @@ def suffix_of(path: Path) -> str:
     return next((suffix for suffix in SUFFIXES if name.endswith(suffix)), "")
 
 
-def find_inputs(paths: Sequence[Path], out: Path) -> InputFiles:
+def find_inputs(paths: Sequence[Path], out: Path | None) -> InputFiles:
     """The input files at `paths`, folders searched in sorted order; raises ConfigError or CorpusError."""
     found: dict[Path, InputFile] = {}
-    ignored = 0
+    left = _LeftOut()
     for given in paths:
         if not given.exists():
             raise ConfigError(f"{given}: no such file or folder; check the path of this input.")
-        if out.resolve().is_relative_to(given.resolve()):
+        if out is not None and out.resolve().is_relative_to(given.resolve()):
             raise ConfigError(f"{out}: --out lies inside the input {given}; choose a folder outside of it.")
         if not given.is_dir() and not suffix_of(given):
             raise ConfigError(f"{given}: not a type of input; expected one of: {', '.join(SUFFIXES)}.")
-        inside = sorted(path for path in given.rglob("*") if path.is_file()) if given.is_dir() else [given]
-        for path in inside:
-            if suffix_of(path):
-                found.setdefault(path.resolve(), describe(path, _name(path, given)))
-            else:
-                ignored += 1
+        for path in sorted(_files_in(given, left)) if given.is_dir() else [given]:
+            real = path.resolve()
+            left.repeated += real in found
+            found.setdefault(real, describe(path, _name(path, given)))
     if not found:
         raise CorpusError(
-            f"{', '.join(map(str, paths))}: no input file ({ignored} of other types); expected {', '.join(SUFFIXES)}."
+            f"{', '.join(map(str, paths))}: no input file ({left.note or 'empty'}); expected {', '.join(SUFFIXES)}."
         )
-    return InputFiles(files=tuple(found.values()), ignored=ignored)
+    return InputFiles(files=tuple(found.values()), counts=left.counts, note=left.note)
+
+
+@dataclass
+class _LeftOut:
+    """What is not read of folders."""
+
+    ignored: Counter[str] = field(default_factory=Counter)
+    """By suffix, or by name where the suffix is one of ours."""
+    hidden: int = 0
+    dangling: list[str] = field(default_factory=list)
+    repeated: int = 0
+
+    @property
+    def counts(self) -> Counter[str]:
+        return Counter(
+            ignored_files=self.ignored.total(),
+            hidden_names=self.hidden,
+            dangling_links=len(self.dangling),
+            repeated_files=self.repeated,
+        )
+
+    @property
+    def note(self) -> str:
+        most = sorted(self.ignored.items(), key=lambda item: (-item[1], item[0]))
+        kinds = [f"{count:,} {kind}" for kind, count in most[:SHOWN]]
+        parts = [
+            f"{self.ignored.total():,} of other types: {', '.join(kinds)}" if kinds else "",
+            f"{self.hidden:,} hidden names" if self.hidden else "",
+            f"{len(self.dangling):,} links to nothing, such as {self.dangling[0]}" if self.dangling else "",
+            f"{self.repeated:,} files that were read by another name" if self.repeated else "",
+        ]
+        return "; ".join(filter(None, parts))
+
+
+def _files_in(given: Path, left: _LeftOut) -> Iterator[Path]:
+    """Input files below a folder but for hidden names; links to folders are followed last, and no folder twice."""
+    folders, links, seen = [given], [], set()
+    while folders or links:
+        folder = folders.pop() if folders else links.pop()
+        if (real := folder.resolve()) in seen:
+            left.repeated += 1
+            continue
+        seen.add(real)
+        for path in sorted(folder.iterdir(), reverse=True):
+            if path.name.startswith("."):
+                left.hidden += 1
+            elif path.is_dir():
+                (links if path.is_symlink() else folders).append(path)
+            elif not path.exists():
+                left.dangling.append(str(path))
+            elif any(fnmatch(path.name.lower(), name.lower()) for name in NO_TEXT):
+                left.ignored[path.name] += 1
+            elif not suffix_of(path) or not path.is_file():
+                left.ignored[path.suffix.lower() or "without a suffix"] += 1
+            else:
+                yield path
 
 
 def describe(path: Path, name: str) -> InputFile:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from pipeline.corpus import TokenSequence
-from stages.prepare.documents import Document
+from stages.prepare.tokens import Document
 
 WINDOW_ROWS = 256
 """Rows' worth of short pieces that are packed together: bounds memory and how far a document moves."""

@@ -19,7 +19,9 @@ import zstandard
 
 from pipeline.errors import CorpusError
 from pipeline.progress import Reporter
+from stages.prepare.forms import field_names, forms_in
 from stages.prepare.inputs import InputFile, suffix_of
+from stages.prepare.json_files import json_values
 
 EXAMPLES = 3
 """Skipped records that are shown."""
@@ -61,12 +63,14 @@ class BadLines:
 
 
 def read_records(file: InputFile, text_field: str, bad_lines: BadLines) -> Iterator[Record]:
-    """The records of `file` in order; a .txt file is one record with its contents in `text_field`."""
+    """The records of `file` in order; a .txt or .md file is one record with its contents in `text_field`."""
     suffix = suffix_of(file.path)
-    if suffix == ".txt":
+    if suffix in (".txt", ".md"):
         return _read_text(file, text_field, bad_lines)
     if suffix == ".parquet":
         return _read_parquet(file, text_field)
+    if suffix == ".json":
+        return _read_json(file, bad_lines)
     return _read_lines(file, DECOMPRESSORS[suffix], bad_lines)
 
 
@@ -75,6 +79,17 @@ def _read_text(file: InputFile, text_field: str, bad_lines: BadLines) -> Iterato
     text = _decode(contents.removeprefix(codecs.BOM_UTF8), str(file.path), bad_lines)
     if text is not None:
         yield Record(str(file.path), {text_field: text}, file.size)
+
+
+def _read_json(file: InputFile, bad_lines: BadLines) -> Iterator[Record]:
+    for number, (fields, offset) in enumerate(json_values(file, LONGEST_LINE), start=1):
+        where = f"{file.path}: record {number}"
+        if isinstance(fields, dict):
+            yield Record(where, fields, offset)
+        else:
+            bad_lines.reject(
+                f"{where}: found a JSON {type(fields).__name__}; expected an object with the text in a field"
+            )
 
 
 def _read_lines(file: InputFile, decompress: Callable[[BinaryIO], BinaryIO], bad_lines: BadLines) -> Iterator[Record]:
@@ -141,13 +156,13 @@ def _read_parquet(file: InputFile, text_field: str) -> Iterator[Record]:
 
 
 def _columns(file: InputFile, names: list[str], text_field: str) -> list[str]:
-    for columns in ([text_field], ["messages"], ["prompt", "completion"]):
-        if all(name in names for name in columns):
-            return columns
-    raise CorpusError(
-        f"{file.path}: no column {text_field!r}, `messages`, or `prompt` with `completion`; "
-        f"its columns are: {', '.join(names)}; name the one that holds the text with --text-field."
-    )
+    if not forms_in(names, text_field):
+        raise CorpusError(
+            f"{file.path}: no column {text_field!r}, `messages`, or `prompt` with `completion`; "
+            f"its columns are: {', '.join(names)}; name the one that holds the text with --text-field."
+        )
+    wanted = field_names(text_field)
+    return [name for name in names if name in wanted]
 
 
 @contextmanager

@@ -14,6 +14,7 @@ import xxhash
 
 from pipeline.config import PrepareConfig
 from pipeline.corpus import (
+    END_TOKEN_IDS,
     MANIFEST,
     TOKENIZER,
     CorpusManifest,
@@ -28,10 +29,11 @@ from pipeline.files import replacing
 from pipeline.progress import Progress, Reporter
 from pipeline.settings import resolved
 from pipeline.tokenizer import TokenizerIdentity, identify, load_tokenizer, save_tokenizer
-from stages.prepare.documents import Document, DocumentEncoder
+from stages.prepare.documents import DocumentEncoder, is_overlong
 from stages.prepare.inputs import UNIT_BYTES, InputFile, InputFiles, describe, divide, find_inputs, same_files
 from stages.prepare.packing import PACKERS
 from stages.prepare.readers import BadLines, Record, read_records
+from stages.prepare.tokens import ENDED_BY, Document, spoken
 from stages.prepare.units import (
     FinishedUnit,
     check_folder,
@@ -55,6 +57,8 @@ def prepare(config: PrepareConfig, reporter: Reporter | None = None, *, unit_byt
     reporter = reporter or Reporter()
     check_folder(config.out)
     inputs = find_inputs(config.inputs, config.out)
+    if inputs.note:
+        reporter.log(f"{', '.join(map(str, config.inputs))}: not read: {inputs.note}")
     tokenizer = load_tokenizer(config.tokenizer, trust_remote_code=config.trust_remote_code, note=reporter.log)
     identity = identify(tokenizer)
     settings = _compared_settings(config, tokenizer, identity)
@@ -67,14 +71,19 @@ def prepare(config: PrepareConfig, reporter: Reporter | None = None, *, unit_byt
         _save_tokenizer(tokenizer, config)
         units = _run(config, tokenizer, divide(inputs.files, unit_bytes), reporter)
         statistics = sum((Counter(unit.statistics) for unit in units), Counter())
-        names = [*units[0].statistics, "ignored_files"]
-        statistics["ignored_files"] = inputs.ignored
+        names = [*dict.fromkeys(name for unit in units for name in unit.statistics), *inputs.counts]
+        statistics.update(inputs.counts)
         manifest = CorpusManifest(
             sequence_length=config.sequence_length,
             packing=config.packing,
             tokenizer=identity,
             partitions=tuple(partition for unit in units for partition in unit.partitions),
-            settings={**resolved(config), **settings, "input_files": [file.identity for file in inputs.files]},
+            settings={
+                **resolved(config),
+                **settings,
+                END_TOKEN_IDS: _end_token_ids(tokenizer, statistics),
+                "input_files": [file.identity for file in inputs.files],
+            },
             statistics={name: statistics[name] for name in names},
         )
         if not manifest.partitions:
@@ -93,6 +102,8 @@ def _run(
 ) -> list[FinishedUnit]:
     units = resume(config.out, groups, config.skip_bad_lines)
     with reporter.progress("prepare", sum(file.size for files in groups for file in files), "bytes") as progress:
+        if tokenizer.eos_token_id is None:
+            reporter.log(f"{config.tokenizer}: has no end-of-sequence token; what does not end with one stays without.")
         work = _Work(config, tokenizer, reporter, progress)
         for index, unit in enumerate(units):
             work.recall(index, unit)
@@ -112,6 +123,8 @@ class _Work:
         self._document_keys: set[bytes] = set()
         self._row_keys: set[bytes] = set()
         self._num_partitions = 0
+        self._unsaid = self._inside = 0
+        """Bytes up to the record in hand that are not counted as done, and those of them that are by now."""
         self._documents = self._tokens = 0
         self._started = time.monotonic()
 
@@ -127,7 +140,7 @@ class _Work:
         """Read, pack and write one unit, and commit it."""
         config = self._config
         bad_lines = BadLines(config.skip_bad_lines, self._reporter)
-        encoder = DocumentEncoder(self._tokenizer, config.tokenizer, config.text_field, bad_lines, self._reporter)
+        encoder = DocumentEncoder(config, self._tokenizer, bad_lines, self._reporter, self._advance_inside)
         packer = PACKERS[config.packing](config.sequence_length)
         counts: Counter[str] = Counter(duplicate_documents=0, documents=0, duplicate_sequences=0)
         partitions: list[CorpusPartition] = []
@@ -135,7 +148,7 @@ class _Work:
 
         def rows() -> Iterator[TokenSequence]:
             for document in encoder.encode(self._records(files, bad_lines)):
-                if self._is_new_document(document, keys, counts):
+                if self._is_new_document(document, keys, counts) and not is_overlong(document, config, counts):
                     yield from packer.add(document)
             yield from packer.flush()
 
@@ -149,9 +162,8 @@ class _Work:
         statistics = {
             "files": len(files),
             "input_bytes": sum(file.size for file in files),
-            "records": encoder.records,
             "bad_lines": bad_lines.count,
-            "empty_documents": encoder.empty_documents,
+            **encoder.counts,
             **counts,
             **packer.counts,
         }
@@ -161,11 +173,19 @@ class _Work:
         for file in files:
             said = 0
             for record in read_records(file, self._config.text_field, bad_lines):
+                self._unsaid = record.offset - said
                 yield record
                 if record.offset - said >= PROGRESS_BYTES:
-                    self._progress.advance(record.offset - said, self._note())
-                    said = record.offset
-            self._progress.advance(file.size - said, self._note())
+                    self._progress.advance(self._unsaid - self._inside, self._note())
+                    said, self._inside = record.offset, 0
+            self._progress.advance(file.size - said - self._inside, self._note())
+            self._unsaid = self._inside = 0
+
+    def _advance_inside(self, share: float) -> None:
+        """Count the bytes of the record in hand as done as far as its long text is tokenised."""
+        done = int(self._unsaid * share)
+        self._progress.advance(max(done - self._inside, 0), self._note())
+        self._inside = max(done, self._inside)
 
     def _note(self) -> str:
         seconds = max(time.monotonic() - self._started, 1e-9)
@@ -207,12 +227,20 @@ def _compared_settings(config: PrepareConfig, tokenizer: Any, identity: Tokenize
         "sequence_length": config.sequence_length,
         "text_field": config.text_field,
         "packing": config.packing,
+        "overlong": config.overlong,
+        "last_turn_only": config.last_turn_only,
         "partition_tokens": config.partition_tokens,
         **{f"tokenizer_{name}": value for name, value in identity.to_dict().items()},
         "tokenizer_special_ids": list(tokenizer("", verbose=False)["input_ids"]),
         "tokenizer_eos_id": tokenizer.eos_token_id,
         "chat_template": None if template is None else xxhash.xxh3_128_hexdigest(repr(template).encode()),
     }
+
+
+def _end_token_ids(tokenizer: Any, statistics: Counter[str]) -> list[int]:
+    """The tokens that the documents' labels end with: where a student is to stop."""
+    tokens = [name.removeprefix(ENDED_BY) for name in statistics if name.startswith(ENDED_BY)]
+    return sorted(tokenizer.convert_tokens_to_ids(tokens))
 
 
 def _finished(
@@ -267,4 +295,4 @@ def _summary(manifest: CorpusManifest) -> str:
 
 
 def _counts(manifest: CorpusManifest) -> str:
-    return ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in manifest.statistics.items() if count)
+    return ", ".join(f"{count:,} {spoken(name)}" for name, count in manifest.statistics.items() if count)

@@ -1,7 +1,7 @@
 """Writing the finished student, whole, from however it was trained."""
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,16 @@ from stages.train_student.lora import merged
 
 
 def write_student(
-    trainer: Any, config: TrainConfig, tokenizer: Any, fresh_model: Callable[[], Any], reporter: Reporter
+    trainer: Any,
+    config: TrainConfig,
+    tokenizer: Any,
+    end_token_ids: Sequence[int],
+    fresh_model: Callable[[], Any],
+    reporter: Reporter,
 ) -> None:
     """The student with its adapters merged, and its tokenizer; called on every rank, written by the first.
 
-    Sharded parameters are gathered on its CPU and put into what `fresh_model()` gives. The config, without which
+    It stops to write at `end_token_ids`, if there are any. Sharded parameters are gathered on its CPU and put into what `fresh_model()` gives. The config, without which
     nothing loads the folder, comes last.
     """
     if trainer.is_fsdp_enabled:
@@ -34,7 +39,9 @@ def write_student(
         model = trainer.accelerator.unwrap_model(trainer.model)
     folder = config.out
     with tempfile.TemporaryDirectory(dir=folder, prefix=".student-") as scratch:
-        merged(model).save_pretrained(scratch)
+        model = merged(model)
+        _stop_at(model, end_token_ids)
+        model.save_pretrained(scratch)
         save_tokenizer(tokenizer, Path(scratch), trust_remote_code=config.trust_remote_code)
         if problem := misreading(Path(scratch), trust_remote_code=config.trust_remote_code):
             reporter.log(
@@ -44,6 +51,12 @@ def write_student(
         for path in sorted(Path(scratch).iterdir(), key=lambda path: path.name == "config.json"):
             publish(path, folder / path.name)
     sync_folder(folder)
+
+
+def _stop_at(model: Any, end_token_ids: Sequence[int]) -> None:
+    generation = getattr(model, "generation_config", None)
+    if generation is not None and end_token_ids:
+        generation.eos_token_id = list(end_token_ids) if len(end_token_ids) > 1 else end_token_ids[0]
 
 
 def _gathered(model: Any) -> dict[str, Any]:

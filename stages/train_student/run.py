@@ -95,7 +95,8 @@ def _train_student(config: TrainConfig, reporter: Reporter, until_the_end: ExitS
     if held_out is not None:
         metrics |= trainer.evaluate()
         metrics["eval_teacher_cross_entropy"] = _teacher_cross_entropy(held_out)
-    write_student(trainer, config, tokenizer, lambda: _load(config, student), reporter)
+    ends = cache.manifest.end_token_ids
+    write_student(trainer, config, tokenizer, ends, lambda: _load(config, student), reporter)
     if trainer.is_world_process_zero():
         write_report(config, trainer.state.log_history, metrics, reporter)
         write_json(config.out / METRICS, metrics)

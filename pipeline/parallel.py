@@ -1,12 +1,13 @@
 """The same work on many items at once: the first failure stops the rest and reaches the caller."""
 
+import contextlib
 import functools
 import multiprocessing
 import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from multiprocessing.process import BaseProcess
 from typing import Any, TypeVar
@@ -48,9 +49,9 @@ def _run(
     if workers == 1 or len(items) <= 1:
         yield from map(function, items)
         return
-    strangers, pool = set(multiprocessing.active_children()), None
+    in_others, strangers, pool = executor is _processes, set(multiprocessing.active_children()), None
     try:
-        with starting_processes():
+        with starting_processes() if in_others else contextlib.nullcontext():
             pool = executor(min(workers, len(items)))
             futures = [pool.submit(function, item) for item in items]
         for future in as_completed(futures):
@@ -59,14 +60,14 @@ def _run(
         raise
     except BaseException:  # a signal, or nobody wants the rest: processes drop what they have in hand
         stop_waiting()  # threads that wait for a store
-        _end(set(multiprocessing.active_children()) - strangers)
+        _end(set(multiprocessing.active_children()) - strangers if in_others else ())
         raise
     finally:
         if pool is not None:
             pool.shutdown(cancel_futures=True)
 
 
-def _end(processes: Iterable[BaseProcess]) -> None:
+def _end(processes: Collection[BaseProcess]) -> None:
     """Let processes unwind what they do, and wait for them; none gets more than LAST_WORDS_S."""
     for process in processes:
         process.terminate()

@@ -116,7 +116,7 @@ class ChatTemplate:
         opening = OPEN_THOUGHT.search(after, max(start - LONGEST_TAG, 0), start)
         head = opening.start() if opening else start
         first = _behind_thought(after, head, start, messages[turn])
-        label = after[first : len(after) - self._second_end(after[first:])]
+        label = after[first : len(after) - self._second_end(messages[: turn + 1], after, first, tools)]
         if text.startswith(after[: first + len(label)]):
             return first, first + len(label), first > start
         if not text.startswith(label, head) or not text.startswith(after[:head]):
@@ -158,12 +158,19 @@ class ChatTemplate:
             header = header[: thought.start()]
         return len(header) if marked.count(MARK) == 1 and after.startswith(header) else None
 
-    def _second_end(self, label: str) -> int:
-        """Characters of an end of text that a template writes behind the end of a last turn, as Phi's do."""
+    def _second_end(self, messages: Messages, after: str, first: int, tools: Any) -> int:
+        """Characters of an end of text that a template writes behind the end of a last turn, as Phi's do.
+
+        It is no part of the turn: it is gone as soon as another message is asked for.
+        """
         end = self._special_tokens.get("eos_token")
-        if end and label.endswith(end) and label[: -len(end)].rstrip().endswith(self._specials):
-            return len(end)
-        return 0
+        if not end or not after.endswith(end) or not after[first : -len(end)].rstrip().endswith(self._specials):
+            return 0
+        try:
+            asked, _ = self._render(messages, tools, add_generation_prompt=True)
+        except Refused:
+            return 0
+        return 0 if asked.startswith(after) or not asked.startswith(after[: -len(end)]) else len(end)
 
     def _marked_spans(
         self, conversation: Conversation, messages: Messages, text: str, marks: Spans

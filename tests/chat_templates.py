@@ -143,7 +143,7 @@ DEEPSEEK = """\
 {%- if message['role'] == 'user' %}{{ '<｜User｜>' + message['content'] }}{%- endif %}
 {%- if message['role'] == 'assistant' and message['content'] is none %}
 {{- '<｜Assistant｜>' }}
-{%- for call in message['tool_calls'] %}{{ '<｜tool▁call｜>' + call['function']['name'] + '\\n' + call['function']['arguments'] }}{%- endfor %}
+{%- for call in message['tool_calls'] %}{{ '<｜tool▁call｜>' + call['function']['name'] + '\\n' + call['function']['arguments'] + '<｜tool▁call▁end｜>' }}{%- endfor %}
 {{- '<｜end▁of▁sentence｜>' }}
 {%- elif message['role'] == 'assistant' %}
 {%- set content = message['content'] %}
@@ -215,7 +215,7 @@ STYLES = {
     "deepseek": Style(
         DEEPSEEK,
         "<｜end▁of▁sentence｜>",
-        ("<｜User｜>", "<｜Assistant｜>"),
+        ("<｜User｜>", "<｜Assistant｜>", "<｜tool▁call▁end｜>"),
         "<｜begin▁of▁sentence｜>",
         "<｜end▁of▁sentence｜>",
     ),

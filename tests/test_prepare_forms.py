@@ -96,6 +96,13 @@ def test_call_without_content_is_a_label_whatever_its_arguments_are_written_as(t
     ((_, labels),) = rows_of(corpus_of(tmp_path, style, [{"messages": [{"role": "user", "content": "?"}, message]}]))
     assert "w" in labels
     assert '{"city": "Bern"}' in labels
+    assert labels.rstrip().endswith(STYLES[style].end)
+
+
+def test_functions_are_tools():
+    assert conversation_of(MESSAGES, [{"name": "f"}]) == content_of(
+        {"messages": MESSAGES, "functions": [{"name": "f"}]}, "text", True
+    )
 
 
 def test_tools_that_the_template_does_not_write_are_said_and_counted(tmp_path):
@@ -338,6 +345,7 @@ def test_overlong_conversations_are_dropped_truncated_or_cut(tmp_path, overlong,
     assert "cut_documents" not in statistics
     if overlong == "truncate":
         assert statistics["truncated_chats"] == 1
+        assert statistics["ended_by_<|im_end|>"] == statistics["documents"] == 3  # what was tried does not count
         kept = whole.count("<|im_start|>assistant") - 1
         assert statistics["truncated_messages"] == 18 - 2 * kept
         assert all(f"assistant {turn} says so" in whole for turn in range(9 - kept, 9))

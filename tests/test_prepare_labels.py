@@ -1,4 +1,4 @@
-"""stages.prepare: labels at borders and ends, what neither the text nor the template wrote, and records that are refused."""
+"""stages.prepare: labels at borders and ends, what neither text nor template wrote, and records that are refused."""
 
 import json
 from pathlib import Path

@@ -6,6 +6,7 @@
     conversations.py  messages in the one form that templates take
     needs.py          what a chat template wants of messages
     chat.py           a conversation -> text and the spans that the assistant wrote
+    thoughts.py       blocks of thinking that a template inserts
     tokens.py         text and spans -> token ids and loss masks
     documents.py      records -> documents: forms, templates and tokens in a row
     packing.py        documents -> rows of at most `sequence_length` tokens

@@ -16,22 +16,13 @@ from typing import Any
 from jinja2 import TemplateError
 
 from pipeline.errors import ConfigError
-from stages.prepare.conversations import REASONING, Conversation, Refused
+from stages.prepare.conversations import Conversation, Refused
 from stages.prepare.needs import MARK, Needs
+from stages.prepare.thoughts import behind_thought, opened_thought, without_empty_thought
 
 RENDER_S = 10.0
 """Seconds that a template may take for one conversation; milliseconds are usual."""
 MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
-_EMPTY = (
-    r"(?:<(\|?[\w:]{0,40}(?:think|thought|reason)[\w:]{0,40}\|?)>\s*</\1>|\[(\w{0,40}THINK\w{0,40})\]\s*\[/\2\]"
-    r"|<\|channel>thought\s*<channel\|>)\n*"
-)
-EMPTY_THOUGHT = re.compile(r"\s*" + _EMPTY, re.IGNORECASE)
-LAST_EMPTY_THOUGHT = re.compile(_EMPTY + r"\Z", re.IGNORECASE)
-OPEN_THOUGHT = re.compile(
-    r"(?:<\|?[\w:]{0,40}(?:think|thought|reason)[\w:]{0,40}\|?>|\[\w{0,40}THINK\w{0,40}\])\s*\Z", re.IGNORECASE
-)
-LONGEST_TAG = 128
 HEADER = 6
 """Characters before a turn that are the template's own in any style."""
 REWRITTEN = (
@@ -113,10 +104,9 @@ class ChatTemplate:
         last = turn + 1 == len(messages)
         after = text if last else self._render(messages[: turn + 1], tools)[0]
         start = self._start(messages, turn, after, tools)
-        opening = OPEN_THOUGHT.search(after, max(start - LONGEST_TAG, 0), start)
-        head = opening.start() if opening else start
-        first = _behind_thought(after, head, start, messages[turn])
-        label = after[first : len(after) - self._second_end(after[first:])]
+        head = opened_thought(after, start)
+        first = behind_thought(after, head, start, messages[turn])
+        label = after[first : len(after) - self._second_end(messages[: turn + 1], after, first, tools)]
         if text.startswith(after[: first + len(label)]):
             return first, first + len(label), first > start
         if not text.startswith(label, head) or not text.startswith(after[:head]):
@@ -145,7 +135,7 @@ class ChatTemplate:
         return place
 
     def _content_place(self, messages: Messages, turn: int, after: str, tools: Any) -> int | None:
-        """Where a mark in the place of the turn's whole text, or a thought before it, would stand; None if that cannot be told."""
+        """Where a mark in the place of the turn's text, or a thought before it, would stand; None if nobody can tell."""
         bare = {"role": "assistant", "content": MARK}
         if isinstance(messages[turn]["content"], list):
             bare["content"] = [{"type": "text", "text": MARK}]
@@ -153,22 +143,27 @@ class ChatTemplate:
             marked, _ = self._render([*messages[:turn], bare], tools)
         except Refused:
             return None
-        header = marked.partition(MARK)[0]
-        if thought := LAST_EMPTY_THOUGHT.search(header, max(len(header) - 2 * LONGEST_TAG, 0)):
-            header = header[: thought.start()]
+        header = without_empty_thought(marked.partition(MARK)[0])
         return len(header) if marked.count(MARK) == 1 and after.startswith(header) else None
 
-    def _second_end(self, label: str) -> int:
-        """Characters of an end of text that a template writes behind the end of a last turn, as Phi's do."""
+    def _second_end(self, messages: Messages, after: str, first: int, tools: Any) -> int:
+        """Characters of an end of text that a template writes behind the end of a last turn, as Phi's do.
+
+        It is no part of the turn: it is gone as soon as another message is asked for.
+        """
         end = self._special_tokens.get("eos_token")
-        if end and label.endswith(end) and label[: -len(end)].rstrip().endswith(self._specials):
-            return len(end)
-        return 0
+        if not end or not after.endswith(end) or not after[first : -len(end)].rstrip().endswith(self._specials):
+            return 0
+        try:
+            asked, _ = self._render(messages, tools, add_generation_prompt=True)
+        except Refused:
+            return 0
+        return 0 if asked.startswith(after) or not asked.startswith(after[: -len(end)]) else len(end)
 
     def _marked_spans(
         self, conversation: Conversation, messages: Messages, text: str, marks: Spans
     ) -> list[tuple[int, int, bool]]:
-        """The template's marks of trained turns, as `_span` gives them; raises Refused if later turns change earlier ones."""
+        """The template's marks of trained turns, as `_span` gives them; raises Refused if later turns change one."""
         found, used = [], 0
         turns = conversation.turns
         for turn in turns:
@@ -253,22 +248,9 @@ def special_texts(tokenizer: Any) -> list[str]:
     return sorted({*tokenizer.all_special_tokens, *(token.content for token in added.values() if token.special)})
 
 
-def _behind_thought(text: str, head: int, start: int, message: dict[str, Any]) -> int:
-    """Where the turn at `start` begins behind an empty block of thinking that the message itself does not have.
-
-    The block begins at `head`, which lies before `start` if the prompt opens it.
-    """
-    found = EMPTY_THOUGHT.match(text, head)
-    if found is None or found.end() < start or any(str(message.get(name, "")).strip() for name in REASONING):
-        return start
-    content = message["content"]
-    own = "".join(part["text"] for part in content) if isinstance(content, list) else content or ""
-    return start if EMPTY_THOUGHT.match(own) else found.end()
-
-
 def _marked_label(text: str, span: tuple[int, int], message: dict[str, Any]) -> tuple[str, tuple[int, int]]:
     """What is marked, less an inserted thought, and where it stands."""
-    first = min(_behind_thought(text, span[0], span[0], message), span[1])
+    first = min(behind_thought(text, span[0], span[0], message), span[1])
     return text[first : span[1]], (first, span[1])
 
 

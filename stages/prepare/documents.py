@@ -156,6 +156,7 @@ class DocumentEncoder:
     def _without_oldest(self, conversation: Conversation, document: Document, where: str) -> Document:
         """The longest rest of the conversation that fits; `document`, which is the whole, if none does."""
         fewest, most, dropped = 1, conversation.num_groups, 0
+        counts = self._texts.counts.copy()
         while fewest < most:
             middle = (fewest + most) // 2
             rest = conversation.without(middle)
@@ -166,6 +167,7 @@ class DocumentEncoder:
                 most, document, dropped = middle, shorter, len(conversation.messages) - len(rest.messages)
             else:
                 fewest = middle + 1
+        self._texts.counts = counts  # what was tried does not count
         self._counts["truncated_chats"] += dropped > 0
         self._counts["truncated_messages"] += dropped
         return document

@@ -55,12 +55,12 @@ def content_of(fields: Fields, text_field: str, has_template: bool) -> Content |
 
 
 def _messages(fields: Fields, _: bool) -> Conversation:
-    return _led(fields, conversation_of(fields.get("messages"), fields.get("tools")))
+    return _led(fields, conversation_of(fields.get("messages"), _tools(fields)))
 
 
 def _conversations(fields: Fields, _: bool) -> Conversation:
     name = "conversations" if "conversations" in fields else "conversation"
-    return _led(fields, conversation_of(fields.get(name), fields.get("tools"), name))
+    return _led(fields, conversation_of(fields.get(name), _tools(fields), name))
 
 
 def _completion(fields: Fields, _: bool) -> Content:
@@ -76,7 +76,7 @@ def _answered(fields: Fields, prompt: Any, name: str) -> Content:
         answer = [answer]
     if not isinstance(prompt, list) and not isinstance(answer, list):
         return Completion(text_of(prompt, "field 'prompt'"), text_of(answer, f"field {name!r}"))
-    asked = conversation_of(_as_messages(prompt, "user"), fields.get("tools"), "prompt")
+    asked = conversation_of(_as_messages(prompt, "user"), _tools(fields), "prompt")
     told = conversation_of(_as_messages(answer, "assistant"), None, name)
     if told.messages[: len(asked.messages)] == asked.messages:  # the answer repeats the prompt
         told = replace(told, messages=told.messages[len(asked.messages) :], trained=told.trained[len(asked.messages) :])
@@ -98,7 +98,7 @@ def _preference(fields: Fields, _: bool) -> Content:
         same = _common(chosen, text_of(rejected, "field 'rejected'"))
         start = len(same.rstrip()) if same != same.rstrip() else same.rfind(" ") if " " in same else 0
         return Completion(chosen[:start], chosen[start:])
-    told = conversation_of(chosen, fields.get("tools"), "chosen")
+    told = conversation_of(chosen, _tools(fields), "chosen")
     border = max(told.turns, default=0)
     if rejected is not None:
         other = conversation_of(rejected, None, "rejected").messages
@@ -128,7 +128,7 @@ def _instruction(fields: Fields, has_template: bool) -> Content:
         messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
     question = f"{asked}\n\n{given}" if asked and given.strip() else asked or given
     messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    return _led(fields, conversation_of(messages, fields.get("tools"), "instruction"))
+    return _led(fields, conversation_of(messages, _tools(fields), "instruction"))
 
 
 def _led(fields: Fields, conversation: Conversation) -> Conversation:
@@ -138,6 +138,10 @@ def _led(fields: Fields, conversation: Conversation) -> Conversation:
         return conversation
     message = {"role": "system", "content": text_of(system, "field 'system'")}
     return replace(conversation, messages=[message, *conversation.messages], trained=[False, *conversation.trained])
+
+
+def _tools(fields: Fields) -> Any:
+    return fields.get("tools") or fields.get("functions")
 
 
 def _as_messages(value: Any, role: str) -> Any:
@@ -151,4 +155,4 @@ FORMS: dict[str, tuple[list[tuple[str, ...]], Callable[[Fields, bool], Content]]
     "conversations": ([("conversations",), ("conversation",)], _conversations),
     "instruction": ([("instruction", "output"), ("instruction", "response")], _instruction),
 }
-OPTIONAL = ("tools", "system", "label", "rejected", "prompt", "input", "context", "history")
+OPTIONAL = ("tools", "functions", "system", "label", "rejected", "prompt", "input", "context", "history")

@@ -135,7 +135,8 @@ def _first_rows(config: PreviewConfig, tokenizer: Any, said: Reporter) -> tuple[
 
 def _row_lines(config: PreviewConfig, tokenizer: Any, row: TokenSequence, number: int, color: bool) -> Iterator[str]:
     lengths = row.document_lengths.tolist()
-    yield f"== row {number}: {len(row.token_ids):,} tokens, {int(row.loss_mask.sum()):,} labels, {len(lengths)} documents"
+    labels = int(row.loss_mask.sum())
+    yield f"== row {number}: {len(row.token_ids):,} tokens, {labels:,} labels, {len(lengths)} documents"
     start = 0
     for index, length in enumerate(lengths, start=1):
         stop = min(start + length, config.longest)

@@ -26,7 +26,9 @@ OVERLAP = 2048
 """Characters over which two parts of a long text must agree."""
 END_TOKENS = 3
 """A chat template may write white space after the token that ends the last turn."""
-NO_ENDS = ("bos_token", "unk_token", "pad_token", "mask_token", "cls_token")
+NO_TURN_ENDS = ("bos_token", "mask_token", "cls_token")
+NO_TEXT_ENDS = ("unk_token", "pad_token")
+"""Special tokens that end nothing. A chat template's end of turn may be named the tokenizer's padding."""
 ENDED_BY = "ended_by_"
 COUNTS = (
     "spanning_tokens",
@@ -100,9 +102,11 @@ class TextEncoder:
             *self._back,
         ]
         """Whether tokens depend on the text near them alone, as merges do; unigram's best way through it does not."""
-        not_ends = {getattr(tokenizer, name, None) for name in NO_ENDS}
-        ends = {text for text in special_texts(tokenizer) if text not in not_ends}
-        self._ends = set(tokenizer.convert_tokens_to_ids(sorted(ends))) | ({self._end} - {None})
+        turn_ends = set(special_texts(tokenizer)) - {getattr(tokenizer, name, None) for name in NO_TURN_ENDS}
+        text_ends = turn_ends - {getattr(tokenizer, name, None) for name in NO_TEXT_ENDS}
+        own = {self._end} - {None}
+        self._turn_ends = set(tokenizer.convert_tokens_to_ids(sorted(turn_ends))) | own
+        self._text_ends = set(tokenizer.convert_tokens_to_ids(sorted(text_ends))) | own
 
     def num_front(self, ids: np.ndarray) -> int:
         """How many tokens at the beginning of a document are those that the tokenizer puts there."""
@@ -182,7 +186,7 @@ class TextEncoder:
         encoded = self._without_doubles(encoded) if text.kind != "chat" else encoded
         ids = encoded.token_ids
         loss_mask = np.ones(len(ids), np.bool_) if text.labels is None else self._mask(text.labels, encoded)
-        place = self._end_place(ids, len(ids) - 1)
+        place = self._end_place(ids, len(ids) - 1, self._turn_ends if text.kind == "chat" else self._text_ends)
         if place is None and self._end is not None:
             ids, loss_mask = np.append(ids, np.int32(self._end)), np.append(loss_mask, text.end_is_label)
             self.counts["appended_chat_ends"] += text.kind == "chat"
@@ -232,10 +236,10 @@ class TextEncoder:
             return encoded
         return Encoded(encoded.token_ids[start:stop], None if places is None else places[start:stop])
 
-    def _end_place(self, ids: np.ndarray, last: int) -> int | None:
+    def _end_place(self, ids: np.ndarray, last: int, ends: set[int]) -> int | None:
         """The index of an end token behind which there is white space at most, up to token `last`."""
         for place in range(last, max(last - END_TOKENS, -1), -1):
-            if int(ids[place]) in self._ends:
+            if int(ids[place]) in ends:
                 return place
             if self._decoded(ids[place : place + 1]).strip():
                 return None
@@ -244,7 +248,7 @@ class TextEncoder:
     def _count_end(self, ids: np.ndarray, loss_mask: np.ndarray) -> None:
         if not loss_mask.any():
             return
-        place = self._end_place(ids, int(np.flatnonzero(loss_mask)[-1]))
+        place = self._end_place(ids, int(np.flatnonzero(loss_mask)[-1]), self._turn_ends)
         token = None if place is None else self._tokenizer.convert_ids_to_tokens(int(ids[place]))
         self.counts["documents_without_end" if token is None else f"{ENDED_BY}{token}"] += 1
 

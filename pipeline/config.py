@@ -420,6 +420,12 @@ class TrainConfig(Settings):
     trust_remote_code: bool = setting(
         False, "Run the code that the student's folder brings along; for those whose maker you trust."
     )
+    stall_s: float = setting(
+        1800.0,
+        "Seconds in which a batch cannot be read, or as long as a silent object store is waited for if that is longer, "
+        "after which the training gives up with exit code 70.",
+        flag="--stall-seconds",
+    )
     loader_workers: int | None = setting(
         None, "Processes that decode batches; 0 is a thread. None takes 2 with a GPU, else 0."
     )
@@ -439,6 +445,7 @@ class TrainConfig(Settings):
         self.positive("learning_rate", (self.learning_rate,))
         self.positive("epochs", (self.epochs,))
         self.seed_fits()
+        self.positive("stall_s", (self.stall_s,))
         self.at_least("keep_checkpoints", 1)
         self.at_least("loader_workers", 0)
         self.at_least("lora_rank", 1)

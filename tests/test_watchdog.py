@@ -9,14 +9,19 @@ from pathlib import Path
 import psutil
 import pytest
 
+from pipeline import open_cache
+from pipeline.config import TrainConfig
 from pipeline.corpus import Corpus
 from pipeline.errors import EngineError
 from pipeline.manifest import CacheManifest
 from pipeline.runs.commits import list_commits
 from pipeline.runs.status import StatusReader
-from stages.cache_logits.watchdog import STALLED, Watchdog, WatchedEngine
+from pipeline.watchdog import STALLED, Watchdog
+from stages.cache_logits.watched_engine import WatchedEngine
+from stages.train_student import train_student
+from stages.train_student.dataset import CacheDataset
 from tests.helpers import Lines
-from tests.small import FakeEngine, make_corpus, random_sequences
+from tests.small import FakeEngine, llama_config, make_cache, make_corpus, random_sequences
 from tests.test_cache_logits import run_command, settings, wait_for_commits
 from tests.workers import end_of, new_cache, run_worker, tiny_corpus
 
@@ -97,7 +102,7 @@ def test_time_in_which_the_engine_has_nothing_to_do_does_not_count(tmp_path):
     manifest = CacheManifest.read(new_cache(tmp_path / "cache", corpus.folder))
     lines: list[str] = []
     watchdog = Watchdog(STALL_S, lines.append)
-    engine = WatchedEngine(FakeEngine(manifest), watchdog)
+    engine = WatchedEngine(lambda: FakeEngine(manifest), watchdog)
     from stages.cache_logits.scoring import score_sequences
 
     def slow(sequences):
@@ -110,6 +115,25 @@ def test_time_in_which_the_engine_has_nothing_to_do_does_not_count(tmp_path):
     time.sleep(2 * STALL_S)
     watchdog.close()
     assert lines == []
+
+
+def test_training_whose_cache_cannot_be_read_ends(tmp_path, corpus):
+    """As on a file system whose server is gone: a read never returns."""
+    cache = make_cache(tmp_path / "cache", corpus)
+    student = tmp_path / "student" / "config.json"
+    llama_config(open_cache(cache).manifest.vocab_size, num_hidden_layers=1).save_pretrained(student.parent)
+    values = {"max_steps": 50, "batch_size": 2, "stall_s": STALL_S}
+    config = TrainConfig(student=student, cache=cache, out=tmp_path / "run", **values)
+
+    def run(reporter):
+        os.environ["LOGIT_CACHE_PATIENCE_S"] = "0"
+        read = CacheDataset.__getitem__
+        CacheDataset.__getitem__ = lambda self, index: time.sleep(600) if index == 5 else read(self, index)
+        train_student(config, reporter)
+
+    code, line = in_process(run)
+    assert code == STALLED, line
+    assert f"{cache}: reading a batch of the cache: no progress for" in line
 
 
 @pytest.mark.vllm

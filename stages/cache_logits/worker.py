@@ -22,9 +22,10 @@ from pipeline.runs.presence import Presence, one_line
 from pipeline.runs.rank import Rank
 from pipeline.storage import Location
 from pipeline.targets import SparseTargets
+from pipeline.watchdog import Watchdog, end_process
 from stages.cache_logits.capture import capture
 from stages.cache_logits.engine import Engine
-from stages.cache_logits.watchdog import Watchdog, WatchedEngine, end_process
+from stages.cache_logits.watched_engine import WatchedEngine
 
 BAD_MACHINE = 3
 """After so many failures of different partitions, and no commit between them, a worker blames its machine."""
@@ -115,8 +116,8 @@ class _Worker:
                     self._start.enter_context(
                         self._reporter.waiting("starting the teacher: weights, warm-up, first tokens")
                     )
-                    with self._drain.shielded(), watchdog.loading():
-                        engine = WatchedEngine(make_engine(), watchdog)
+                    with self._drain.shielded():
+                        engine = WatchedEngine(make_engine, watchdog)
                     engines.callback(engine.close)
                 try:
                     self._capture(engine)

@@ -23,7 +23,7 @@ from stages.train_student.sampler import StepShape
 RUN = "run.json"
 FREE_TO_CHANGE = (
     *("out", "log_steps", "save_steps", "keep_checkpoints", "batch_size", "gradient_accumulation"),
-    *("loader_workers", "tensorboard", "on_bad_loss", "trust_remote_code"),
+    *("loader_workers", "tensorboard", "on_bad_loss", "trust_remote_code", "stall_s"),
 )
 """Settings that a resumed run may change: with the same global batch they do not change what is trained."""
 PATHS = ("cache", "eval_cache", "student")

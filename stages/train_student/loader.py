@@ -4,10 +4,15 @@ import queue
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from torch.utils.data import DataLoader
 
+from pipeline.patience import patience_s
+from pipeline.progress import Reporter
+from pipeline.storage import Location
+from pipeline.watchdog import Watchdog, end_process
 from stages.train_student.dataset import CacheDataset, Collate
 from stages.train_student.sampler import StreamSampler
 
@@ -44,9 +49,16 @@ class BatchLoader:
     """
 
     def __init__(
-        self, dataset: CacheDataset, collate: Collate, sampler: StreamSampler, *, num_workers: int, pin: bool
+        self,
+        dataset: CacheDataset,
+        collate: Collate,
+        sampler: StreamSampler,
+        *,
+        num_workers: int,
+        pin: bool,
+        watchdog: Watchdog | None = None,
     ) -> None:
-        self.dataset, self.batch_sampler = dataset, sampler
+        self.dataset, self.batch_sampler, self._watchdog = dataset, sampler, watchdog
         self.waiting = Stopwatch()
         """Runs while a batch was asked for and is not there yet."""
         self._loader = DataLoader(
@@ -65,7 +77,7 @@ class BatchLoader:
         batches = iter(self._loader) if self._loader.num_workers else _ahead(iter(self._loader))
         try:
             while True:
-                with self.waiting:
+                with self.waiting, self._watching():
                     batch = next(batches, None)
                 if batch is None:
                     return
@@ -73,6 +85,21 @@ class BatchLoader:
         finally:
             if not self._loader.num_workers:
                 batches.close()
+
+    def _watching(self) -> AbstractContextManager[None]:
+        """A file system that hangs is no error to whoever reads from it."""
+        return self._watchdog.watching("reading a batch of the cache") if self._watchdog else nullcontext()
+
+
+def watch_reading(cache: Location, stall_s: float, reporter: Reporter) -> Watchdog:
+    """What ends this rank once `cache` cannot be read for so long, or as long as a silent store is waited for; the other
+    ranks and the launcher see its end."""
+
+    def give_up(line: str) -> None:
+        reporter.log(f"error: {cache}: {line}")
+        end_process()
+
+    return Watchdog(max(stall_s, patience_s()), give_up)
 
 
 def _ahead(batches: Iterator[Any]) -> Iterator[Any]:

@@ -1,7 +1,7 @@
 """The command `pipeline train-student`, from its settings to a finished student."""
 
 import pickle
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, closing, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from pipeline.progress import Reporter
 from pipeline.runs.drain import Drain
 from pipeline.shards.reader import Cache, open_cache
 from pipeline.tokenizer import load_tokenizer
+from pipeline.watchdog import Watchdog
 from stages.train_student.agreement import first_rows, require_agreement
 from stages.train_student.arguments import CHECKPOINTS, num_steps, training_arguments
 from stages.train_student.checkpoints import (
@@ -40,7 +41,7 @@ from stages.train_student.gradients import reaches_all
 from stages.train_student.guards import TrainingStoppedError, record_bad_step
 from stages.train_student.head import HeadLoss, attach_fused_loss
 from stages.train_student.isolation import Documents, isolate_documents, probe
-from stages.train_student.loader import BatchLoader
+from stages.train_student.loader import BatchLoader, watch_reading
 from stages.train_student.lora import add_adapters
 from stages.train_student.progress import ReportProgress, tensorboard_callbacks
 from stages.train_student.ranks import on_any_rank, own_process_group, rank, world_size
@@ -87,9 +88,10 @@ def _train_student(config: TrainConfig, reporter: Reporter, until_the_end: ExitS
         reporter.log(f"{config.out}: finished before; nothing to do.")
         return read_metrics(config.out)
     until_the_end.enter_context(alone_in(config.out))
+    watchdog = until_the_end.enter_context(closing(watch_reading(config.cache, config.stall_s, reporter)))
     with Drain() as drain:
         with reporter.waiting("loading the student") if rank() == 0 else nullcontext():
-            trainer = _trainer(config, student, cache, held_out, shape, drain, reporter)
+            trainer = _trainer(config, student, cache, held_out, shape, drain, watchdog, reporter)
         metrics = {"train_seconds": _train(trainer, config, cache, student, tokenizer, reporter)}
     metrics |= {"steps": trainer.state.global_step, "tokens_seen": _tokens_seen(trainer, shape, cache)}
     if held_out is not None:
@@ -160,6 +162,7 @@ def _trainer(
     held_out: Cache | None,
     shape: StepShape,
     drain: Drain,
+    watchdog: Watchdog,
     reporter: Reporter,
 ) -> DistillationTrainer:
     steps = num_steps(config, len(cache), shape)
@@ -180,7 +183,7 @@ def _trainer(
         args=arguments,
         train_dataset=dataset,
         eval_dataset=CacheDataset(held_out, student.vocab_size) if held_out is not None else None,
-        batches=BatchLoader(dataset, collate, sampler, num_workers=workers, pin=on_gpu),
+        batches=BatchLoader(dataset, collate, sampler, num_workers=workers, pin=on_gpu, watchdog=watchdog),
         alpha=AlphaSchedule.of(config),
         evaluation=evaluation,
         drain=drain,

@@ -1,30 +1,25 @@
-"""A watch on an engine: one that finishes nothing, or does not get loaded, ends its process with a line.
+"""A watch on what may hang in code that no exception reaches: an engine, a file system under a loader of batches.
 
-An engine may hang in code that no exception reaches. Only its own time counts: not the time in which it waits for
-requests, or in which what it gave is written. What is committed stays, leases are released, no partition is blamed.
+It ends the process, with a line, once something has taken longer than it may.
 """
 
 import contextlib
 import os
 import threading
 import time
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import psutil
 
 from pipeline.progress import duration
-from pipeline.targets import SparseTargets
-from stages.cache_logits.engine import Engine, Request
 
 STALLED = 70
-"""Exit code of a process whose engine made no progress."""
-LOADING_FACTOR = 4
-"""Loading may take so many times as long: nothing tells how far it is."""
+"""Exit code of a process that made no progress."""
 LAST_WORDS_S = 30.0
 """Seconds in which leases are released and the end is written down."""
-LOOKS = 20
-"""How often the watch looks within its limit."""
+LOOKS, LONGEST_LOOK_S = 20, 60.0
+"""How often the watch looks within its limit, and the seconds between two looks at most."""
 
 
 class Watchdog:
@@ -49,16 +44,16 @@ class Watchdog:
         self._watched = None
 
     @contextmanager
-    def loading(self) -> Iterator[None]:
-        """For the time in which an engine is made."""
-        self.watch("loading the teacher", LOADING_FACTOR)
+    def watching(self, what: str, factor: float = 1.0) -> Iterator[None]:
+        """Watch for the time of the block."""
+        self.watch(what, factor)
         try:
             yield
         finally:
             self.rest()
 
     def _look(self) -> None:
-        while not self._closed.wait(self.limit_s / LOOKS):
+        while not self._closed.wait(min(self.limit_s / LOOKS, LONGEST_LOOK_S)):
             watched = self._watched
             if watched is not None and time.monotonic() - watched[1] > watched[2]:
                 what, _, limit_s = watched
@@ -69,40 +64,7 @@ class Watchdog:
                 return
 
 
-class WatchedEngine:
-    """An engine that a watchdog looks at while it is at work."""
-
-    def __init__(self, engine: Engine, watchdog: Watchdog) -> None:
-        self._engine, self._watchdog = engine, watchdog
-
-    def score(self, requests: Iterable[Request]) -> Iterator[tuple[Hashable, SparseTargets]]:
-        """What the engine gives."""
-        try:
-            self._work()
-            for scored in self._engine.score(self._handed_over(requests)):
-                self._watchdog.rest()
-                yield scored
-                self._work()
-        finally:
-            self._watchdog.rest()
-
-    def close(self) -> None:
-        """Stop whatever the engine started."""
-        self._engine.close()
-
-    def _handed_over(self, requests: Iterable[Request]) -> Iterator[Request]:
-        self._watchdog.rest()
-        for request in requests:
-            self._work()
-            yield request
-            self._watchdog.rest()
-        self._work()
-
-    def _work(self) -> None:
-        self._watchdog.watch("the engine has requests and finishes none")
-
-
-def end_process(before: Callable[[], None]) -> None:
+def end_process(before: Callable[[], None] = lambda: None) -> None:
     """End this process and all that it has started; `before` is called first, and has LAST_WORDS_S."""
     last_words = threading.Thread(target=before, daemon=True)
     last_words.start()

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -156,7 +157,13 @@ def test_one_of_many_writers_wins_without_hard_links(tmp_path, monkeypatch, numb
     def refused(*args: object) -> None:
         raise OSError(number, os.strerror(number))
 
+    def late(*names: Path) -> None:  # whoever looks meanwhile sees no file yet
+        time.sleep(0.02)
+        rename(*names)
+
+    rename = os.rename
     monkeypatch.setattr(os, "link", refused)
+    monkeypatch.setattr(os, "rename", late)
     pids = []
     for writer in range(4):
         pid = os.fork()

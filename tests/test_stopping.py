@@ -102,7 +102,9 @@ def test_what_was_interrupted_again_and_again_is_whole_in_the_end(long_cache, tm
         output, _ = process.communicate(timeout=60)
         assert "Traceback" not in output
         assert process.returncode in (0, 130, -signal.SIGINT), output
-    assert start(*arguments).wait(timeout=120) == 0
+    last = start(*arguments)
+    output, _ = last.communicate(timeout=120)
+    assert last.returncode == 0, output
     assert verify_cache(out).problems == []
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.errors import CorpusError
+from pipeline.files import owner_name
 from pipeline.progress import Progress, Reporter
 from stages.demo import teacher as teacher_module
 from stages.demo.recipe import DemoRecipe, student_config
@@ -220,7 +222,9 @@ def test_a_killed_training_leaves_no_folder_that_looks_finished(
         with pytest.raises(KeyboardInterrupt):
             ensure_teacher(tmp_path, TINY)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["text", "tokenizer"]
-    (tmp_path / "teacher.killed-with-9.partial").mkdir()
+    finished = subprocess.Popen(["true"])
+    finished.wait()
+    (tmp_path / f"teacher.{owner_name().rpartition('.')[0]}.{finished.pid}.partial").mkdir()  # killed with -9
     assert (ensure_teacher(tmp_path, TINY).folder / "recipe.json").is_file()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["teacher", "text", "tokenizer"]
 

@@ -164,3 +164,17 @@ def test_empty_thought_of_the_text_is_a_label(style: Any) -> None:
     assert rendered.inserted_thoughts == 0
     ((first, stop),) = rendered.labels
     assert "</think>\n\nfirst" in rendered.text[first:stop]
+
+
+def test_label_is_not_found_in_another_turn(style: Any) -> None:
+    """A turn of nothing but a thought, which is dropped, would be the last turn's inserted one."""
+    kind, _, template = style
+    if kind.must_alternate or kind.eos == "<｜end▁of▁sentence｜>":
+        pytest.skip("nothing to tell apart")
+    empty = "<think>\n\n</think>\n\n"
+    messages = [{"role": role, "content": text} for role, text in zip(["user", "assistant"] * 2, ["a", empty, "b", ""])]
+    try:
+        rendered = template.render(conversation_of(messages))
+    except Refused:
+        return
+    assert all(one[1] <= other[0] for one, other in zip(rendered.labels, rendered.labels[1:]))

@@ -1,5 +1,6 @@
 """stages.prepare: conversations, tools and nulls as data sets have them; what is longer than a sequence."""
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -7,14 +8,17 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pipeline.config import PrepareConfig
 from pipeline.corpus import Corpus
 from pipeline.errors import CorpusError
 from pipeline.tokenizer import load_tokenizer
 from stages.prepare import prepare
-from stages.prepare.conversations import Refused, conversation_of
-from stages.prepare.forms import Completion, Undesirable, content_of
+from stages.prepare.conversations import Conversation, Refused, conversation_of
+from stages.prepare.forms import Completion, Undesirable, content_of, field_names
+from stages.prepare.needs import Needs
 from tests.chat_templates import STYLES, chat_tokenizer
 from tests.helpers import Lines, tiny_tokenizer
 
@@ -385,3 +389,53 @@ def test_overlong_prompts_lose_their_beginning_and_keep_the_answer(tmp_path):
 def test_plain_text_is_cut_whatever_the_policy(tmp_path):
     corpus = corpus_of(tmp_path, "chatml", [{"text": "word " * 99}], sequence_length=64, overlong="drop")
     assert counted(corpus)["cut_documents"] == 1
+
+
+SCALARS = (
+    st.none()
+    | st.booleans()
+    | st.integers(-1, 2)
+    | st.sampled_from(["", "a", "user", "gpt", "[]", '{"name": "f"}', "{"])
+)
+KEYS = st.sampled_from(
+    [
+        "role",
+        "from",
+        "content",
+        "value",
+        "tool_calls",
+        "function",
+        "function_call",
+        "name",
+        "arguments",
+        "weight",
+        "type",
+        "text",
+    ]
+)
+ANY = st.recursive(
+    SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=4), max_leaves=12
+)
+MESSAGE = st.fixed_dictionaries(
+    {"role": ANY, "content": ANY}, optional={"tool_calls": ANY, "weight": ANY, "reasoning": ANY}
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.dictionaries(
+        st.sampled_from(sorted(field_names("text"))), ANY | st.lists(MESSAGE | ANY, min_size=1, max_size=3), max_size=6
+    ),
+    st.booleans(),
+)
+def test_any_record_is_read_or_refused(fields, has_template):
+    try:
+        content = content_of(fields, "text", has_template)
+    except (Refused, Undesirable):
+        return
+    if isinstance(content, Conversation):
+        assert len(content.trained) == len(content.messages) > 0
+        assert all(isinstance(message["role"], str) for message in content.messages)
+        assert all(isinstance(message["content"], str) or message["tool_calls"] for message in content.messages)
+        with contextlib.suppress(Refused):
+            Needs(STYLES["llama3"].template, parts=False).fit(content)

@@ -104,6 +104,14 @@ def test_nothing_stands_behind_the_template_s_own_end(tmp_path, name):
     assert corpus.manifest.settings["end_token_ids"] == [tokenizer.convert_tokens_to_ids(style.end)]
 
 
+def test_end_of_turn_may_be_the_padding(tmp_path):
+    tokenizer = chat_tokenizer(tmp_path / "tokenizer", STYLES["llama3"])
+    tokenizer.pad_token = "<|eot_id|>"
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    ((text, _),) = rows_of(corpus_of(tmp_path, [chat("one", "Yes")]))
+    assert text.endswith("Yes<|eot_id|>")
+
+
 def test_end_is_appended_and_counted_where_the_template_writes_none(tmp_path):
     style = STYLES["plain"]
     chat_tokenizer(tmp_path / "tokenizer", style)

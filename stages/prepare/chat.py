@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,9 @@ class ChatTemplate:
         else:
             turns = [turn for turn in conversation.turns if conversation.trained[turn]]
             spans = [self._span(messages, turn, text, tools) for turn in turns]
+            for turn, (one, other) in zip(turns, pairwise(spans)):
+                if one[1] > other[0]:
+                    raise Refused(REWRITTEN.format(turn + 1))
         return Rendered(
             text,
             [(first, stop) for first, stop, _ in spans],

@@ -122,7 +122,8 @@ def _instruction(fields: Fields, has_template: bool) -> Content:
     if not has_template:
         return Completion(ALPACA.format(asked, f"Input:\n{given}\n\n### " if given.strip() else ""), answer)
     messages = []
-    for pair in fields.get("history") or ():
+    history = fields.get("history") or []
+    for pair in history if isinstance(history, list) else [history]:
         if not isinstance(pair, list) or len(pair) != 2:
             raise Refused(f"field 'history' holds {kind_of(pair)}; expected pairs of question and answer")
         messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]

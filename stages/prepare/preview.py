@@ -1,7 +1,8 @@
 """The first rows of a corpus, or of what `prepare` would make of inputs, as a person reads them. Writes nothing."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,9 @@ from pipeline.errors import ConfigError
 from pipeline.progress import Reporter
 from pipeline.tokenizer import load_tokenizer
 from stages.prepare.documents import DocumentEncoder, is_overlong
-from stages.prepare.inputs import find_inputs
+from stages.prepare.inputs import InputFile, find_inputs
 from stages.prepare.packing import PACKERS
-from stages.prepare.readers import BadLines, read_records
+from stages.prepare.readers import BadLines, Record, read_records
 from stages.prepare.tokens import spoken
 
 SHADES = {True: ("\x1b[30;42m", "\x1b[30;102m"), False: ("\x1b[0m", "\x1b[2m")}
@@ -115,22 +116,28 @@ def _first_rows(config: PreviewConfig, tokenizer: Any, said: Reporter) -> tuple[
     inputs = find_inputs(config.inputs, None)
     if inputs.note:
         said.log(f"not read: {inputs.note}")
-    records = (record for file in inputs.files for record in read_records(file, config.text_field, bad_lines))
     rows: list[TokenSequence] = []
     counts: Counter[str] = Counter()
     keys: set[bytes] = set()
     tokens = 0
-    for document in encoder.encode(records):
-        if document.key in keys:
-            counts["duplicate_documents"] += 1
-        elif not is_overlong(document, config, counts):
-            rows += packer.add(document)
-            tokens += len(document.token_ids)
-        keys.add(document.key)
-        if len(rows) >= config.rows or tokens >= 2 * config.rows * config.sequence_length:
-            break
+    with closing(_records(inputs.files, config.text_field, bad_lines)) as records:
+        for document in encoder.encode(records):
+            if document.key in keys:
+                counts["duplicate_documents"] += 1
+            elif not is_overlong(document, config, counts):
+                rows += packer.add(document)
+                tokens += len(document.token_ids)
+            keys.add(document.key)
+            if len(rows) >= config.rows or tokens >= 2 * config.rows * config.sequence_length:
+                break
     rows += packer.flush()
     return rows[: config.rows], Counter(bad_lines=bad_lines.count) + encoder.counts + counts + packer.counts
+
+
+def _records(files: Sequence[InputFile], text_field: str, bad_lines: BadLines) -> Iterator[Record]:
+    for file in files:
+        with closing(read_records(file, text_field, bad_lines)) as records:
+            yield from records
 
 
 def _row_lines(config: PreviewConfig, tokenizer: Any, row: TokenSequence, number: int, color: bool) -> Iterator[str]:

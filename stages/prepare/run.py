@@ -7,6 +7,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from typing import Any
 
 import pyarrow as pa
@@ -146,15 +147,16 @@ class _Work:
         partitions: list[CorpusPartition] = []
         keys: list[bytes] = []
 
-        def rows() -> Iterator[TokenSequence]:
-            for document in encoder.encode(self._records(files, bad_lines)):
+        def rows(records: Iterator[Record]) -> Iterator[TokenSequence]:
+            for document in encoder.encode(records):
                 if self._is_new_document(document, keys, counts) and not is_overlong(document, config, counts):
                     yield from packer.add(document)
             yield from packer.flush()
 
-        for sequences in self._partitions(rows(), counts):
-            partitions.append(write_partition(config.out, self._num_partitions, sequences))
-            self._num_partitions += 1
+        with closing(self._records(files, bad_lines)) as records:  # its file, too, whatever ends the unit
+            for sequences in self._partitions(rows(records), counts):
+                partitions.append(write_partition(config.out, self._num_partitions, sequences))
+                self._num_partitions += 1
         self._progress.advance(0, self._note())
         _check_unchanged(files)
         if bad_lines.count:
@@ -172,12 +174,13 @@ class _Work:
     def _records(self, files: Sequence[InputFile], bad_lines: BadLines) -> Iterator[Record]:
         for file in files:
             said = 0
-            for record in read_records(file, self._config.text_field, bad_lines):
-                self._unsaid = record.offset - said
-                yield record
-                if record.offset - said >= PROGRESS_BYTES:
-                    self._progress.advance(self._unsaid - self._inside, self._note())
-                    said, self._inside = record.offset, 0
+            with closing(read_records(file, self._config.text_field, bad_lines)) as records:
+                for record in records:
+                    self._unsaid = record.offset - said
+                    yield record
+                    if record.offset - said >= PROGRESS_BYTES:
+                        self._progress.advance(self._unsaid - self._inside, self._note())
+                        said, self._inside = record.offset, 0
             self._progress.advance(file.size - said - self._inside, self._note())
             self._unsaid = self._inside = 0
 

@@ -95,6 +95,7 @@ class TextEncoder:
         self._end = tokenizer.eos_token_id
         self._front, self._back = _added(tokenizer)
         self._progress = progress
+        self._blank: dict[int, bool] = {}
         self._is_local = tokenizer.is_fast and isinstance(tokenizer.backend_tokenizer.model, BPE)
         self._is_local &= self._encode_whole(["a"], True, False)[0].token_ids.tolist() == [
             *self._front,
@@ -241,7 +242,7 @@ class TextEncoder:
         for place in range(last, max(last - END_TOKENS, -1), -1):
             if int(ids[place]) in ends:
                 return place
-            if self._decoded(ids[place : place + 1]).strip():
+            if not self._is_blank(int(ids[place])):
                 return None
         return None
 
@@ -251,6 +252,11 @@ class TextEncoder:
         place = self._end_place(ids, int(np.flatnonzero(loss_mask)[-1]), self._turn_ends)
         token = None if place is None else self._tokenizer.convert_ids_to_tokens(int(ids[place]))
         self.counts["documents_without_end" if token is None else f"{ENDED_BY}{token}"] += 1
+
+    def _is_blank(self, token_id: int) -> bool:
+        if token_id not in self._blank:
+            self._blank[token_id] = not self._decoded(np.array([token_id])).strip()
+        return self._blank[token_id]
 
     def _decoded(self, ids: np.ndarray) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)

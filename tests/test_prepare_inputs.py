@@ -180,19 +180,21 @@ def test_hidden_and_linked_things_of_a_folder_are_read_once_or_named(config: Pre
         (tmp_path / name).write_text(f"text of {name}")
     (folder / "linked").symlink_to(elsewhere)
     (folder / "again").symlink_to(elsewhere)
+    (folder / "a link").symlink_to(folder / "data")
     (folder / "data" / "up").symlink_to(folder)
     (folder / "gone.txt").symlink_to(tmp_path / "nowhere.txt")
     (folder / "same.txt").symlink_to(folder / "data" / "one.txt")
     reporter = Lines()
     manifest = prepare(changed(config, inputs=(folder,)), reporter)
     names = [name for name, _, _ in manifest.settings["input_files"]]
+    assert "tree/data/one.txt" in names  # and not by a link's name
     assert len(names) == 3 == manifest.statistics["documents"]
     assert {name.rpartition("/")[2] for name in names} == {"one.txt", "two.md", "three.txt"}
     found = {
         name: manifest.statistics[name]
         for name in ("ignored_files", "hidden_names", "dangling_links", "repeated_files")
     }
-    assert found == {"ignored_files": 3, "hidden_names": 2, "dangling_links": 1, "repeated_files": 3}
+    assert found == {"ignored_files": 3, "hidden_names": 2, "dangling_links": 1, "repeated_files": 4}
     assert "3 of other types: 2 .csv, 1 requirements.txt" in reporter.lines[0]
     assert "gone.txt" in reporter.lines[0]
 

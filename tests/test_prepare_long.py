@@ -89,10 +89,17 @@ def test_progress_inside_a_document_adds_up_to_the_file(monkeypatch, tmp_path, r
     monkeypatch.setattr("stages.prepare.tokens.LONG_TEXT", 2000)
     monkeypatch.setattr("stages.prepare.tokens.OVERLAP", 128)
     monkeypatch.setattr("stages.prepare.documents.BATCH_CHARACTERS", 2000)
+    monkeypatch.setattr("stages.prepare.readers.READ_BYTES", 64)
+    monkeypatch.setattr("stages.prepare.run.PROGRESS_BYTES", 16)
     tiny_tokenizer(tmp_path / "tokenizer")
     path = tmp_path / "a.jsonl"
     path.write_text(
-        json.dumps({"text": "before"}) + "\n" + json.dumps(record) + "\n" + json.dumps({"text": "after"}) + "\n"
+        json.dumps({"text": "before " * 20})
+        + "\n"
+        + json.dumps(record)
+        + "\n"
+        + json.dumps({"text": "after " * 20})
+        + "\n"
     )
     config = PrepareConfig(inputs=(path,), tokenizer=tmp_path / "tokenizer", out=tmp_path / "out", overlong="cut")
     amounts = _Amounts()

@@ -1,6 +1,7 @@
 """Fixtures that are dear to make and never changed by a test."""
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 prepare_threads()
 os.environ[leftovers.MARK] = str(os.getpid())
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+# A shell has what it runs in the background ignore these, and so would every process of a test.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 import pytest
 

@@ -9,7 +9,6 @@ Special tokens that are put around a text are not compared: they are the post-pr
 import contextlib
 import importlib.util
 import json
-import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer
 
 from pipeline.errors import ConfigError
+from pipeline.library_logs import warnings_of
 
 TOKENIZER_JSON = "tokenizer.json"
 NAMING_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
@@ -148,19 +148,10 @@ def heard(folder: Path) -> Iterator[list[str]]:
 
     All of it means other ids: a split that is known to be wrong, a vocabulary file read in another way.
     """
-    logger = logging.getLogger("transformers.tokenization_utils_tokenizers")
-    handler, lines = logging.Handler(logging.WARNING), list[str]()
-    handler.emit = lambda record: lines.append(f"transformers warns: {' '.join(record.getMessage().split())}")
-    level, propagate = logger.level, logger.propagate
-    logger.addHandler(handler)
-    logger.setLevel(logging.WARNING)
-    logger.propagate = False
-    try:
+    lines: list[str] = []
+    with warnings_of("transformers.tokenization_utils_tokenizers") as messages:
         yield lines
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(level)
-        logger.propagate = propagate
+    lines += [f"transformers warns: {' '.join(message.split())}" for message in messages]
     if _is_of_another_family(folder):
         lines[:] = [line for line in lines if "fix_mistral_regex" not in line]
 

@@ -16,6 +16,8 @@ from typing import Any
 import xxhash
 
 from pipeline.errors import ConfigError
+from pipeline.files import canonical_json
+from pipeline.library_logs import warnings_of
 
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 """Name the files of a checkpoint in several pieces."""
@@ -28,6 +30,8 @@ OTHER_FORMATS = (".pth", ".pt", ".gguf", ".ckpt", ".h5", ".msgpack", ".npz", ".o
 SAMPLE_BYTES = 1 << 16
 SAMPLES = 256
 """Blocks of SAMPLE_BYTES that are hashed of every weight file, its first and last among them."""
+FREE = ("_name_or_path", "transformers_version", "use_cache")
+"""Keys of config.json that can differ between copies of one model."""
 SHOWN = 3
 """Tensors that a message names."""
 
@@ -66,6 +70,11 @@ def common_pattern(files: Sequence[Path]) -> str | None:
     return pattern if {path.name for path in files[0].parent.glob(pattern)} == set(names) else None
 
 
+def hash_config(document: dict[str, Any]) -> str:
+    """Hash of a config.json without what can differ between copies of one model."""
+    return xxhash.xxh3_128_hexdigest(canonical_json({key: value for key, value in document.items() if key not in FREE}))
+
+
 def hash_weights(folder: Path) -> str:
     """Hash of every weight file's name, size and evenly spaced samples.
 
@@ -95,9 +104,9 @@ def require_all_tensors(model_class: Any, config: Any, folder: Path, *, trust_re
     if quantised:
         config = _unquantised(config)
         tensors = {_plain_name(name): tensor for name, tensor in tensors.items()}
-    report = _LoadingReport()
+    logged: list[str] = []
     try:
-        with report:
+        with warnings_of("transformers.modeling_utils") as logged:
             model, found = model_class.from_pretrained(
                 None,
                 config=config,
@@ -111,7 +120,7 @@ def require_all_tensors(model_class: Any, config: Any, folder: Path, *, trust_re
         if quantised:  # tensors that belong together cannot be joined in their packed form
             return []
         raise ConfigError(
-            f"{folder}: its tensors are not those of {model_class.__name__}: {report.reason(exc)}"
+            f"{folder}: its tensors are not those of {model_class.__name__}: {_why(exc, logged)}"
         ) from exc
     if quantised:
         found |= {"unexpected_keys": set(), "mismatched_keys": set()}
@@ -173,32 +182,12 @@ def named(names: Iterable[str] | Sequence[str]) -> str:
     return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
 
 
-class _LoadingReport:
-    """Listens to what transformers logs while it loads, whatever its verbosity: a failed conversion is named there alone."""
-
-    def __enter__(self) -> None:
-        import logging
-
-        self._lines: list[str] = []
-        self._logger = logging.getLogger("transformers.modeling_utils")
-        self._handler = logging.Handler(logging.WARNING)
-        self._handler.emit = lambda record: self._lines.append(record.getMessage())  # type: ignore[method-assign]
-        self._level, self._propagates = self._logger.level, self._logger.propagate
-        self._logger.addHandler(self._handler)
-        self._logger.setLevel(logging.INFO)  # at WARNING it also looks for a plan of tensor parallelism
-        self._logger.propagate = False
-
-    def __exit__(self, *exc: object) -> None:
-        self._logger.removeHandler(self._handler)
-        self._logger.setLevel(self._level)
-        self._logger.propagate = self._propagates
-
-    def reason(self, exc: Exception) -> str:
-        """The tensors that could not be converted, or what the exception says."""
-        rows = re.findall(r"^(\S+)\s+\|[^|\n]*CONVERSION", "\n".join(self._lines), re.MULTILINE)
-        if rows:
-            return f"{named(rows)} cannot be put together: a piece is missing or has another shape"
-        return " ".join(str(exc).split())[:300]
+def _why(exc: Exception, logged: list[str]) -> str:
+    """The tensors that could not be converted, which transformers names in its log alone, or what the exception says."""
+    rows = re.findall(r"^(\S+)\s+\|[^|\n]*CONVERSION", "\n".join(logged), re.MULTILINE)
+    if rows:
+        return f"{named(rows)} cannot be put together: a piece is missing or has another shape"
+    return " ".join(str(exc).split())[:300]
 
 
 def _files_of(index: Path) -> tuple[Path, ...]:

@@ -5,19 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import xxhash
-
 from pipeline.config import CacheConfig
 from pipeline.errors import ConfigError
-from pipeline.files import canonical_json
 from pipeline.manifest import TOKENIZER
 from pipeline.models import COMPUTED_IN, ModelFolder, read_model
 from pipeline.tokenizer import TokenizerIdentity, has_tokenizer, identify, load_tokenizer
 from pipeline.vocabulary import difference_in_use, extra_tokens
-from pipeline.weights import common_pattern, hash_weights, named, weight_files
-
-NOT_IDENTITY = ("_name_or_path", "transformers_version", "use_cache")
-"""Keys of config.json that can differ between copies of one model."""
+from pipeline.weights import common_pattern, hash_config, hash_weights, named, weight_files
 
 
 class Scored(Protocol):
@@ -60,10 +54,9 @@ class Teacher:
 
     def identity(self) -> dict[str, Any]:
         """What decides the targets: the files, by hash, and the types of the computation."""
-        config = {key: value for key, value in self.model.document.items() if key not in NOT_IDENTITY}
         identity = {
             "architecture": self.architecture,
-            "config": xxhash.xxh3_128_hexdigest(canonical_json(config)),
+            "config": hash_config(self.model.document),
             "weights": hash_weights(self.folder),
             "dtype": self.dtype,
             "head_dtype": "float32",

@@ -6,16 +6,14 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
 from pipeline.config import TrainConfig
 from pipeline.documents import short
 from pipeline.errors import CacheMismatchError, ConfigError, PipelineError
-from pipeline.files import canonical_json, held, is_vacant, read_json, write_json
+from pipeline.files import held, is_vacant, read_json, write_json
 from pipeline.manifest import CacheManifest
 from pipeline.settings import resolved
 from pipeline.targets import column_of
-from pipeline.weights import hash_weights
+from pipeline.weights import hash_config, hash_weights
 from stages.train_student.ranks import rank
 from stages.train_student.row_targets import DRAWN_TAILS
 from stages.train_student.sampler import StepShape
@@ -30,8 +28,6 @@ PATHS = ("cache", "eval_cache", "student")
 """Settings that say where something lies, which may change; what it is may not."""
 NOT_IN_CACHE = ("container", "partitions")
 """Entries of a cache's identity that do not change what is read from it."""
-NOT_IN_STUDENT = ("_name_or_path", "transformers_version", "use_cache")
-"""Keys of config.json that can differ between copies of one model."""
 
 
 def require_targets(config: TrainConfig, manifest: CacheManifest) -> None:
@@ -126,8 +122,7 @@ def _description(
 def _student_identity(path: Path) -> dict[str, str]:
     config_path = path if path.suffix == ".json" else path / "config.json"
     document = json.loads(config_path.read_text(encoding="utf-8"))
-    kept = {key: value for key, value in document.items() if key not in NOT_IN_STUDENT}
-    identity = {"config": xxhash.xxh3_128_hexdigest(canonical_json(kept))}
+    identity = {"config": hash_config(document)}
     return identity if path.suffix == ".json" else identity | {"weights": hash_weights(path)}
 
 

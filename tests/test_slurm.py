@@ -154,7 +154,8 @@ def _resolves(name: str) -> bool:
 
 @pytest.mark.skipif(not _resolves("n1"), reason="needs `127.0.0.1 n1 n2` in /etc/hosts")
 def test_student_on_two_nodes_continues_after_a_rank_was_killed(slurm, tmp_path):
-    job = small_job(tmp_path, sequences=20, max_steps=60)
+    """Of so many steps that the kill comes before the last of them."""
+    job = small_job(tmp_path, sequences=20, max_steps=240)
     submit(slurm, job, "--student-nodes", 2, student=True)
     slurm.wait_until(lambda: list((job.student / "checkpoints").glob("checkpoint-*")))
     os.kill(ranks(slurm)[-1].pid, signal.SIGKILL)
@@ -162,7 +163,7 @@ def test_student_on_two_nodes_continues_after_a_rank_was_killed(slurm, tmp_path)
     slurm.wait_until(lambda: ended(slurm, "student") == ["COMPLETED"])
     assert "from checkpoint-" in log(job, "student.log")
     assert json.loads((job.student / "run.json").read_text())["global_batch"] == 4  # two sequences on each of two ranks
-    assert json.loads((job.student / "metrics.json").read_text())["steps"] == 60
+    assert json.loads((job.student / "metrics.json").read_text())["steps"] == 240
 
 
 def ranks(slurm: SlurmCluster) -> list[psutil.Process]:

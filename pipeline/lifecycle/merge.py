@@ -117,6 +117,7 @@ def _all_heads(shards: Sequence[tuple[Cache, ShardCommit]]) -> list[dict[str, np
 def _manifest(config: MergeConfig, caches: Sequence[Cache], pieces: Sequence[_Piece]) -> CacheManifest:
     manifests = [cache.manifest for cache in caches]
     first = manifests[0]
+    largest = [manifest.largest_token_id for manifest in manifests]  # of an older version's cache it is not known
     packings = sorted({manifest.packing for manifest in manifests})
     return dataclasses.replace(
         first,
@@ -127,7 +128,7 @@ def _manifest(config: MergeConfig, caches: Sequence[Cache], pieces: Sequence[_Pi
         num_tokens=sum(piece.num_tokens for piece in pieces),
         num_targets=sum(piece.num_targets for piece in pieces),
         partitions=tuple(np.cumsum([0, *(piece.num_sequences for piece in pieces)]).tolist()),
-        largest_token_id=max(cache.largest_token_id() for cache in caches),
+        largest_token_id=None if None in largest else max(largest),
         end_token_ids=tuple(sorted({token for manifest in manifests for token in manifest.end_token_ids})),
         settings=resolved(config) | {"merged": [manifest.settings for manifest in manifests]},
     )

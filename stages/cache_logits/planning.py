@@ -49,7 +49,7 @@ def plan_cache(config: CacheConfig, check: Callable[[Teacher], None] = lambda te
     teacher = read_teacher(config, corpus.manifest, largest_id)
     check(teacher)
     partitions = planned.partitions if planned else plan_partitions(corpus.lengths()[0], config.shard_tokens)
-    manifest = _manifest(config, corpus, teacher, partitions, largest_id())
+    manifest = _manifest(config, corpus, teacher, partitions, recorded if planned else largest_id())
     num_known_tokens = 0
     if config.reuse:
         corpus = GrownCorpus(config.corpus, KnownTargets(config.reuse, manifest))
@@ -84,7 +84,7 @@ def _planned(config: CacheConfig, corpus: Corpus) -> CacheManifest | None:
 
 
 def _manifest(
-    config: CacheConfig, corpus: Corpus, teacher: Teacher, partitions: tuple[int, ...], largest_token_id: int
+    config: CacheConfig, corpus: Corpus, teacher: Teacher, partitions: tuple[int, ...], largest_token_id: int | None
 ) -> CacheManifest:
     return CacheManifest(
         teacher=teacher.identity() | {"engine": config.engine},

@@ -1,0 +1,79 @@
+"""Caches that earlier versions have written are read to the bit, and runs that they began go on.
+
+tests/data/caches_of_format_2.tar.xz was written by version 0.1.0 of November 2026 with the engine of tests/small.py: one
+corpus, five finished caches of it, a run of which a partition is done, one leased and one set aside, and in
+expected.json what that version read from the caches, as digests of every array.
+"""
+
+import hashlib
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipeline import open_cache
+from pipeline.corpus import Corpus
+from pipeline.manifest import CacheManifest
+from stages.cache_logits.capture import capture
+from tests.helpers import run
+from tests.small import FakeEngine, assert_equal_caches
+
+NAMES = ("arrow", "arrow-lossless-draws", "zarr-draws", "zarr-lossless", "zarr-draws-alone")
+
+
+@pytest.fixture(scope="module")
+def caches(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of all of them, one folder a cache."""
+    folder = tmp_path_factory.mktemp("old")
+    with tarfile.open(Path(__file__).parent / "data" / "caches_of_format_2.tar.xz") as archive:
+        archive.extractall(folder, filter="data")
+    return folder
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_array_is_read_to_the_bit(caches: Path, name: str) -> None:
+    expected = json.loads((caches / "expected.json").read_text())[name]
+    found = {}
+    for sequence in open_cache(caches / name):
+        arrays = {
+            entry: getattr(sequence, entry)
+            for entry in ("token_ids", "loss_mask", "document_lengths", "target_positions")
+        }
+        arrays |= {entry: values for entry, values in vars(sequence.targets).items() if entry != "temperatures"}
+        found[sequence.key.hex()] = {entry: _digest(values) for entry, values in arrays.items()}
+    assert found == expected
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_they_are_sound(caches: Path, name: str) -> None:
+    code, output, _ = run("verify", caches / name)
+    assert code == 0, output
+
+
+@pytest.mark.parametrize("name", ["arrow", "zarr-draws"])
+def test_they_are_converted_to_what_this_version_writes(caches: Path, tmp_path: Path, name: str) -> None:
+    other = "zarr" if name == "arrow" else "arrow"
+    code, _, errors = run("convert", caches / name, "--format", other, "--out", tmp_path / "cache")
+    assert code == 0, errors
+    assert_equal_caches(caches / name, tmp_path / "cache")
+
+
+def test_a_run_goes_on(caches: Path) -> None:
+    """Its leases, failures and workers are those of the run, and so is how many failures set a partition aside."""
+    folder = caches / "unfinished"
+    code, output, _ = run("status", folder, "--json", "--events", 9)
+    status = json.loads(output)
+    assert code == 3
+    assert (status["num_done"], list(status["orphaned"]), status["failed"]) == (1, ["1"], {"2": "ValueError: a test"})
+    assert [event["what"] for event in status["events"]] == ["started", "claimed"]
+    assert [worker["record"]["owner"] for worker in status["workers"]] == ["elsewhere.4026531836.4711"]
+    manifest, corpus = CacheManifest.read(folder), Corpus(caches / "corpus")
+    capture(FakeEngine(manifest), corpus, manifest, folder, [1, 2])
+    assert_equal_caches(caches / "arrow", folder)
+
+
+def _digest(values: np.ndarray) -> str:
+    described = f"{values.dtype.str}{values.shape}".encode()
+    return hashlib.sha256(described + np.ascontiguousarray(values).tobytes()).hexdigest()[:32]

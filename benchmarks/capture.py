@@ -168,8 +168,8 @@ def _start(build: Callable[[], Any]) -> tuple[Any, list[psutil.Process]]:
 
 
 def _our_engine(folder: Path, options: argparse.Namespace) -> Any:
-    from pipeline.config import CacheConfig
     from pipeline.models import read_model
+    from stages.cache_logits.settings import CacheConfig
     from stages.cache_logits.teacher import Teacher
     from stages.cache_logits.vllm_engine import VllmEngine
 

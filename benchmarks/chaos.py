@@ -28,12 +28,12 @@ from pathlib import Path
 
 import psutil
 
+from pipeline.cache.commits import SHARDS, list_commits
+from pipeline.cache.reader import open_cache
+from pipeline.cache.verify import verify_cache
 from pipeline.corpus import Corpus
-from pipeline.runs.commits import SHARDS, list_commits
 from pipeline.runs.leases import LEASES
 from pipeline.runs.rank import Rank
-from pipeline.shards.reader import open_cache
-from pipeline.shards.verify import verify_cache
 from tests.workers import LEASE_S, UnevenEngine, new_cache, start_worker, tiny_corpus
 
 HOSTS = 3

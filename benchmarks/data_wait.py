@@ -18,9 +18,9 @@ from pathlib import Path
 import torch
 
 from pipeline import open_cache
-from pipeline.config import TrainConfig
-from stages.train_student import train_student
 from stages.train_student.dataset import Collate
+from stages.train_student.run import train_student
+from stages.train_student.settings import TrainConfig
 from tests.small import llama_config, make_cache, make_corpus, random_sequences
 
 LENGTH, BATCH, LOG_STEPS, WARM_UP = 256, 8, 10, 3

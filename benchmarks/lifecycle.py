@@ -16,17 +16,17 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from pipeline.config import ConvertConfig, ExportConfig, MergeConfig
+from pipeline.cache.commits import SHARDS
+from pipeline.cache.folder import open_folder
+from pipeline.cache.manifest import CacheManifest
+from pipeline.cache.verify import verify_cache
 from pipeline.corpus import TOKENIZER, Corpus
 from pipeline.files import hash_file
 from pipeline.lifecycle.convert import convert_cache
 from pipeline.lifecycle.export import export_cache
-from pipeline.lifecycle.known import GrownCorpus, KnownTargets
 from pipeline.lifecycle.merge import merge_caches
-from pipeline.manifest import CacheManifest
-from pipeline.runs.commits import SHARDS
-from pipeline.runs.folder import open_folder
-from pipeline.shards.verify import verify_cache
+from pipeline.lifecycle.reuse import GrownCorpus, KnownTargets
+from pipeline.lifecycle.settings import ConvertConfig, ExportConfig, MergeConfig
 from stages.cache_logits.capture import capture
 from tests.small import FakeEngine, fake_manifest, make_corpus, random_sequences
 

@@ -32,11 +32,11 @@ import numpy as np
 
 from benchmarks.storage_teacher import SEQUENCE, VOCAB_SIZE
 from pipeline import open_cache
+from pipeline.cache.commits import COMMITS, SHARDS, ShardCommit, commit_path, commit_shard, partial_shard_path
+from pipeline.cache.manifest import CacheManifest
 from pipeline.files import write_json
-from pipeline.manifest import CacheManifest
-from pipeline.runs.commits import COMMITS, SHARDS, ShardCommit, commit_path, commit_shard, partial_shard_path
-from pipeline.shards.containers import CONTAINERS
-from pipeline.shards.layout import encode
+from pipeline.formats.containers import CONTAINERS
+from pipeline.formats.layout import encode
 from pipeline.tokenizer import TokenizerIdentity
 
 NUM_SHARDS, SEQUENCES_A_SHARD = 10_000, 1_000

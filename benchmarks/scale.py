@@ -31,17 +31,17 @@ from typing import Any
 import numpy as np
 import obstore
 
+from pipeline.cache.commits import COMMITS, commit_shard, partial_shard_path
+from pipeline.cache.folder import make_places
+from pipeline.cache.manifest import CacheManifest
+from pipeline.cache.partitions import plan_partitions
 from pipeline.files import list_names
-from pipeline.manifest import CacheManifest
+from pipeline.formats.arrow import ArrowShardWriter
 from pipeline.runs.claims import Claims
-from pipeline.runs.commits import COMMITS, commit_shard, partial_shard_path
-from pipeline.runs.folder import make_places
-from pipeline.runs.plan import plan_partitions
 from pipeline.runs.presence import Presence
 from pipeline.runs.rank import Rank
 from pipeline.runs.status import StatusReader
-from pipeline.shards.arrow import ArrowShardWriter
-from pipeline.storage import Location, ObjectPath
+from pipeline.stores.objects import Location, ObjectPath
 from pipeline.tokenizer import TokenizerIdentity
 from tests.object_store import running
 

@@ -29,8 +29,8 @@ from benchmarks.storage_controls import CONTROLS
 from benchmarks.storage_peers import PEERS, Peer, floors, with_blosc
 from benchmarks.storage_teacher import SEQUENCE, TEACHERS, TEMPERATURES, load_targets
 from pipeline.corpus import TokenSequence
-from pipeline.shards.containers import CONTAINERS
-from pipeline.shards.layout import ShardLayout, decode, encode, targets_of
+from pipeline.formats.containers import CONTAINERS
+from pipeline.formats.layout import ShardLayout, decode, encode, targets_of
 from pipeline.targets import SparseTargets, concatenate, reconstruction_errors
 
 DEFAULT = "ours: zarr, 1e-4"

@@ -13,8 +13,8 @@ from unittest import mock
 import numpy as np
 from numcodecs import blosc
 
-from pipeline.shards import zarr
-from pipeline.shards.archive import ArchivedArray
+from pipeline.formats import zarr
+from pipeline.formats.archive import ArchivedArray
 from pipeline.targets import SparseTargets, logsumexps_of
 
 ID_BITS = 17

@@ -9,34 +9,27 @@ traceback. A command imports its stage inside its function, so that `--help` loa
 import os
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import click
 
-from pipeline.config import (
-    AuditConfig,
-    CacheConfig,
-    ConvertConfig,
-    DemoConfig,
-    EstimateConfig,
-    ExportConfig,
-    MergeConfig,
-    PrepareConfig,
-    PreviewConfig,
-    StatusConfig,
-    SubmitConfig,
-    TrainConfig,
-    VerifyConfig,
-)
+from pipeline.cache.settings import VerifyConfig
 from pipeline.cpu import prepare_threads
 from pipeline.documents import printable
 from pipeline.errors import CacheCorruptError, Drained, PipelineError, StorageSilentError, fault_of_machine
+from pipeline.launch.settings import SubmitConfig
+from pipeline.lifecycle.settings import ConvertConfig, ExportConfig, MergeConfig
 from pipeline.options import config_command
+from pipeline.processes import follow_parent
 from pipeline.progress import TerminalReporter
-from pipeline.runs.launch.processes import follow_parent
+from pipeline.runs.settings import StatusConfig
 from pipeline.stopping import Stopped, Unwinding
 from pipeline.streams import close_streams, open_streams, remark, require_utf8, say
+from stages.cache_logits.settings import AuditConfig, CacheConfig
+from stages.demo.settings import DemoConfig
+from stages.estimate.settings import EstimateConfig
+from stages.prepare.settings import PrepareConfig, PreviewConfig
+from stages.train_student.settings import TrainConfig
 
 SHOWN_PROBLEMS = 20
 """Disagreements that an audit lists; the rest is counted."""
@@ -76,7 +69,7 @@ def main() -> None:
 @config_command(PrepareConfig)
 def prepare_command(config: PrepareConfig) -> None:
     """Turn text into a tokenised corpus. INPUTS are files or folders."""
-    from stages.prepare import prepare
+    from stages.prepare.run import prepare
 
     prepare(config, TerminalReporter())
 
@@ -99,7 +92,7 @@ def cache_logits_command(config: CacheConfig) -> None:
 
     Run the same command again after a crash: it continues with what is missing.
     """
-    from stages.cache_logits import cache_logits
+    from stages.cache_logits.run import cache_logits
 
     cache_logits(config, TerminalReporter())
 
@@ -108,7 +101,7 @@ def cache_logits_command(config: CacheConfig) -> None:
 @config_command(EstimateConfig)
 def estimate_command(config: EstimateConfig) -> None:
     """Say what a capture and a training will take: GPU hours, memory, storage. Needs no GPU and no weights."""
-    from pipeline.estimate import describe, estimate
+    from stages.estimate.run import describe, estimate
 
     found = estimate(config)
     say(found.to_json() if config.json else "\n".join(describe(found)))
@@ -122,14 +115,9 @@ def submit_command(config: SubmitConfig) -> None:
     'local' and 'ray' stay until all is done; 'slurm' and 'kubernetes' write scripts next to the cache (or, for one
     in an object store, next to its settings) and hand them to the cluster.
     """
-    from pipeline.runs.launch import Job, launcher
+    from pipeline.submit import submit
 
-    job = Job.of(config)
-    if config.launcher != "kubernetes":  # whose paths are those of its containers
-        from stages.cache_logits.planning import plan_cache
-
-        plan_cache(job.settings)
-    launcher(config.launcher)(job, TerminalReporter())
+    submit(config, TerminalReporter())
 
 
 @main.command("status")
@@ -167,9 +155,9 @@ def verify_command(config: VerifyConfig) -> None:
     With --repair, damaged shards are dropped with their records, and the exit code is 0: what is then
     missing, the same `pipeline cache-logits` command computes.
     """
-    from pipeline.lifecycle.repair import repair_cache, repair_manifest
-    from pipeline.manifest import CacheManifest
-    from pipeline.shards.verify import verify_cache
+    from pipeline.cache.manifest import CacheManifest
+    from pipeline.cache.repair import repair_cache, repair_manifest
+    from pipeline.cache.verify import verify_cache
 
     try:
         if config.repair:
@@ -269,7 +257,7 @@ def train_student_command(config: TrainConfig) -> None:
     Run the same command again after a crash: it continues from the newest whole checkpoint. On a signal it saves one
     and leaves with exit code 75.
     """
-    from stages.train_student import train_student
+    from stages.train_student.run import train_student
 
     train_student(config, TerminalReporter())
 
@@ -278,7 +266,7 @@ def train_student_command(config: TrainConfig) -> None:
 @config_command(DemoConfig)
 def demo_command(config: DemoConfig) -> None:
     """Run everything on this machine: text, a small teacher, its cache, two students, a report."""
-    from stages.demo import demo
+    from stages.demo.run import demo
 
     for line in demo(config, TerminalReporter()):
         say(line)
@@ -294,7 +282,6 @@ def run() -> None:
     unwinding.begin()
     require_utf8()
     open_streams()
-    _leave_working_directory()
     try:
         main()
     except SystemExit as leaving:
@@ -304,17 +291,6 @@ def run() -> None:
         raise
     finally:
         unwinding.end()
-
-
-def _leave_working_directory() -> None:
-    """Take no module from the working directory, which `python -m` puts first, in this process and those it starts.
-
-    A stages/ or config.py of the user's may lie there. Beside a pipeline.py, `python -m pipeline.cli` gets no further
-    than that file; `python -P -m` and the command `pipeline` do.
-    """
-    if sys.path[0] in ("", os.getcwd()) and Path.cwd() != Path(__file__).parent.parent:
-        del sys.path[0]
-    os.environ.setdefault("PYTHONSAFEPATH", "1")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -23,7 +22,8 @@ import xxhash
 
 from pipeline.documents import Kind, Refusal, document_of, printable
 from pipeline.errors import PipelineError
-from pipeline.storage import Location, ObjectPath
+from pipeline.processes import owner_is_dead, owner_name
+from pipeline.stores.objects import Location, ObjectPath
 
 LARGEST_DOCUMENT = 64 << 20
 """Bytes; more are not even read."""
@@ -34,26 +34,6 @@ NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK}
 
 NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS}
 """What a lock comes to where there are none."""
-
-
-def owner_name() -> str:
-    """Name of this process, unique among processes that may share the folder: host, pid namespace, pid."""
-    namespace = os.stat("/proc/self/ns/pid").st_ino if os.path.exists("/proc/self/ns/pid") else 0
-    return f"{socket.gethostname()}.{namespace}.{os.getpid()}"
-
-
-def owner_is_dead(owner: str) -> bool:
-    """True only if `owner` is a process of this host and pid namespace that no longer runs."""
-    place, _, pid = owner.rpartition(".")
-    if place != owner_name().rpartition(".")[0] or not re.fullmatch("[0-9]{1,9}", pid):
-        return False
-    try:
-        os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:
-        return False
-    return False
 
 
 def sync_folder(folder: Location) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from pipeline.settings import flag_of, load_config, value_type
-from pipeline.storage import Location
+from pipeline.stores.objects import Location
 
 
 def config_command(config_class: type) -> Callable[[Callable[[Any], None]], Callable[..., None]]:

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import yaml
 
 from pipeline.errors import ConfigError
-from pipeline.storage import Location, ObjectPath, at_home, location, without_secrets
+from pipeline.stores.objects import Location, ObjectPath, at_home, location, without_secrets
 
 Config = TypeVar("Config", bound="Settings")
 _REQUIRED: Any = object()

@@ -1,16 +1,14 @@
 """Ending on a signal: at the first one the command unwinds, and its half-made files go; at a second one it is gone.
 
-Commands that have something to finish or to save ask for more time with `pipeline.runs.drain`.
+Commands that have something to finish or to save ask for more time with `pipeline.drain`.
 """
 
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM)
@@ -80,11 +78,3 @@ def starting_processes() -> Iterator[None]:
             signal.signal(number, handler)
         for number in kept[:1]:
             signal.raise_signal(number)
-
-
-def quiet_while_loading() -> None:
-    """As the command line, until it listens: Ctrl-C ends the process without Python's traceback. In a library: nothing."""
-    _, *started_by = sys.orig_argv
-    is_command = any(Path(word).name in ("pipeline", "pipeline.cli") for word in started_by[:4])
-    if is_command and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -19,7 +19,6 @@ from typing import Any
 import xxhash
 from tokenizers import processors
 
-from pipeline.copies import kept_copy
 from pipeline.documents import Hash, Width
 from pipeline.errors import ConfigError
 from pipeline.files import canonical_json
@@ -31,7 +30,8 @@ from pipeline.probe import (
     named_tokens,
     read_tokenizer_json,
 )
-from pipeline.storage import Location, ObjectPath
+from pipeline.stores.copies import kept_copy
+from pipeline.stores.objects import Location, ObjectPath
 
 SETTINGS = "tokenizer_config.json"
 FILES = (TOKENIZER_JSON, "tokenizer.model", SETTINGS, "vocab.json", "merges.txt", "tekken.json")

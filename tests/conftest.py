@@ -20,7 +20,7 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 import pytest
 
-from pipeline.storage import ObjectPath
+from pipeline.stores.objects import ObjectPath
 from tests.object_store import Server, running
 from tests.small import make_corpus, make_teacher, random_sequences
 

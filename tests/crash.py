@@ -15,8 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pipeline.shards.arrow import ArrowShardWriter
-from pipeline.shards.zarr import ZarrShardWriter
+from pipeline.formats.arrow import ArrowShardWriter
+from pipeline.formats.zarr import ZarrShardWriter
 from tests.small import make_cache
 
 OPERATIONS = (

@@ -6,13 +6,13 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.cache.commits import SHARDS, list_commits
+from pipeline.cache.reader import open_cache
+from pipeline.cache.verify import verify_cache
 from pipeline.corpus import Corpus
-from pipeline.runs.commits import SHARDS, list_commits
 from pipeline.runs.notes import notes_in
 from pipeline.runs.presence import WORKERS
-from pipeline.shards.reader import open_cache
-from pipeline.shards.verify import verify_cache
-from pipeline.storage import Location
+from pipeline.stores.objects import Location
 from tests.small import make_corpus, make_teacher, random_sequences
 
 ROOT = Path(__file__).parent.parent

@@ -10,8 +10,8 @@ import time
 from pathlib import Path
 
 from pipeline import open_cache
+from pipeline.cache.verify import verify_cache
 from pipeline.errors import PipelineError
-from pipeline.shards.verify import verify_cache
 
 ROOM_BYTES = 400 << 20
 """Address space that reading may take beside what the imports have taken."""

@@ -13,13 +13,13 @@ from collections.abc import Callable, Iterator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from pipeline.copies import COPIES
+from pipeline.cache.commits import read_commit
+from pipeline.cache.folder import open_folder
+from pipeline.cache.manifest import CacheManifest
 from pipeline.corpus import Corpus
-from pipeline.manifest import CacheManifest
-from pipeline.runs.commits import read_commit
-from pipeline.runs.folder import open_folder
 from pipeline.runs.rank import Rank
-from pipeline.storage import ObjectPath
+from pipeline.stores.copies import COPIES
+from pipeline.stores.objects import ObjectPath
 from stages.cache_logits.capture import capture
 from stages.cache_logits.engine import Engine
 from tests.leftovers import kept

@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from torch.distributed.fsdp import FSDPModule
 
-from pipeline.config import TrainConfig
 from pipeline.errors import Drained
 from pipeline.settings import load_config
-from stages.train_student import checkpoints, head, train_student
+from stages.train_student import checkpoints, head
+from stages.train_student.run import train_student
+from stages.train_student.settings import TrainConfig
 from stages.train_student.trainer import DistillationTrainer
 
 

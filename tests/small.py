@@ -19,11 +19,11 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING as SEES_PICTURES
 
 from pipeline import open_cache
+from pipeline.cache.commits import COMMITS, SHARDS, read_commit
+from pipeline.cache.manifest import CacheManifest
+from pipeline.cache.partitions import plan_partitions
 from pipeline.corpus import TOKENIZER, Corpus, CorpusManifest, TokenSequence, write_partition
 from pipeline.files import hash_folder
-from pipeline.manifest import CacheManifest
-from pipeline.runs.commits import COMMITS, SHARDS, read_commit
-from pipeline.runs.plan import plan_partitions
 from pipeline.targets import SparseTargets
 from pipeline.tokenizer import identify
 from stages.cache_logits.capture import capture

@@ -11,20 +11,20 @@ import numpy as np
 import pytest
 
 from pipeline import open_cache
-from pipeline.config import AuditConfig, CacheConfig
+from pipeline.cache.commits import SHARDS, commit_path, commit_shard, partial_shard_path, read_commit
+from pipeline.cache.manifest import MANIFEST, CacheManifest
+from pipeline.cache.reader import layout_of_commit
+from pipeline.cache.verify import verify_cache
 from pipeline.corpus import Corpus
 from pipeline.errors import CacheCorruptError, CacheMismatchError
 from pipeline.files import read_json, write_json
-from pipeline.manifest import MANIFEST, CacheManifest
-from pipeline.runs.commits import SHARDS, commit_path, commit_shard, partial_shard_path, read_commit
-from pipeline.shards.containers import CONTAINERS
-from pipeline.shards.layout import encode
-from pipeline.shards.reader import layout_of_commit
-from pipeline.shards.verify import verify_cache
+from pipeline.formats.containers import CONTAINERS
+from pipeline.formats.layout import encode
 from pipeline.targets import SparseTargets
-from stages.cache_logits import cache_logits
 from stages.cache_logits.audit import audit_cache, sample, token_sequence
 from stages.cache_logits.comparison import differences
+from stages.cache_logits.run import cache_logits
+from stages.cache_logits.settings import AuditConfig, CacheConfig
 from stages.cache_logits.teacher import hash_weights
 from tests.helpers import run
 from tests.rounding import UNIT, prob_errors

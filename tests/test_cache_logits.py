@@ -14,13 +14,14 @@ import psutil
 import pytest
 
 from pipeline import open_cache
-from pipeline.config import CacheConfig, PrepareConfig
+from pipeline.cache.commits import COMMITS, SHARDS, list_commits
+from pipeline.cache.verify import verify_cache
 from pipeline.corpus import Corpus, TokenSequence
 from pipeline.errors import CacheMismatchError, ConfigError, CorpusError, EngineError
-from pipeline.runs.commits import COMMITS, SHARDS, list_commits
-from pipeline.shards.verify import verify_cache
-from stages.cache_logits import cache_logits
-from stages.prepare import prepare
+from stages.cache_logits.run import cache_logits
+from stages.cache_logits.settings import CacheConfig
+from stages.prepare.run import prepare
+from stages.prepare.settings import PrepareConfig
 from tests.helpers import MARKED_CHAT_TEMPLATE, tiny_tokenizer, wait_until
 from tests.oracle import assert_true_top_k, assert_within, entropy, softmax
 from tests.rounding import entropy_errors, prob_errors

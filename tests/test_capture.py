@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 
 from pipeline import open_cache
+from pipeline.cache.commits import COMMITS, SHARDS, remove_leftovers
+from pipeline.cache.manifest import CacheManifest
+from pipeline.cache.partitions import plan_partitions
+from pipeline.cache.verify import verify_cache
 from pipeline.corpus import Corpus
 from pipeline.errors import CacheMismatchError
-from pipeline.files import owner_name
-from pipeline.manifest import CacheManifest
-from pipeline.runs.commits import COMMITS, SHARDS, remove_leftovers
-from pipeline.runs.plan import plan_partitions
-from pipeline.shards.verify import verify_cache
+from pipeline.processes import owner_name
 from stages.cache_logits.capture import capture
 from tests.small import FakeEngine, fake_manifest, make_cache
 

@@ -1,6 +1,5 @@
 """The command line: help, exit codes, and mistakes as one line without a traceback."""
 
-import ast
 import os
 import subprocess
 import sys
@@ -8,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.runs.commits import SHARDS
-from pipeline.runs.launch import PIPELINE, TORCHRUN
+from pipeline.cache.commits import SHARDS
+from pipeline.launch.job import PIPELINE, TORCHRUN
 from tests.helpers import run, tiny_tokenizer
 from tests.small import make_cache
 
@@ -46,29 +45,6 @@ def test_help_loads_neither_torch_nor_vllm():
         "print([name for name in ('torch', 'vllm', 'transformers') if name in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout == "[]\n"
-
-
-def imports_of(path: Path) -> set[str]:
-    """Dotted names that a file imports at its top level or anywhere in it."""
-    names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names.add(node.module)
-    return names
-
-
-def test_stages_meet_only_in_the_manifest():
-    """The stages never import each other; pipeline imports a stage only in its commands."""
-    stages = {path.name for path in (ROOT / "stages").iterdir() if path.is_dir() and path.name != "__pycache__"}
-    for stage in stages:
-        for path in (ROOT / "stages" / stage).rglob("*.py"):
-            others = {name.split(".")[1] for name in imports_of(path) if name.startswith("stages.")} - {stage}
-            assert not others, f"{path} imports {others}"
-    for path in (ROOT / "pipeline").rglob("*.py"):
-        if path.name != "cli.py":
-            assert not any(name.startswith("stages") for name in imports_of(path)), path
 
 
 def test_verify_exits_1_and_names_the_damage(tmp_path, corpus):
@@ -127,12 +103,12 @@ def test_unknown_flag_is_click_s_own_exit_code_2():
 def test_full_disk_is_one_line(tmp_path, corpus, monkeypatch):
     import errno
 
-    import pipeline.shards.verify
+    import pipeline.cache.verify
 
     def full(*args):
         raise OSError(errno.ENOSPC, "No space left on device", "/somewhere")
 
-    monkeypatch.setattr(pipeline.shards.verify, "verify_cache", full)
+    monkeypatch.setattr(pipeline.cache.verify, "verify_cache", full)
     assert_refused("No space left on device", "verify", make_cache(tmp_path / "cache", corpus))
 
 

@@ -5,13 +5,13 @@ import dataclasses
 import numpy as np
 import pytest
 
+from pipeline.cache.commits import read_commit
 from pipeline.corpus import Corpus, TokenSequence
-from pipeline.runs.commits import read_commit
-from pipeline.shards.codec import rising_in_runs, round_targets
-from pipeline.shards.containers import CONTAINERS
-from pipeline.shards.contexts import code_differences, learn, sum_differences
-from pipeline.shards.grid import FINEST_LEVEL, grid_of, tail_places, tail_values
-from pipeline.shards.layout import ShardLayout, decode, encode
+from pipeline.formats.codec import rising_in_runs, round_targets
+from pipeline.formats.containers import CONTAINERS
+from pipeline.formats.contexts import code_differences, learn, sum_differences
+from pipeline.formats.grid import FINEST_LEVEL, grid_of, tail_places, tail_values
+from pipeline.formats.layout import ShardLayout, decode, encode
 from pipeline.targets import SparseTargets, logsumexps_of, reconstruction_errors
 from stages.cache_logits.capture import capture
 from tests.oracle import assert_within
@@ -159,10 +159,10 @@ def test_shard_that_breaks_its_bound_is_never_committed(tmp_path, corpus, monkey
     for name in ("shards", "commits"):
         (tmp_path / name).mkdir()
     monkeypatch.setattr(
-        "pipeline.shards.layout.round_targets", lambda targets, labels, bound: round_targets(targets, labels, 1e-1)
+        "pipeline.formats.layout.round_targets", lambda targets, labels, bound: round_targets(targets, labels, 1e-1)
     )
-    monkeypatch.setattr("pipeline.shards.codec.MAX_PROBABILITY_ERROR", 1.0)
-    monkeypatch.setattr("pipeline.shards.grid.MAX_PROBABILITY_ERROR", 1.0)
+    monkeypatch.setattr("pipeline.formats.codec.MAX_PROBABILITY_ERROR", 1.0)
+    monkeypatch.setattr("pipeline.formats.grid.MAX_PROBABILITY_ERROR", 1.0)
     with pytest.raises(RuntimeError, match="rounding cost"):
         capture(FakeEngine(manifest), rows, manifest, tmp_path, range(manifest.num_partitions))
     assert list((tmp_path / "commits").iterdir()) == []

@@ -5,11 +5,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline.config import AuditConfig, CacheConfig, PrepareConfig, SubmitConfig, TrainConfig
-from pipeline.copies import COPIES, copies_folder
 from pipeline.errors import ConfigError
+from pipeline.launch.settings import SubmitConfig
 from pipeline.settings import load_config, resolved
-from pipeline.storage import location
+from pipeline.stores.copies import COPIES, copies_folder
+from pipeline.stores.objects import location
+from stages.cache_logits.settings import AuditConfig, CacheConfig
+from stages.prepare.settings import PrepareConfig
+from stages.train_student.settings import TrainConfig
 
 EXAMPLES = Path(__file__).parent.parent / "data" / "examples"
 CLASSES = {

@@ -11,14 +11,14 @@ import psutil
 import pytest
 
 from pipeline import open_cache
-from pipeline.config import ConvertConfig
+from pipeline.cache.commits import COMMITS, SHARDS, commit_path
+from pipeline.cache.manifest import CacheManifest
+from pipeline.cache.reader import layout_of_commit
+from pipeline.cache.verify import verify_cache
 from pipeline.errors import CacheCorruptError, CacheIncompleteError, CacheMismatchError, ConfigError
 from pipeline.lifecycle import copying
 from pipeline.lifecycle.convert import convert_cache
-from pipeline.manifest import CacheManifest
-from pipeline.runs.commits import COMMITS, SHARDS, commit_path
-from pipeline.shards.reader import layout_of_commit
-from pipeline.shards.verify import verify_cache
+from pipeline.lifecycle.settings import ConvertConfig
 from tests.helpers import run, wait_until
 from tests.small import assert_equal_caches, make_cache
 
@@ -64,7 +64,7 @@ def test_converted_cache_is_what_the_capture_would_have_made(tmp_path, corpus):
 KILLED = """
 from pathlib import Path
 from sys import argv
-from pipeline.config import ConvertConfig
+from pipeline.lifecycle.settings import ConvertConfig
 from pipeline.lifecycle.convert import convert_cache
 from tests.crash import kill_everywhere
 config = ConvertConfig(cache=Path(argv[1]), format="arrow", out=Path(argv[2]), workers=1)

@@ -13,16 +13,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MixtralConfig
 
 from pipeline import cpu, open_cache
-from pipeline.config import AuditConfig, CacheConfig, TrainConfig
 from pipeline.progress import Progress
-from stages.cache_logits import cache_logits
 from stages.cache_logits.audit import audit_cache
+from stages.cache_logits.run import cache_logits
+from stages.cache_logits.settings import AuditConfig, CacheConfig
 from stages.cache_logits.wide_products import HALF, WideProducts
 from stages.demo.muon import Muon, orthogonal
 from stages.demo.recipe import teacher_config
 from stages.demo.teacher import _train
-from stages.train_student import train_student
 from stages.train_student.loss import fused_distillation_loss
+from stages.train_student.run import train_student
+from stages.train_student.settings import TrainConfig
 from tests.helpers import Lines
 from tests.small import llama_config, make_cache, make_corpus, make_teacher, random_sequences
 from tests.test_demo_teacher import TINY

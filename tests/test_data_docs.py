@@ -8,12 +8,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.config import PrepareConfig
 from pipeline.corpus import Corpus
 from pipeline.tokenizer import load_tokenizer
-from stages.prepare import prepare
 from stages.prepare.forms import FORMS
 from stages.prepare.preview import marked
+from stages.prepare.run import prepare
+from stages.prepare.settings import PrepareConfig
 from tests.chat_templates import STYLES, chat_tokenizer
 
 PAGE = (Path(__file__).parent.parent / "docs" / "data.md").read_text(encoding="utf-8")

@@ -7,13 +7,12 @@ import sys
 import psutil
 import pytest
 
-from pipeline.config import DemoConfig
 from pipeline.errors import PipelineError
 from pipeline.progress import Reporter
-from stages.demo import demo
 from stages.demo.report import verdict
 from stages.demo.results import STUDENTS, StudentResult, read_results
-from stages.demo.run import Steps
+from stages.demo.run import Steps, demo
+from stages.demo.settings import DemoConfig
 from tests.helpers import Lines
 from tests.test_demo_teacher import TINY
 from tests.workers import new_cache, tiny_corpus

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.errors import CorpusError
-from pipeline.files import owner_name
+from pipeline.processes import owner_name
 from pipeline.progress import Progress, Reporter
 from stages.demo import teacher as teacher_module
 from stages.demo.recipe import DemoRecipe, student_config

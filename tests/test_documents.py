@@ -13,32 +13,34 @@ from typing import Any
 import pytest
 
 from pipeline import open_cache
-from pipeline.config import ConvertConfig, ExportConfig, MergeConfig, PrepareConfig, TrainConfig
+from pipeline.cache.commits import COMMITS, commit_path, list_commits
+from pipeline.cache.folder import open_folder
+from pipeline.cache.index import INDEX
+from pipeline.cache.manifest import COPY, MANIFEST, TOKENIZER, CacheManifest
+from pipeline.cache.repair import repair_cache, repair_manifest
+from pipeline.cache.verify import verify_cache
 from pipeline.corpus import Corpus
 from pipeline.documents import is_file_name
 from pipeline.errors import PipelineError
 from pipeline.files import read_json, write_json
 from pipeline.lifecycle.convert import convert_cache
 from pipeline.lifecycle.export import RECORD, export_cache
-from pipeline.lifecycle.known import GrownCorpus, KnownTargets
 from pipeline.lifecycle.merge import merge_caches
-from pipeline.lifecycle.repair import repair_cache, repair_manifest
-from pipeline.manifest import COPY, MANIFEST, TOKENIZER, CacheManifest
-from pipeline.runs.commits import COMMITS, commit_path, list_commits
+from pipeline.lifecycle.reuse import GrownCorpus, KnownTargets
+from pipeline.lifecycle.settings import ConvertConfig, ExportConfig, MergeConfig
 from pipeline.runs.events import EVENTS
 from pipeline.runs.failures import Failure, read_failure, record_failure
-from pipeline.runs.folder import open_folder
 from pipeline.runs.leases import LEASES
 from pipeline.runs.presence import WORKERS
 from pipeline.runs.status import StatusReader, describe
-from pipeline.shards.index import INDEX
-from pipeline.shards.verify import verify_cache
-from stages.prepare import prepare
+from stages.prepare.run import prepare
+from stages.prepare.settings import PrepareConfig
 from stages.train_student.checkpoints import MARK, newest_whole_checkpoint, read_mark
 from stages.train_student.checks import RUN, require_targets
 from stages.train_student.checks import open_folder as open_training
 from stages.train_student.run import METRICS, read_metrics
 from stages.train_student.sampler import StepShape
+from stages.train_student.settings import TrainConfig
 from tests.evil import attempt, forgeries, put, tree
 from tests.helpers import run, tiny_tokenizer
 from tests.small import fake_manifest, make_corpus, random_sequences

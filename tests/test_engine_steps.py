@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.config import CacheConfig
 from pipeline.corpus import TokenSequence
-from stages.cache_logits import cache_logits
 from stages.cache_logits.engine import Request
+from stages.cache_logits.run import cache_logits
+from stages.cache_logits.settings import CacheConfig
 from stages.cache_logits.transformers_engine import _batches
 from stages.cache_logits.vllm_engine import _skips_compilation
 from stages.cache_logits.vllm_plugin import register

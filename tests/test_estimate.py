@@ -10,10 +10,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, Qwen3Config
 
 from pipeline.cli import main
-from pipeline.config import EstimateConfig
 from pipeline.errors import ConfigError, CorpusError
-from pipeline.estimate import Amount, ModelSize, estimate
-from stages.cache_logits import cache_logits
+from stages.cache_logits.run import cache_logits
+from stages.estimate.run import Amount, ModelSize, estimate
+from stages.estimate.settings import EstimateConfig
 from tests.small import make_corpus, random_sequences
 from tests.test_cache_logits import settings
 

@@ -6,10 +6,11 @@ import signal
 
 import pytest
 
+from pipeline.cache.commits import list_commits
 from pipeline.errors import PartitionsFailedError
-from pipeline.files import list_names, owner_name
+from pipeline.files import list_names
+from pipeline.processes import owner_name
 from pipeline.runs import events
-from pipeline.runs.commits import list_commits
 from pipeline.runs.events import EVENTS, EventLog, read_events
 from pipeline.runs.presence import Presence
 from pipeline.runs.rank import Rank

@@ -8,11 +8,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline import open_cache
-from pipeline.config import EXPORT_LAYOUTS, ExportConfig
+from pipeline.cache.commits import SHARDS, commit_path
 from pipeline.errors import CacheCorruptError, CacheIncompleteError, CacheMismatchError, ConfigError
 from pipeline.lifecycle.export import export_cache
 from pipeline.lifecycle.exported import LAYOUTS
-from pipeline.runs.commits import SHARDS, commit_path
+from pipeline.lifecycle.settings import EXPORT_LAYOUTS, ExportConfig
 from tests.helpers import run
 from tests.oracle import assert_within
 from tests.rounding import total_errors

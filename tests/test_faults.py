@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 
 from pipeline import open_cache
-from pipeline.copies import copies_folder
+from pipeline.cache.commits import SHARDS, list_commits
+from pipeline.cache.index import INDEX
+from pipeline.cache.manifest import CacheManifest
+from pipeline.cache.verify import verify_cache
 from pipeline.errors import ConfigError, PipelineError, fault_of_machine
 from pipeline.files import PARTIAL, held, publish_first, write_json
-from pipeline.manifest import CacheManifest
-from pipeline.runs.commits import SHARDS, list_commits
-from pipeline.shards.index import INDEX
-from pipeline.shards.verify import verify_cache
+from pipeline.stores.copies import copies_folder
 from tests.helpers import run, tiny_tokenizer
 from tests.small import assert_equal_caches, make_cache, make_corpus, random_sequences
 from tests.workers import new_cache, run_worker, tiny_corpus

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from pipeline.errors import CorpusError
-from pipeline.files import owner_is_dead, owner_name, publish_first, read_json, write_json
+from pipeline.files import publish_first, read_json, write_json
+from pipeline.processes import owner_is_dead, owner_name
 
 DOCUMENT = {
     "name": "中文",

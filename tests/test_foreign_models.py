@@ -17,11 +17,11 @@ from transformers import (
 )
 
 from pipeline import open_cache
-from pipeline.config import TrainConfig
 from pipeline.corpus import Corpus
 from pipeline.errors import CacheMismatchError, ConfigError, EngineError
-from stages.cache_logits import cache_logits
-from stages.train_student import train_student
+from stages.cache_logits.run import cache_logits
+from stages.train_student.run import train_student
+from stages.train_student.settings import TrainConfig
 from stages.train_student.student import read_student
 from tests.helpers import Lines, tiny_tokenizer
 from tests.oracle import softmax

@@ -11,9 +11,9 @@ import xxhash
 import zarr
 
 from pipeline import open_cache
+from pipeline.cache.commits import SHARDS
 from pipeline.errors import CacheMismatchError
 from pipeline.files import read_json, write_json
-from pipeline.runs.commits import SHARDS
 from tests.small import make_cache
 
 # The reader begins here and uses nothing of ours.

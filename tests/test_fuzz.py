@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 
 from pipeline import open_cache
+from pipeline.cache.commits import COMMITS, SHARDS
+from pipeline.cache.index import INDEX
+from pipeline.cache.verify import verify_cache
 from pipeline.errors import CacheError
-from pipeline.runs.commits import COMMITS, SHARDS
-from pipeline.shards.index import INDEX
-from pipeline.shards.layout import checksum_of
-from pipeline.shards.verify import verify_cache
+from pipeline.formats.layout import checksum_of
 from tests.small import make_cache, make_corpus, random_sequences
 
 

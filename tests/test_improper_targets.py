@@ -7,11 +7,11 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+from pipeline.cache.commits import COMMITS
 from pipeline.corpus import Corpus
 from pipeline.errors import EngineError
-from pipeline.runs.commits import COMMITS
 from pipeline.targets import COLUMNS, improper, restricted
-from stages.cache_logits import cache_logits
+from stages.cache_logits.run import cache_logits
 from tests.small import fake_targets, llama_config, make_corpus, random_sequences
 from tests.test_cache_logits import run_command, settings
 

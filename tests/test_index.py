@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 
 from pipeline import open_cache
+from pipeline.cache.commits import COMMITS, commit_path, read_commit
+from pipeline.cache.index import INDEX, open_index
+from pipeline.cache.manifest import CacheManifest
 from pipeline.errors import CacheCorruptError, CacheError, CacheIncompleteError
-from pipeline.files import PARTIAL, owner_name, read_json, write_json
-from pipeline.manifest import CacheManifest
-from pipeline.runs.commits import COMMITS, commit_path, read_commit
-from pipeline.shards.index import INDEX, open_index
+from pipeline.files import PARTIAL, read_json, write_json
+from pipeline.processes import owner_name
 from tests.small import make_cache
 
 
@@ -24,7 +25,7 @@ def forbid_reading_records(monkeypatch):
     def refuse(*_):
         raise AssertionError("a commit record was read")
 
-    monkeypatch.setattr("pipeline.shards.index.read_commit", refuse)
+    monkeypatch.setattr("pipeline.cache.index.read_commit", refuse)
 
 
 def test_index_holds_every_record_and_is_read_instead_of_them(cache_folder, monkeypatch):
@@ -106,7 +107,7 @@ def test_folder_that_cannot_be_written_is_read_from_its_records(cache_folder, mo
     def full_disk(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("pipeline.shards.index.publish", full_disk)
+    monkeypatch.setattr("pipeline.cache.index.publish", full_disk)
     assert len(open_cache(cache_folder).commits) == len(list((cache_folder / COMMITS).iterdir()))
     assert not (cache_folder / INDEX).exists()
     assert not list(cache_folder.glob(f"*{PARTIAL}"))

@@ -17,13 +17,15 @@ import yaml
 from click.testing import CliRunner
 
 from pipeline.cli import main
-from pipeline.config import SubmitConfig
 from pipeline.errors import ConfigError
+from pipeline.launch import local
+from pipeline.launch.job import Job
+from pipeline.launch.kubernetes import write_manifests
+from pipeline.launch.settings import SubmitConfig
+from pipeline.launch.slurm import write_scripts
 from pipeline.progress import Reporter
-from pipeline.runs.launch import Job, local
-from pipeline.runs.launch.kubernetes import write_manifests
-from pipeline.runs.launch.slurm import write_scripts
-from pipeline.storage import Location, ObjectPath
+from pipeline.stores.objects import Location, ObjectPath
+from pipeline.submit import job_of
 from tests import leftovers
 from tests.helpers import wait_until
 from tests.launching import ROOT, run, small_job
@@ -66,7 +68,7 @@ def test_pool_that_fails_itself_leaves_no_worker(tmp_path, monkeypatch):
     monkeypatch.setattr(local, "list_commits", commits := Mock(side_effect=[{}, OSError("disk on fire")]))
     config = SubmitConfig(launcher="local", cache_logits=job.folder / "cache-logits.yaml", workers=2)
     with pytest.raises(OSError, match="disk on fire"):
-        local.launch(Job.of(config), Reporter())
+        local.launch(job_of(config), Reporter())
     assert commits.call_count == 2  # one worker had been started
     assert leftovers.children() == []
 
@@ -75,7 +77,7 @@ def submitted(tmp_path, on: str, cache: Location | None = None, **settings: obje
     """A job as `pipeline submit` reads it."""
     small = small_job(tmp_path, sequences=4, cache=cache)
     files = {"cache_logits": small.folder / "cache-logits.yaml", "train_student": small.folder / "train-student.yaml"}
-    return Job.of(SubmitConfig(launcher=on, write_only=True, **files | settings))
+    return job_of(SubmitConfig(launcher=on, write_only=True, **files | settings))
 
 
 STORE = ObjectPath("s3://bucket/runs/cache")
@@ -86,7 +88,7 @@ def test_cache_in_an_object_store_keeps_scripts_and_logs_next_to_its_settings(tm
     small_job(tmp_path / "settings", sequences=4, cache=STORE)
     files = {"cache_logits": Path("settings/cache-logits.yaml"), "image": "registry/pipeline:1", "volume": "models"}
     for launcher, parent in (("local", "settings"), ("slurm", "settings"), ("ray", "settings"), ("kubernetes", ".")):
-        job = Job.of(SubmitConfig(launcher=launcher, **files))
+        job = job_of(SubmitConfig(launcher=launcher, **files))
         assert (job.cache, job.folder) == (STORE, (tmp_path / parent / "cache.jobs").resolve())
 
 

@@ -8,13 +8,15 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline.config import SubmitConfig
 from pipeline.errors import PipelineError
-from pipeline.patience import PATIENCE
-from pipeline.runs.launch import Job, local
-from pipeline.runs.launch.kubernetes import write_manifests
-from pipeline.runs.launch.slurm import write_scripts
-from pipeline.storage import ObjectPath
+from pipeline.launch import local
+from pipeline.launch.job import Job
+from pipeline.launch.kubernetes import write_manifests
+from pipeline.launch.settings import SubmitConfig
+from pipeline.launch.slurm import write_scripts
+from pipeline.stores.objects import ObjectPath
+from pipeline.stores.patience import PATIENCE
+from pipeline.submit import job_of
 from tests.helpers import Lines, wait_until
 from tests.launching import ROOT, small_job
 from tests.workers import new_cache, run_worker, tiny_corpus
@@ -26,7 +28,7 @@ def submitted(folder: Path, on: str, cache: ObjectPath = STORE, **settings: obje
     """A job as `pipeline submit` reads it."""
     small = small_job(folder, sequences=4, cache=cache)
     files = {"cache_logits": small.folder / "cache-logits.yaml", "train_student": small.folder / "train-student.yaml"}
-    return Job.of(SubmitConfig(launcher=on, **files | settings))
+    return job_of(SubmitConfig(launcher=on, **files | settings))
 
 
 def commands(monkeypatch, script: str) -> None:

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from pipeline import open_cache
-from pipeline.config import MergeConfig
+from pipeline.cache.commits import SHARDS
+from pipeline.cache.verify import verify_cache
 from pipeline.errors import CacheCorruptError, CacheMismatchError, ConfigError
 from pipeline.lifecycle.merge import merge_caches
-from pipeline.runs.commits import SHARDS
-from pipeline.shards.verify import verify_cache
+from pipeline.lifecycle.settings import MergeConfig
 from pipeline.targets import reconstruction_errors
 from tests.helpers import run
 from tests.small import contents_of, fake_targets, make_cache, make_corpus, random_sequences
@@ -115,7 +115,7 @@ def test_three_caches_by_the_command_in_several_processes(tmp_path, parts):
 KILLED = """
 from pathlib import Path
 from sys import argv
-from pipeline.config import MergeConfig
+from pipeline.lifecycle.settings import MergeConfig
 from pipeline.lifecycle.merge import merge_caches
 from tests.crash import kill_everywhere
 config = MergeConfig(caches=(Path(argv[1]), Path(argv[2])), out=Path(argv[3]), workers=1)

@@ -12,13 +12,14 @@ from pathlib import Path
 import pytest
 
 from pipeline import open_cache
+from pipeline.cache.commits import COMMITS, SHARDS, list_commits
+from pipeline.cache.folder import open_folder
+from pipeline.cache.index import INDEX
+from pipeline.cache.manifest import CacheManifest
+from pipeline.cache.verify import verify_cache
 from pipeline.errors import CacheCorruptError, CorpusError, EngineError, PartitionsFailedError
-from pipeline.files import PARTIAL, owner_name
-from pipeline.manifest import CacheManifest
-from pipeline.runs.commits import COMMITS, SHARDS, list_commits
-from pipeline.runs.folder import open_folder
-from pipeline.shards.index import INDEX
-from pipeline.shards.verify import verify_cache
+from pipeline.files import PARTIAL
+from pipeline.processes import owner_name
 from pipeline.targets import SparseTargets
 from stages.cache_logits.engine import Request
 from tests.helpers import run

@@ -9,24 +9,27 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline import open_cache, storage
-from pipeline.config import CacheConfig, ConvertConfig, ExportConfig, MergeConfig, TrainConfig
-from pipeline.copies import COPIES
+from pipeline import open_cache
+from pipeline.cache.commits import SHARDS, commit_path, read_commit
+from pipeline.cache.folder import open_folder
+from pipeline.cache.manifest import CacheManifest
+from pipeline.cache.repair import repair_cache
+from pipeline.cache.verify import verify_cache
 from pipeline.corpus import Corpus
 from pipeline.errors import CacheCorruptError, CacheIncompleteError, CacheMismatchError
 from pipeline.files import read_json, write_json
 from pipeline.lifecycle.convert import convert_cache
 from pipeline.lifecycle.export import export_cache
 from pipeline.lifecycle.merge import merge_caches
-from pipeline.lifecycle.repair import repair_cache
-from pipeline.manifest import CacheManifest
-from pipeline.runs.commits import SHARDS, commit_path, read_commit
-from pipeline.runs.folder import open_folder
-from pipeline.shards.verify import verify_cache
-from pipeline.storage import ObjectPath
-from stages.cache_logits import cache_logits
+from pipeline.lifecycle.settings import ConvertConfig, ExportConfig, MergeConfig
+from pipeline.stores import objects as storage
+from pipeline.stores.copies import COPIES
+from pipeline.stores.objects import ObjectPath
 from stages.cache_logits.capture import capture
-from stages.train_student import train_student
+from stages.cache_logits.run import cache_logits
+from stages.cache_logits.settings import CacheConfig
+from stages.train_student.run import train_student
+from stages.train_student.settings import TrainConfig
 from tests import azurite
 from tests.object_store import capture_into, put_cache
 from tests.small import FakeEngine, assert_equal_caches, fake_manifest, llama_config, make_cache

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from pipeline import open_cache
+from pipeline.cache.manifest import CacheManifest
 from pipeline.corpus import Corpus
-from pipeline.manifest import CacheManifest
 from stages.cache_logits.capture import capture
 from tests.helpers import run
 from tests.small import FakeEngine, assert_equal_caches

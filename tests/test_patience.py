@@ -12,16 +12,18 @@ import numpy as np
 import obstore.store
 import pytest
 
-from pipeline import copies, open_cache, patience, store_client
-from pipeline.config import TrainConfig
+from pipeline import open_cache
+from pipeline.cache.commits import COMMITS, SHARDS, list_commits
+from pipeline.cache.verify import verify_cache
 from pipeline.errors import CacheCorruptError, StorageError, StorageSilentError
-from pipeline.patience import PATIENCE
-from pipeline.runs.commits import COMMITS, SHARDS, list_commits
 from pipeline.runs.failures import list_failures
 from pipeline.runs.leases import list_leases
-from pipeline.shards.verify import verify_cache
-from pipeline.storage import ObjectPath
-from stages.train_student import train_student
+from pipeline.stores import client as store_client
+from pipeline.stores import copies, patience
+from pipeline.stores.objects import ObjectPath
+from pipeline.stores.patience import PATIENCE
+from stages.train_student.run import train_student
+from stages.train_student.settings import TrainConfig
 from tests.helpers import run, wait_until
 from tests.object_store import put_cache
 from tests.small import assert_equal_caches, llama_config, make_cache

@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 
-from pipeline.config import PrepareConfig
 from pipeline.corpus import Corpus, CorpusManifest
 from pipeline.errors import ConfigError, CorpusError
-from stages.prepare import prepare, run
+from stages.prepare import run
+from stages.prepare.run import prepare
+from stages.prepare.settings import PrepareConfig
 from tests.helpers import Lines, tiny_tokenizer
 
 RECORD = b'{"text": "something to read"}\n'

@@ -11,14 +11,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.config import PrepareConfig
 from pipeline.corpus import Corpus
 from pipeline.errors import CorpusError
 from pipeline.tokenizer import load_tokenizer
-from stages.prepare import prepare
 from stages.prepare.conversations import Conversation, Refused, conversation_of
 from stages.prepare.forms import Completion, Undesirable, content_of, field_names
 from stages.prepare.needs import Needs
+from stages.prepare.run import prepare
+from stages.prepare.settings import PrepareConfig
 from tests.chat_templates import STYLES, chat_tokenizer
 from tests.helpers import Lines, tiny_tokenizer
 

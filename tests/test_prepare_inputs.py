@@ -12,11 +12,11 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from pipeline.config import PrepareConfig
 from pipeline.errors import ConfigError, CorpusError
-from stages.prepare import prepare
 from stages.prepare.inputs import describe
 from stages.prepare.readers import read_records
+from stages.prepare.run import prepare
+from stages.prepare.settings import PrepareConfig
 from tests.helpers import Lines, tiny_tokenizer
 
 RECORD = b'{"text": "something to read"}\n'

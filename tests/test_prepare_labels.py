@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 from tokenizers import processors
 
-from pipeline.config import PrepareConfig
 from pipeline.corpus import Corpus
 from pipeline.errors import ConfigError, CorpusError
 from pipeline.tokenizer import load_tokenizer
-from stages.prepare import prepare
+from stages.prepare.run import prepare
+from stages.prepare.settings import PrepareConfig
 from tests.chat_templates import STYLES, SYSTEM_FIRST, Style, chat_tokenizer
 from tests.helpers import BOS, EOS, Lines, tiny_tokenizer
 

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from pipeline.config import PrepareConfig
 from pipeline.progress import Progress, Reporter
-from stages.prepare import prepare
+from stages.prepare.run import prepare
+from stages.prepare.settings import PrepareConfig
 from stages.prepare.tokens import TextEncoder
 from tests.helpers import tiny_tokenizer
 from tests.vocabularies import KINDS, make_file
@@ -112,8 +112,8 @@ def test_progress_inside_a_document_adds_up_to_the_file(monkeypatch, tmp_path, r
 LONG_LINE = """
 import resource, sys
 from pathlib import Path
-from pipeline.config import PrepareConfig
-from stages.prepare import prepare
+from stages.prepare.settings import PrepareConfig
+from stages.prepare.run import prepare
 folder = Path(sys.argv[1])
 def run(name):
     out = folder / f"corpus-{name}"

@@ -5,10 +5,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.config import PACKINGS
 from pipeline.corpus import TokenSequence
 from stages.prepare.documents import Document
 from stages.prepare.packing import PACKERS, Packer, best_fit, piece_lengths
+from stages.prepare.settings import PACKINGS
 
 document_lengths = st.lists(st.integers(1, 40), max_size=30)
 

@@ -13,11 +13,11 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from pipeline.config import PrepareConfig
 from pipeline.corpus import Corpus
 from pipeline.errors import ConfigError, CorpusError, PipelineError
 from pipeline.tokenizer import load_tokenizer
-from stages.prepare import prepare
+from stages.prepare.run import prepare
+from stages.prepare.settings import PrepareConfig
 from tests.helpers import BOS, CHAT_TEMPLATE, EOS, MARKED_CHAT_TEMPLATE, tiny_tokenizer
 
 SAMPLES = Path(__file__).parent.parent / "data" / "samples"

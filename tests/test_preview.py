@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config import PrepareConfig
-from stages.prepare import prepare
+from stages.prepare.run import prepare
+from stages.prepare.settings import PrepareConfig
 from tests.chat_templates import STYLES, chat_tokenizer
 from tests.helpers import run
 

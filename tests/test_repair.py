@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 
 from pipeline import open_cache
+from pipeline.cache.commits import COMMITS, SHARDS, commit_path, read_commit
+from pipeline.cache.folder import open_folder
+from pipeline.cache.manifest import CacheManifest
+from pipeline.cache.repair import repair_cache
+from pipeline.cache.verify import verify_cache
 from pipeline.corpus import TOKENIZER
 from pipeline.errors import CacheIncompleteError
 from pipeline.files import write_json
-from pipeline.lifecycle.repair import repair_cache
-from pipeline.manifest import CacheManifest
-from pipeline.runs.commits import COMMITS, SHARDS, commit_path, read_commit
-from pipeline.runs.folder import open_folder
-from pipeline.shards.verify import verify_cache
 from tests.helpers import run
 from tests.small import assert_equal_caches, make_cache, make_corpus, random_sequences
 

@@ -8,19 +8,19 @@ import numpy as np
 import pytest
 
 from pipeline import open_cache
-from pipeline.config import CacheConfig, PrepareConfig
+from pipeline.cache.commits import SHARDS, commit_path
+from pipeline.cache.manifest import CacheManifest
+from pipeline.cache.verify import verify_cache
 from pipeline.corpus import Corpus
 from pipeline.errors import CacheCorruptError, CacheMismatchError
-from pipeline.lifecycle.known import GrownCorpus, KnownSequence, KnownTargets
-from pipeline.manifest import CacheManifest
-from pipeline.runs.commits import SHARDS, commit_path
-from pipeline.shards.layout import encode
-from pipeline.shards.verify import verify_cache
-from stages.cache_logits import cache_logits
+from pipeline.formats.layout import encode
+from pipeline.lifecycle.reuse import GrownCorpus, KnownSequence, KnownTargets
 from stages.cache_logits.capture import capture
-from stages.cache_logits.run import ENGINES
+from stages.cache_logits.run import ENGINES, cache_logits
 from stages.cache_logits.scoring import documents_of
-from stages.prepare import prepare
+from stages.cache_logits.settings import CacheConfig
+from stages.prepare.run import prepare
+from stages.prepare.settings import PrepareConfig
 from tests.helpers import Lines, run, tiny_tokenizer
 from tests.small import (
     FakeEngine,

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config import CacheConfig
 from pipeline.errors import ConfigError, StorageError
 from pipeline.runs.presence import one_line
 from pipeline.settings import load_config
-from pipeline.storage import ObjectPath, location, without_secrets
-from pipeline.store_client import client
+from pipeline.stores.client import client
+from pipeline.stores.objects import ObjectPath, location, without_secrets
+from stages.cache_logits.settings import CacheConfig
 from tests.helpers import run
 from tests.workers import new_cache, run_worker, tiny_corpus
 
@@ -107,7 +107,7 @@ def test_messages_of_other_libraries_are_told_without_secrets(planted, monkeypat
 
 def test_download_by_a_helper_has_no_secret_among_its_arguments(url, planted, tmp_path):
     (url / "file").write_bytes(b"contents")
-    command = [sys.executable, "-m", "pipeline.storage", str(url / "file"), str(tmp_path / "copy"), "8"]
+    command = [sys.executable, "-m", "pipeline.stores.objects", str(url / "file"), str(tmp_path / "copy"), "8"]
     process = subprocess.Popen(command, cwd=Path(__file__).parent.parent)
     assert not shows_secret(Path(f"/proc/{process.pid}/cmdline").read_bytes())
     assert process.wait() == 0

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from pipeline import open_cache
+from pipeline.cache.commits import COMMITS, SHARDS
+from pipeline.cache.verify import verify_cache
 from pipeline.corpus import Corpus
 from pipeline.errors import CacheCorruptError, CacheError, CacheIncompleteError, ConfigError
-from pipeline.runs.commits import COMMITS, SHARDS
-from pipeline.shards.layout import checksum_of
-from pipeline.shards.verify import verify_cache
+from pipeline.formats.layout import checksum_of
 from tests.small import fake_targets, make_cache
 from tests.test_format import read_by_the_book
 
@@ -81,7 +81,7 @@ def test_containers_hold_the_same_columns_bit_for_bit(tmp_path, corpus):
 
 def test_shard_of_many_bundles_and_chunks_is_what_zarr_reads(tmp_path, corpus, monkeypatch):
     for name, value in {"CHUNK_VALUES": 128, "MAX_CHUNK_ROWS": 20, "STEP_COLUMNS": 3, "CHUNKS_IN_BUNDLE": 2}.items():
-        monkeypatch.setattr(f"pipeline.shards.zarr.{name}", value)
+        monkeypatch.setattr(f"pipeline.formats.zarr.{name}", value)
     arrow, archive = (open_cache(make_cache(tmp_path / name, corpus, container=name)) for name in CONTAINERS)
     assert max(commit.num_targets for commit in archive.commits) > 3 * 20 * 2  # several bundles of every array
     for index in np.random.default_rng(0).permutation(len(arrow)):

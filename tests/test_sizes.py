@@ -18,15 +18,15 @@ import xxhash
 import zstandard
 from pcodec import ChunkConfig, standalone
 
+from pipeline.cache.commits import SHARDS, commit_path, read_commit
+from pipeline.cache.manifest import MANIFEST, CacheManifest
+from pipeline.cache.reader import layout_of_commit
 from pipeline.errors import CacheCorruptError, CacheError
 from pipeline.files import hash_file, read_json, write_json
-from pipeline.manifest import MANIFEST, CacheManifest
-from pipeline.runs.commits import SHARDS, commit_path, read_commit
-from pipeline.shards.archive import bundles
-from pipeline.shards.arrow import arrow_schema
-from pipeline.shards.containers import CONTAINERS, structure_of
-from pipeline.shards.reader import layout_of_commit
-from pipeline.shards.zarr import bundle_shape, chunk_shape
+from pipeline.formats.archive import bundles
+from pipeline.formats.arrow import arrow_schema
+from pipeline.formats.containers import CONTAINERS, structure_of
+from pipeline.formats.zarr import bundle_shape, chunk_shape
 from tests.small import make_cache, make_corpus, random_sequences
 
 HUGE = 1 << 40

@@ -8,9 +8,9 @@ import time
 import pytest
 from click.testing import CliRunner
 
+from pipeline.cache.commits import list_commits
 from pipeline.cli import main
 from pipeline.errors import PartitionsFailedError
-from pipeline.runs.commits import list_commits
 from pipeline.runs.rank import Rank
 from pipeline.runs.status import StatusReader, describe
 from tests.helpers import wait_until

@@ -10,10 +10,10 @@ from pathlib import Path
 import psutil
 import pytest
 
+from pipeline.cache.commits import SHARDS
+from pipeline.cache.verify import verify_cache
 from pipeline.corpus import Corpus
 from pipeline.errors import fault_of_machine
-from pipeline.runs.commits import SHARDS
-from pipeline.shards.verify import verify_cache
 from pipeline.tokenizer import load_tokenizer
 from tests.helpers import tiny_tokenizer
 from tests.small import make_cache, make_corpus, random_sequences
@@ -130,7 +130,7 @@ def test_ignored_signals_stay_ignored():
     code = (
         "import os, signal\n"
         "for number in (signal.SIGHUP, signal.SIGINT): signal.signal(number, signal.SIG_IGN)\n"
-        "from pipeline.stopping import Unwinding; from pipeline.runs.drain import Drain\n"
+        "from pipeline.stopping import Unwinding; from pipeline.drain import Drain\n"
         "Unwinding().begin()\n"
         "for number in (signal.SIGHUP, signal.SIGINT): os.kill(os.getpid(), number)\n"
         "with Drain() as drain:\n"

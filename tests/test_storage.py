@@ -5,18 +5,20 @@ import os
 import numpy as np
 import pytest
 
-from pipeline import copies, open_cache
-from pipeline.config import TrainConfig
+from pipeline import open_cache
+from pipeline.cache.commits import COMMITS, SHARDS, remove_leftovers
+from pipeline.cache.verify import verify_cache
 from pipeline.errors import (
     ConfigError,
     StorageError,
 )
-from pipeline.files import hash_file, owner_name, write_json
-from pipeline.patience import PATIENCE
-from pipeline.runs.commits import COMMITS, SHARDS, remove_leftovers
+from pipeline.files import hash_file, write_json
+from pipeline.processes import owner_name
 from pipeline.settings import load_config
-from pipeline.shards.verify import verify_cache
-from pipeline.storage import ObjectPath
+from pipeline.stores import copies
+from pipeline.stores.objects import ObjectPath
+from pipeline.stores.patience import PATIENCE
+from stages.train_student.settings import TrainConfig
 from tests.helpers import run
 from tests.object_store import capture_into, put_cache
 from tests.small import assert_equal_caches, make_cache

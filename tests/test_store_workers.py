@@ -8,18 +8,18 @@ from random import Random
 
 import pytest
 
+from pipeline.cache.commits import SHARDS, list_commits
+from pipeline.cache.reader import open_cache
+from pipeline.cache.verify import verify_cache
 from pipeline.corpus import Corpus
 from pipeline.errors import PartitionsFailedError, StorageError
 from pipeline.files import list_names
-from pipeline.patience import PATIENCE
-from pipeline.runs.commits import SHARDS, list_commits
 from pipeline.runs.failures import forget_failures, list_failures, read_failure
 from pipeline.runs.leases import LEASES, Leases, list_leases
 from pipeline.runs.notes import notes_in
 from pipeline.runs.presence import WORKERS, Presence
 from pipeline.runs.rank import Rank
-from pipeline.shards.reader import open_cache
-from pipeline.shards.verify import verify_cache
+from pipeline.stores.patience import PATIENCE
 from tests.helpers import run, wait_until
 from tests.object_store import end_of_store_worker, start_store_worker
 from tests.small import FakeEngine

@@ -3,13 +3,13 @@
 import pytest
 
 from pipeline import open_cache
-from pipeline.config import ExportConfig
+from pipeline.cache.commits import SHARDS, commit_path
+from pipeline.cache.repair import repair_cache
+from pipeline.cache.verify import verify_cache
 from pipeline.errors import CacheCorruptError
 from pipeline.files import hash_file, read_json, write_json
 from pipeline.lifecycle.export import export_cache
-from pipeline.lifecycle.repair import repair_cache
-from pipeline.runs.commits import SHARDS, commit_path
-from pipeline.shards.verify import verify_cache
+from pipeline.lifecycle.settings import ExportConfig
 from tests.object_store import put_cache
 from tests.small import make_cache
 

@@ -23,9 +23,9 @@ from transformers import (
 )
 
 from pipeline import open_cache
-from pipeline.config import CacheConfig
 from pipeline.corpus import Corpus, TokenSequence
-from stages.cache_logits import cache_logits
+from stages.cache_logits.run import cache_logits
+from stages.cache_logits.settings import CacheConfig
 from stages.cache_logits.vllm_plugin import PREFIX, register
 from tests.oracle import softmax
 from tests.small import CONTEXT, llama_config, make_corpus, make_teacher, random_sequences, true_logits

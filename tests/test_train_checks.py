@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config import TrainConfig
+from pipeline.cache.manifest import CacheManifest
 from pipeline.errors import CacheMismatchError, ConfigError
 from pipeline.files import read_json, write_json
-from pipeline.manifest import CacheManifest
 from stages.train_student.checks import RUN, open_folder, require_room, require_same_targets
 from stages.train_student.sampler import StepShape
+from stages.train_student.settings import TrainConfig
 from tests.small import llama_config, make_cache
 
 SHAPE = StepShape(batch_size=8, accumulation=1, rank=0, world_size=1)

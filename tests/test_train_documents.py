@@ -7,17 +7,17 @@ import pytest
 import torch
 
 from pipeline import open_cache
-from pipeline.config import TrainConfig
 from pipeline.errors import PipelineError
 from pipeline.hidden import first_forward
 from pipeline.models import text_body
 from pipeline.progress import Reporter
-from stages.train_student import train_student
 from stages.train_student.agreement import dense_loss
 from stages.train_student.dataset import Collate, stack_rows
 from stages.train_student.documents import LENGTH_CLASSES, _length_classes, target_hidden
 from stages.train_student.head import HeadLoss, attach_fused_loss
 from stages.train_student.isolation import isolate_documents, probe
+from stages.train_student.run import train_student
+from stages.train_student.settings import TrainConfig
 from tests.kinds import APART, MIXED, kind_model, kind_student
 from tests.oracle import softmax
 from tests.small import make_cache, true_logits

@@ -8,9 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from pipeline import open_cache
-from pipeline.config import TrainConfig
 from pipeline.errors import ConfigError
-from stages.train_student import train_student
 from stages.train_student.agreement import dense_loss
 from stages.train_student.coverage import coverage_notes
 from stages.train_student.dataset import Collate
@@ -18,6 +16,8 @@ from stages.train_student.gradients import WATCHED_STEPS, GradientWatch
 from stages.train_student.head import HeadLoss, attach_fused_loss
 from stages.train_student.lora import add_adapters, merged
 from stages.train_student.routers import router_loss
+from stages.train_student.run import train_student
+from stages.train_student.settings import TrainConfig
 from tests.kinds import kind_model, kind_student
 from tests.small import make_cache
 from tests.test_train_documents import Notes

@@ -9,14 +9,14 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from pipeline import open_cache
-from pipeline.config import TrainConfig
 from pipeline.errors import ConfigError, PipelineError
-from stages.train_student import train_student
 from stages.train_student.agreement import dense_loss, require_agreement
 from stages.train_student.dataset import Collate
 from stages.train_student.evaluation import finish, measure_rows
 from stages.train_student.head import HeadLoss, attach_fused_loss
 from stages.train_student.lora import add_adapters, merged
+from stages.train_student.run import train_student
+from stages.train_student.settings import TrainConfig
 from stages.train_student.student import read_student
 from tests.helpers import tiny_tokenizer
 from tests.oracle import softmax

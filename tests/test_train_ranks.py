@@ -13,10 +13,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from pipeline import open_cache
-from pipeline.config import TrainConfig
 from pipeline.errors import ConfigError
 from pipeline.settings import resolved
-from stages.train_student import train_student
+from stages.train_student.run import train_student
+from stages.train_student.settings import TrainConfig
 from tests.kinds import kind_student
 from tests.small import llama_config, make_cache
 

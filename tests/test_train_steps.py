@@ -10,11 +10,12 @@ from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from pipeline import open_cache
-from pipeline.config import TrainConfig
 from pipeline.errors import PipelineError
-from stages.train_student import head, train_student
+from stages.train_student import head
 from stages.train_student.guards import MIN_HISTORY
+from stages.train_student.run import train_student
 from stages.train_student.sampler import StepShape, StreamSampler
+from stages.train_student.settings import TrainConfig
 from stages.train_student.trainer import DistillationTrainer
 from tests.small import llama_config, make_cache
 

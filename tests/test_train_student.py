@@ -16,22 +16,22 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaForCausalLM
 
 from pipeline import open_cache
-from pipeline.config import TAILS, TrainConfig
+from pipeline.cache.commits import COMMITS
+from pipeline.cache.manifest import MANIFEST
 from pipeline.errors import CacheIncompleteError, CacheMismatchError, ConfigError, PipelineError
 from pipeline.files import read_json, write_json
-from pipeline.manifest import MANIFEST
-from pipeline.runs.commits import COMMITS
 from pipeline.settings import resolved
 from stages.cache_logits.draws import reduce_rows
 from stages.cache_logits.engine import unpack
 from stages.cache_logits.reduction import Reduction
-from stages.train_student import train_student
 from stages.train_student.checkpoints import newest_whole_checkpoint, remove_torn_checkpoints
 from stages.train_student.dataset import Collate
 from stages.train_student.head import HeadLoss, attach_fused_loss
 from stages.train_student.loss import fused_distillation_loss
 from stages.train_student.progress import ReportProgress
 from stages.train_student.row_targets import TAIL_POLICIES
+from stages.train_student.run import train_student
+from stages.train_student.settings import TAILS, TrainConfig
 from stages.train_student.trainer import DistillationTrainer
 from tests.helpers import Lines, tiny_tokenizer, wait_until
 from tests.small import llama_config, make_cache

@@ -10,16 +10,16 @@ import psutil
 import pytest
 
 from pipeline import open_cache
-from pipeline.config import TrainConfig
+from pipeline.cache.commits import list_commits
+from pipeline.cache.manifest import CacheManifest
 from pipeline.corpus import Corpus
 from pipeline.errors import EngineError
-from pipeline.manifest import CacheManifest
-from pipeline.runs.commits import list_commits
 from pipeline.runs.status import StatusReader
 from pipeline.watchdog import STALLED, Watchdog
 from stages.cache_logits.watched_engine import WatchedEngine
-from stages.train_student import train_student
 from stages.train_student.dataset import CacheDataset
+from stages.train_student.run import train_student
+from stages.train_student.settings import TrainConfig
 from tests.helpers import Lines
 from tests.small import FakeEngine, llama_config, make_cache, make_corpus, random_sequences
 from tests.test_cache_logits import run_command, settings, wait_for_commits

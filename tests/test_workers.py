@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.cache.commits import list_commits
+from pipeline.cache.reader import open_cache
+from pipeline.cache.verify import verify_cache
 from pipeline.corpus import PARTITIONS, Corpus
 from pipeline.errors import ConfigError, PartitionsFailedError
-from pipeline.runs.commits import list_commits
 from pipeline.runs.failures import FAILURES, list_failures, read_failure
 from pipeline.runs.leases import LEASES, Leases
 from pipeline.runs.rank import Rank, rank_from_environment
-from pipeline.shards.reader import open_cache
-from pipeline.shards.verify import verify_cache
 from tests.helpers import wait_until
 from tests.small import FakeEngine
 from tests.workers import end_of, new_cache, run_worker, start_worker, tiny_corpus
@@ -226,7 +226,7 @@ def test_full_disk_and_read_only_folder_stop_every_worker_and_lose_nothing(disk,
 
 
 def test_lease_of_a_dead_process_of_this_host_is_free_at_once(tmp_path):
-    from pipeline.files import owner_name
+    from pipeline.processes import owner_name
 
     process = subprocess.Popen(["true"])
     process.wait()

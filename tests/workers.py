@@ -11,14 +11,14 @@ from pathlib import Path
 
 import numpy as np
 
+from pipeline.cache.folder import open_folder
+from pipeline.cache.manifest import CacheManifest
+from pipeline.cache.partitions import plan_partitions
 from pipeline.corpus import TOKENIZER, Corpus, TokenSequence
 from pipeline.errors import PipelineError
-from pipeline.manifest import CacheManifest
 from pipeline.progress import Reporter
-from pipeline.runs.folder import open_folder
-from pipeline.runs.plan import plan_partitions
 from pipeline.runs.rank import Rank
-from pipeline.storage import Location
+from pipeline.stores.objects import Location
 from pipeline.targets import SparseTargets
 from stages.cache_logits.engine import Engine, Request
 from stages.cache_logits.worker import work

@@ -3,17 +3,17 @@
 import dataclasses
 import functools
 
-from pipeline.config import ConvertConfig
+from pipeline.cache.commits import ShardCommit, read_commit, remove_leftovers
+from pipeline.cache.folder import open_folder
+from pipeline.cache.manifest import TOKENIZER, CacheManifest
+from pipeline.cache.reader import open_cache
 from pipeline.cpu import available_cores
 from pipeline.errors import ConfigError
 from pipeline.lifecycle.copying import copy_shard
-from pipeline.manifest import TOKENIZER, CacheManifest
+from pipeline.lifecycle.settings import ConvertConfig
 from pipeline.parallel import in_processes
 from pipeline.progress import Reporter
-from pipeline.runs.commits import ShardCommit, read_commit, remove_leftovers
-from pipeline.runs.folder import open_folder
-from pipeline.shards.reader import open_cache
-from pipeline.storage import Location
+from pipeline.stores.objects import Location
 
 
 def convert_cache(config: ConvertConfig, reporter: Reporter | None = None) -> CacheManifest:

@@ -12,14 +12,14 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.cache.commits import ShardCommit, commit_shard, partial_shard_path
+from pipeline.cache.manifest import CacheManifest
+from pipeline.cache.reader import layout_of_commit, open_shard, shard_file
+from pipeline.cache.statistics import TargetStatistics
 from pipeline.errors import CacheCorruptError
 from pipeline.files import hash_file, naming
-from pipeline.manifest import CacheManifest
-from pipeline.runs.commits import ShardCommit, commit_shard, partial_shard_path
-from pipeline.shards.containers import CONTAINERS, Container, Shard
-from pipeline.shards.layout import RAGGED, ShardLayout, decode
-from pipeline.shards.reader import layout_of_commit, open_shard, shard_file
-from pipeline.shards.statistics import TargetStatistics
+from pipeline.formats.containers import CONTAINERS, Container, Shard
+from pipeline.formats.layout import RAGGED, ShardLayout, decode
 
 BLOCK_TARGETS = 65_536
 """Targets that are held at a time."""

@@ -10,19 +10,19 @@ from contextlib import closing
 import pyarrow.parquet as pq
 import xxhash
 
-from pipeline.config import ExportConfig
+from pipeline.cache.commits import SHARDS, ShardCommit
+from pipeline.cache.manifest import CacheManifest
+from pipeline.cache.reader import layout_of_commit, open_cache, open_shard
 from pipeline.cpu import available_cores
 from pipeline.documents import short
 from pipeline.errors import CacheMismatchError, ConfigError, PipelineError
 from pipeline.files import canonical_json, is_vacant, read_json, remove_partials, replacing, write_json
+from pipeline.formats.layout import ALIGNMENT, decode
 from pipeline.lifecycle.copying import sequences_of_shard
 from pipeline.lifecycle.exported import LAYOUTS, Row
-from pipeline.manifest import CacheManifest
+from pipeline.lifecycle.settings import ExportConfig
 from pipeline.parallel import in_processes
 from pipeline.progress import Reporter
-from pipeline.runs.commits import SHARDS, ShardCommit
-from pipeline.shards.layout import ALIGNMENT, decode
-from pipeline.shards.reader import layout_of_commit, open_cache, open_shard
 from pipeline.targets import column_of
 
 RECORD = ".export.json"

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from pipeline.shards.layout import CachedSequence
+from pipeline.formats.layout import CachedSequence
 
 Row = dict[str, np.ndarray]
 

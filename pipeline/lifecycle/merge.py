@@ -12,21 +12,21 @@ from dataclasses import dataclass
 import numpy as np
 import xxhash
 
-from pipeline.config import MergeConfig
+from pipeline.cache.commits import ShardCommit, read_commit, remove_leftovers
+from pipeline.cache.folder import open_folder
+from pipeline.cache.manifest import TOKENIZER, CacheManifest
+from pipeline.cache.reader import Cache, open_cache, open_shard
 from pipeline.corpus import comparable_keys
 from pipeline.cpu import available_cores
 from pipeline.documents import short
 from pipeline.errors import CacheMismatchError
 from pipeline.files import canonical_json
 from pipeline.lifecycle.copying import copy_shard
-from pipeline.manifest import TOKENIZER, CacheManifest
+from pipeline.lifecycle.settings import MergeConfig
 from pipeline.parallel import in_processes, map_in_threads
 from pipeline.progress import Reporter
-from pipeline.runs.commits import ShardCommit, read_commit, remove_leftovers
-from pipeline.runs.folder import open_folder
 from pipeline.settings import resolved
-from pipeline.shards.reader import Cache, open_cache, open_shard
-from pipeline.storage import Location
+from pipeline.stores.objects import Location
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,13 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from pipeline.runs.commits import is_committed, list_commits
-from pipeline.runs.drain import Drain
+from pipeline.cache.commits import is_committed, list_commits
+from pipeline.drain import Drain
 from pipeline.runs.failures import Failure, list_failures, record_failure
 from pipeline.runs.leases import list_leases
 from pipeline.runs.presence import Presence
 from pipeline.runs.rank import Rank
-from pipeline.storage import Location
+from pipeline.stores.objects import Location
 
 SUSPECT_GENERATION = 3
 """From this generation of its lease on, two workers have vanished with a partition."""

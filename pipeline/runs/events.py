@@ -23,7 +23,7 @@ from pipeline.documents import Count, Text
 from pipeline.files import list_names
 from pipeline.parallel import in_threads
 from pipeline.runs.notes import NOT_WRITTEN, PATIENCE_S
-from pipeline.storage import Location, ObjectPath
+from pipeline.stores.objects import Location, ObjectPath
 
 EVENTS = "events"
 OBJECT_BYTES = 256 << 10

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pipeline.documents import Count, Text
 from pipeline.errors import CacheCorruptError
 from pipeline.files import list_names, numbers_in, read_document, write_json
-from pipeline.storage import Location
+from pipeline.stores.objects import Location
 
 FAILURES = "failures"
 

@@ -8,9 +8,10 @@ nothing to rename or to undo. A generation above 1 tells how often workers vanis
 Ages are differences of times that the file server or the store has set, so the clocks of the workers do not matter.
 """
 
-from pipeline.files import numbers_in, owner_is_dead
+from pipeline.files import numbers_in
+from pipeline.processes import owner_is_dead
 from pipeline.runs.notes import Note, notes_in
-from pipeline.storage import Location
+from pipeline.stores.objects import Location
 
 LEASES = "leases"
 

@@ -13,7 +13,7 @@ from typing import Protocol
 
 from pipeline.errors import CacheCorruptError, StorageError
 from pipeline.files import PARTIAL, list_names, naming, read_small
-from pipeline.storage import Location, ObjectPath, Version
+from pipeline.stores.objects import Location, ObjectPath, Version
 
 PATIENCE_S = 15.0
 """Seconds for which a store is asked to renew, to replace or to delete a note."""

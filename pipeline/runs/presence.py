@@ -16,12 +16,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from pipeline.documents import Count, Finite, Text
-from pipeline.files import owner_is_dead, owner_name
+from pipeline.processes import owner_is_dead, owner_name
 from pipeline.runs.events import EventLog
 from pipeline.runs.leases import Leases
 from pipeline.runs.notes import NOT_WRITTEN, notes_in
 from pipeline.runs.rank import Rank
-from pipeline.storage import Location, without_secrets
+from pipeline.stores.objects import Location, without_secrets
 
 WORKERS = "workers"
 RECORD_NAME = re.compile(r"[0-9]{4,}-.*\.json")

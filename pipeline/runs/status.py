@@ -11,19 +11,20 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from pipeline.cache.commits import commit_path, list_commits, read_commit
+from pipeline.cache.manifest import MANIFEST, CacheManifest
 from pipeline.documents import Count, Finite, document_of, entry_of, printable
 from pipeline.errors import CacheCorruptError
-from pipeline.files import owner_is_dead, owner_name, parse_json
-from pipeline.manifest import MANIFEST, CacheManifest
+from pipeline.files import parse_json
 from pipeline.parallel import in_threads, map_in_threads
+from pipeline.processes import owner_is_dead, owner_name
 from pipeline.progress import duration
-from pipeline.runs.commits import commit_path, list_commits, read_commit
 from pipeline.runs.events import describe_event, read_events
 from pipeline.runs.failures import list_failures, read_failure
 from pipeline.runs.leases import list_leases, read_lease
 from pipeline.runs.notes import NOT_WRITTEN, Note, notes_in
 from pipeline.runs.presence import BEATS_A_LEASE, ENDED, RECORD_NAME, WORKERS, WorkerRecord
-from pipeline.storage import Location
+from pipeline.stores.objects import Location
 
 EXIT_CODES = {"complete": 0, "incomplete": 3, "failed": 4}
 """Of `pipeline status`. Failed: all that is left was set aside, and waits for a person."""

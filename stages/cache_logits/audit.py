@@ -5,19 +5,19 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from pipeline.config import AuditConfig, CacheConfig
+from pipeline.cache.manifest import CacheManifest
+from pipeline.cache.reader import Cache, open_cache
 from pipeline.corpus import TokenSequence
 from pipeline.documents import short
 from pipeline.errors import CacheMismatchError, ConfigError
-from pipeline.manifest import CacheManifest
+from pipeline.formats.layout import CachedSequence, encode, targets_of
 from pipeline.progress import Reporter
 from pipeline.settings import load_config
-from pipeline.shards.layout import CachedSequence, encode, targets_of
-from pipeline.shards.reader import Cache, open_cache
 from pipeline.targets import SparseTargets
 from stages.cache_logits.comparison import Difference, differences
 from stages.cache_logits.run import ENGINES
 from stages.cache_logits.scoring import score_sequences
+from stages.cache_logits.settings import AuditConfig, CacheConfig
 from stages.cache_logits.teacher import read_teacher
 from stages.cache_logits.vllm_engine import notes, require_vllm
 

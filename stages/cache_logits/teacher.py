@@ -5,13 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from pipeline.config import CacheConfig
+from pipeline.cache.manifest import TOKENIZER
 from pipeline.errors import ConfigError
-from pipeline.manifest import TOKENIZER
 from pipeline.models import COMPUTED_IN, ModelFolder, read_model
 from pipeline.tokenizer import TokenizerIdentity, has_tokenizer, identify, load_tokenizer
 from pipeline.vocabulary import difference_in_use, extra_tokens
 from pipeline.weights import common_pattern, hash_config, hash_weights, named, weight_files
+from stages.cache_logits.settings import CacheConfig
 
 
 class Scored(Protocol):

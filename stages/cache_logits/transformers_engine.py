@@ -9,7 +9,6 @@ from collections.abc import Hashable, Iterable, Iterator
 import torch
 from torch import Tensor
 
-from pipeline.config import CacheConfig
 from pipeline.cpu import has_products
 from pipeline.errors import ConfigError, EngineError
 from pipeline.hidden import ALLOWED, first_forward, mean_difference, perturbed_embeddings
@@ -17,6 +16,7 @@ from pipeline.models import text_body
 from pipeline.targets import SparseTargets
 from stages.cache_logits.draws import reduce_rows
 from stages.cache_logits.engine import Request, reduction_of, unpack
+from stages.cache_logits.settings import CacheConfig
 from stages.cache_logits.teacher import Teacher
 from stages.cache_logits.wide_products import WideProducts
 

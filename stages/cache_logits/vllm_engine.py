@@ -12,12 +12,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import CacheConfig
 from pipeline.cpu import slow_products
 from pipeline.errors import EngineError
-from pipeline.files import owner_name
+from pipeline.processes import owner_name
 from pipeline.targets import SparseTargets
 from stages.cache_logits.engine import Request, reduction_of, unpack
+from stages.cache_logits.settings import CacheConfig
 from stages.cache_logits.teacher import Teacher
 from stages.cache_logits.vllm_plugin import FAILURES, FRONT_END, OPTIONS, WATCH_INTERVAL_S, as_capturing_text_model
 

@@ -7,20 +7,20 @@ from contextlib import closing
 
 import numpy as np
 
+from pipeline.cache.commits import ShardCommit, list_commits
+from pipeline.cache.folder import make_places
+from pipeline.cache.manifest import CacheManifest
 from pipeline.corpus import Corpus, TokenSequence
+from pipeline.drain import Drain
 from pipeline.errors import MENDABLE, CorpusError, Drained, EngineError, PartitionsFailedError, PipelineError
-from pipeline.lifecycle.known import CopiedTargets
-from pipeline.manifest import CacheManifest
+from pipeline.lifecycle.reuse import CopiedTargets
 from pipeline.progress import Progress, Rate, Reporter, duration
 from pipeline.runs.claims import Claims
-from pipeline.runs.commits import ShardCommit, list_commits
-from pipeline.runs.drain import Drain
 from pipeline.runs.failures import read_failure
-from pipeline.runs.folder import make_places
 from pipeline.runs.leases import remove_leases
 from pipeline.runs.presence import Presence, one_line
 from pipeline.runs.rank import Rank
-from pipeline.storage import Location
+from pipeline.stores.objects import Location
 from pipeline.targets import SparseTargets
 from pipeline.watchdog import Watchdog, end_process
 from stages.cache_logits.capture import capture

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from pipeline.cache.reader import Cache, open_cache
 from pipeline.errors import PipelineError
 from pipeline.files import read_json
-from pipeline.shards.layout import CachedSequence
-from pipeline.shards.reader import Cache, open_cache
+from pipeline.formats.layout import CachedSequence
 from stages.demo.recipe import DemoRecipe
 
 STUDENTS: dict[str, float | None] = {"distilled": None, "hard-labels": 0.0}

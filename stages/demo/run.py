@@ -16,16 +16,16 @@ from typing import Any
 
 import xxhash
 
-from pipeline.config import DemoConfig
 from pipeline.documents import Finite
 from pipeline.errors import PipelineError
 from pipeline.files import canonical_json, read_document, read_json, write_json
+from pipeline.launch.job import PIPELINE
+from pipeline.processes import following
 from pipeline.progress import Reporter, duration
-from pipeline.runs.launch import PIPELINE
-from pipeline.runs.launch.processes import following
 from stages.demo.recipe import DemoRecipe, student_config
 from stages.demo.report import write_report
 from stages.demo.results import STUDENTS, read_results
+from stages.demo.settings import DemoConfig
 from stages.demo.teacher import ensure_teacher
 from stages.demo.text import HELD_OUT, TRAIN, sample_documents
 

@@ -16,7 +16,3 @@
 
 Knows nothing of teachers.
 """
-
-from stages.prepare.run import prepare
-
-__all__ = ["prepare"]

@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.config import TextConfig
 from pipeline.progress import Reporter
 from stages.prepare.chat import ChatTemplate, Rendered
 from stages.prepare.conversations import Conversation, Refused
 from stages.prepare.forms import Completion, Undesirable, content_of, forms_in
 from stages.prepare.readers import BadLines, Record
+from stages.prepare.settings import TextConfig
 from stages.prepare.tokens import Document, Text, TextEncoder
 
 BATCH_DOCUMENTS = 1024

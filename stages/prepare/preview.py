@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.config import PreviewConfig
 from pipeline.corpus import MANIFEST, TOKENIZER, Corpus, TokenSequence
 from pipeline.documents import printable
 from pipeline.errors import ConfigError
@@ -18,6 +17,7 @@ from stages.prepare.documents import DocumentEncoder, is_overlong
 from stages.prepare.inputs import InputFile, find_inputs
 from stages.prepare.packing import PACKERS
 from stages.prepare.readers import BadLines, Record, read_records
+from stages.prepare.settings import PreviewConfig
 from stages.prepare.tokens import spoken
 
 SHADES = {True: ("\x1b[30;42m", "\x1b[30;102m"), False: ("\x1b[0m", "\x1b[2m")}

@@ -13,7 +13,6 @@ from typing import Any
 import pyarrow as pa
 import xxhash
 
-from pipeline.config import PrepareConfig
 from pipeline.corpus import (
     END_TOKEN_IDS,
     MANIFEST,
@@ -34,6 +33,7 @@ from stages.prepare.documents import DocumentEncoder, is_overlong
 from stages.prepare.inputs import UNIT_BYTES, InputFile, InputFiles, describe, divide, find_inputs, same_files
 from stages.prepare.packing import PACKERS
 from stages.prepare.readers import BadLines, Record, read_records
+from stages.prepare.settings import PrepareConfig
 from stages.prepare.tokens import ENDED_BY, Document, spoken
 from stages.prepare.units import (
     FinishedUnit,

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from pipeline.config import TrainConfig
 from pipeline.errors import ConfigError
 from stages.train_student.sampler import StepShape
 from stages.train_student.schedules import learning_rate_schedule
+from stages.train_student.settings import TrainConfig
 
 CHECKPOINTS = "checkpoints"
 

@@ -6,17 +6,17 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import TrainConfig
+from pipeline.cache.manifest import CacheManifest
 from pipeline.documents import short
 from pipeline.errors import CacheMismatchError, ConfigError, PipelineError
 from pipeline.files import held, is_vacant, read_json, write_json
-from pipeline.manifest import CacheManifest
 from pipeline.settings import resolved
 from pipeline.targets import column_of
 from pipeline.weights import hash_config, hash_weights
 from stages.train_student.ranks import rank
 from stages.train_student.row_targets import DRAWN_TAILS
 from stages.train_student.sampler import StepShape
+from stages.train_student.settings import TrainConfig
 
 RUN = "run.json"
 FREE_TO_CHANGE = (

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from pipeline.shards.layout import CachedSequence
-from pipeline.shards.reader import Cache
+from pipeline.cache.reader import Cache
+from pipeline.formats.layout import CachedSequence
 from pipeline.targets import SparseTargets, restricted
 from stages.train_student.row_targets import DRAWN_TAILS
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from pipeline.config import TrainConfig
 from pipeline.files import publish, sync_folder
 from pipeline.progress import Reporter
 from pipeline.tokenizer import misreading, save_tokenizer
 from stages.train_student.lora import merged
+from stages.train_student.settings import TrainConfig
 
 
 def write_student(

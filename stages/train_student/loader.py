@@ -9,9 +9,9 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
-from pipeline.patience import patience_s
 from pipeline.progress import Reporter
-from pipeline.storage import Location
+from pipeline.stores.objects import Location
+from pipeline.stores.patience import patience_s
 from pipeline.watchdog import Watchdog, end_process
 from stages.train_student.dataset import CacheDataset, Collate
 from stages.train_student.sampler import StreamSampler

@@ -8,10 +8,10 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from pipeline.config import TrainConfig
 from pipeline.errors import ConfigError
 from pipeline.progress import Progress, Reporter
 from stages.train_student.ranks import rank
+from stages.train_student.settings import TrainConfig
 
 LOG = "log.jsonl"
 STARVED = 0.05

@@ -8,11 +8,11 @@ from typing import Any
 
 import msgspec
 
-from pipeline.config import TrainConfig
 from pipeline.pages import Table, axes, grid, html_table, svg, write_page
 from pipeline.progress import Reporter
 from pipeline.settings import resolved
 from stages.train_student.guards import BAD_STEPS
+from stages.train_student.settings import TrainConfig
 
 REPORT = "report.html"
 NATS = "nats a token"

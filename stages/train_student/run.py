@@ -10,16 +10,15 @@ import torch
 from torch.distributed.checkpoint.api import CheckpointException
 from transformers import TrainingArguments, set_seed
 
-from pipeline.config import TrainConfig
+from pipeline.cache.manifest import TOKENIZER
+from pipeline.cache.reader import Cache, open_cache
 from pipeline.cpu import slow_products
 from pipeline.documents import document_of
+from pipeline.drain import Drain
 from pipeline.errors import Drained, PipelineError
 from pipeline.files import read_json, write_json
 from pipeline.hidden import first_forward
-from pipeline.manifest import TOKENIZER
 from pipeline.progress import Reporter
-from pipeline.runs.drain import Drain
-from pipeline.shards.reader import Cache, open_cache
 from pipeline.tokenizer import load_tokenizer
 from pipeline.watchdog import Watchdog
 from stages.train_student.agreement import first_rows, require_agreement
@@ -49,6 +48,7 @@ from stages.train_student.report import write_report
 from stages.train_student.routers import router_loss
 from stages.train_student.sampler import StepShape, StreamSampler
 from stages.train_student.schedules import AlphaSchedule
+from stages.train_student.settings import TrainConfig
 from stages.train_student.student import Student, read_student, special_token_notes
 from stages.train_student.trainer import DistillationTrainer
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.config import TrainConfig
+from stages.train_student.settings import TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)

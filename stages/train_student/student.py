@@ -4,10 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.cache.manifest import TOKENIZER
+from pipeline.cache.reader import Cache
 from pipeline.errors import CacheMismatchError, ConfigError
-from pipeline.manifest import TOKENIZER
 from pipeline.models import ModelFolder, read_model, text_body
-from pipeline.shards.reader import Cache
 from pipeline.tokenizer import has_tokenizer, identify, load_tokenizer
 from pipeline.vocabulary import difference_in_use, extra_tokens
 from pipeline.weights import named

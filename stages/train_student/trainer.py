@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
+from pipeline.drain import Drain
 from pipeline.errors import PipelineError
-from pipeline.runs.drain import Drain
 from stages.train_student.checkpoints import Mark, whole_or_gone
 from stages.train_student.evaluation import Evaluation
 from stages.train_student.gradients import GradientWatch

@@ -10,7 +10,7 @@ import threading
 import time
 from typing import Any
 
-from pipeline.files import owner_is_dead, owner_name
+from pipeline.processes import owner_is_dead, owner_name
 
 PREFIX = "SparseTargets"
 """Put before the name of an architecture to get its capturing twin."""

@@ -1,0 +1,167 @@
+"""The manifest of a cache: what it is a cache of, and how its work is divided.
+
+Written once, before the teacher runs, and never changed. It is the only interface between the
+two stages. `identity` is what must be equal for two runs to write into one folder.
+
+    CACHE/
+      manifest.json           this document
+      manifest.copy.json      the same again, for `pipeline verify --repair`
+      shards/                 one file a partition, named by its partition and writer
+      commits/00000.json      names the shard of partition 0 and its checksum
+      index.arrow             all commit records of a complete cache; made from them when it is opened
+      tokenizer/              the tokenizer that made the ids
+"""
+
+from dataclasses import asdict, dataclass, field
+from itertools import pairwise
+from typing import Annotated, Any, Literal
+
+from msgspec import Meta
+
+from pipeline.documents import Count, FileName, Hash, Temperature, Text, Width, document_of, short
+from pipeline.errors import CacheCorruptError, CacheIncompleteError, CacheMismatchError
+from pipeline.files import read_json, write_json
+from pipeline.formats.grid import WARMEST
+from pipeline.formats.layout import ALIGNMENT, ShardLayout
+from pipeline.stores.objects import Location
+from pipeline.tokenizer import TokenizerIdentity
+
+FORMAT = "sparse-target-cache"
+FORMAT_VERSION = 2
+MANIFEST = "manifest.json"
+COPY = "manifest.copy.json"
+TOKENIZER = "tokenizer"
+PROVENANCE = ("settings", "software", "chat_template", "tokenizer_files", "largest_token_id", "end_token_ids")
+"""Entries that tell where a cache comes from and do not decide what is in it."""
+COLLECTION = ("container", "corpus", "packing", "sequence_length", "num_tokens", "num_targets", "partitions")
+"""Entries that say which sequences a cache has and how they are kept; a sequence's targets do not depend on them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheManifest:
+    """What the targets of a cache are targets of."""
+
+    teacher: dict[str, Any]
+    """Architecture, hashes of config and weights, dtypes of body and head, quantisation, engine."""
+    tokenizer: TokenizerIdentity
+    vocab_size: Width
+    """Real vocabulary: columns of the teacher's head from here on are padding and take no part."""
+    padded_vocab_size: Width
+    """Rows of the teacher's head."""
+    top_k: Width
+    temperatures: Annotated[tuple[Temperature, ...], Meta(min_length=1, max_length=1024)]
+    tail_samples: Width
+    """Draws from the tail of each position."""
+    draw_temperature: Temperature | None
+    """Temperature of the draws; None without draws."""
+    max_kl_error: Annotated[float, Meta(ge=0, le=1)]
+    """Bound on the mean KL error of every shard's rounding, nats, at every temperature; 0 is lossless."""
+    container: Literal["arrow", "zarr"]
+    corpus: Hash
+    """Fingerprint of the tokenised corpus."""
+    packing: Text
+    sequence_length: Width
+    """Longest sequence, tokens."""
+    num_tokens: Count
+    num_targets: Count
+    partitions: Annotated[tuple[Count, ...], Meta(min_length=1)]
+    """Row boundaries: partition i holds the sequences partitions[i] to partitions[i + 1]."""
+    settings: dict[str, Any]
+    """The resolved settings of the run that made the folder; not part of the identity."""
+    software: dict[Text, Text]
+    """Versions of the libraries; not part of the identity."""
+    chat_template: Text | None = None
+    """Hash of the tokenizer's template, which wrote the corpus's conversations, if it has any; not part of the
+    identity, since the tokens are."""
+    tokenizer_files: dict[FileName, Hash] = field(default_factory=dict)
+    """xxh3-128 of every file in tokenizer/; not part of the identity, which is `tokenizer`."""
+    largest_token_id: Count | None = None
+    """In any sequence; None if the cache was written before it was recorded."""
+    end_token_ids: tuple[Count, ...] = ()
+    """Tokens that end the corpus's documents, such as an end of turn: where a student stops to write; not part of the
+    identity. Empty if the corpus was written before they were recorded."""
+
+    def __post_init__(self) -> None:
+        """Raise ValueError if the entries contradict each other."""
+        starts = self.partitions
+        on_grid = self.top_k > 0 and self.max_kl_error > 0
+        rules = {
+            "partitions must rise from 0": starts[0] == 0 and all(one < other for one, other in pairwise(starts)),
+            "vocab_size is above padded_vocab_size": self.vocab_size <= self.padded_vocab_size,
+            "num_targets is above num_tokens": self.num_targets <= self.num_tokens,
+            f"no grid has a lowest temperature above {WARMEST:g}": not on_grid or min(self.temperatures) <= WARMEST,
+        }
+        if broken := [rule for rule, holds in rules.items() if not holds]:
+            raise ValueError("; ".join(broken))
+
+    @property
+    def num_sequences(self) -> int:
+        return self.partitions[-1]
+
+    @property
+    def num_partitions(self) -> int:
+        return len(self.partitions) - 1
+
+    def layout(self, *, num_sequences: int, num_tokens: int, num_documents: int, num_targets: int) -> ShardLayout:
+        """The layout of a shard of this cache."""
+        return ShardLayout(
+            num_sequences=num_sequences,
+            num_tokens=num_tokens,
+            num_documents=num_documents,
+            num_targets=num_targets,
+            top_k=self.top_k,
+            num_draws=self.tail_samples,
+            temperatures=self.temperatures,
+            max_kl_error=self.max_kl_error,
+        )
+
+    def identity(self) -> dict[str, Any]:
+        """The entries that decide what is in the cache, flat."""
+        document = asdict(self)
+        nested = {name: document.pop(name) for name in ("teacher", "tokenizer")}
+        for name in PROVENANCE:
+            del document[name]
+        document |= {f"{name}.{key}": value for name, entries in nested.items() for key, value in entries.items()}
+        return document
+
+    def target_identity(self) -> dict[str, Any]:
+        """The entries that decide the targets of a sequence, whatever else is in the cache and how it is kept."""
+        return {name: value for name, value in self.identity().items() if name not in COLLECTION}
+
+    def target_differences(self, other: "CacheManifest") -> dict[str, tuple[Any, Any]]:
+        """The entries of `target_identity` that differ, with both values: this manifest's first."""
+        return _differences(self.target_identity(), other.target_identity())
+
+    def require_equal(self, requested: "CacheManifest", folder: Location) -> None:
+        """Raise CacheMismatchError, naming every difference, unless both describe the same targets."""
+        different = _differences(self.identity(), requested.identity())
+        if different:
+            found = "; ".join(f"{name} is {short(old)}, now {short(new)}" for name, (old, new) in different.items())
+            raise CacheMismatchError(f"{folder}: holds a cache made by other settings: {found}; choose another --out.")
+
+    def write(self, folder: Location) -> bool:
+        """Publish the manifest and then its copy; False if another process was first."""
+        document = {"format": FORMAT, "format_version": FORMAT_VERSION, "alignment": ALIGNMENT, **asdict(self)}
+        won = write_json(folder / MANIFEST, document, first_wins=True)
+        return won and write_json(folder / COPY, document)
+
+    @classmethod
+    def read(cls, folder: Location) -> "CacheManifest":
+        """The manifest of the cache in `folder`; raises CacheError."""
+        path = folder / MANIFEST
+        if not path.is_file():
+            raise CacheIncompleteError(
+                f"{folder}: no cache there ({MANIFEST} is missing); run `pipeline cache-logits`."
+            )
+        document = read_json(path, CacheCorruptError)
+        found = (document.pop("format", None), document.pop("format_version", None), document.pop("alignment", None))
+        if found != (FORMAT, FORMAT_VERSION, ALIGNMENT):
+            raise CacheMismatchError(
+                f"{path}: format {short(found[:2])}, alignment {short(found[2])}; "
+                f"this version reads {(FORMAT, FORMAT_VERSION)}, {ALIGNMENT!r}."
+            )
+        return document_of(cls, document, path, CacheCorruptError)
+
+
+def _differences(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    return {name: (ours[name], theirs.get(name)) for name in ours if ours[name] != theirs.get(name)}

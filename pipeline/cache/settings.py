@@ -1,0 +1,20 @@
+"""The settings of `pipeline verify`."""
+
+from dataclasses import dataclass
+
+from pipeline.settings import Settings, required, setting
+from pipeline.stores.objects import Location
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyConfig(Settings):
+    """Settings of `pipeline verify`."""
+
+    cache: Location = required("Folder or URL that `pipeline cache-logits` wrote to.", argument=True)
+    repair: bool = setting(
+        False, "Drop what is damaged: the next run of the same `pipeline cache-logits` computes that alone."
+    )
+    workers: int | None = setting(None, "Shards that are read at the same time; none takes one a core.")
+
+    def check(self) -> None:
+        self.at_least("workers", 1)

@@ -1,0 +1,199 @@
+"""Shards as Arrow IPC files: one row a sequence, memory-mapped, readable by anything that reads Arrow.
+
+The fast twin of the Zarr archive: nothing is compressed, nothing is decoded. Columns of targets are
+lists of fixed-size lists. Rows come in record batches of about BATCH_TARGETS targets, so that a
+writer's memory stays bounded.
+"""
+
+import contextlib
+import struct
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.documents import printable
+from pipeline.errors import CacheCorruptError
+from pipeline.formats.layout import ALIGNMENT, RAGGED, ShardLayout
+from pipeline.ipc import file_batches
+
+BATCH_TARGETS = 65_536
+FORMAT = {"format": "sparse-target-shard", "format_version": "2"}
+
+
+def arrow_schema(layout: ShardLayout) -> pa.Schema:
+    """The schema of a shard; its metadata states the temperatures and the alignment."""
+    fields = [pa.field(name, kind, nullable=False) for name, kind in _OF_SEQUENCES.items()]
+    for name in layout.ragged():
+        dtype, shape = layout.columns()[name]
+        value = pa.from_numpy_dtype(dtype)
+        if len(shape) == 2:
+            value = pa.list_(pa.field("item", value, nullable=False), shape[1])
+        fields.append(pa.field(name, pa.list_(pa.field("item", value, nullable=False)), nullable=False))
+    metadata = {
+        "temperatures": ",".join(map(repr, layout.temperatures)),
+        "max_kl_error": repr(layout.max_kl_error),
+        "alignment": ALIGNMENT,
+    }
+    return pa.schema(fields, metadata=FORMAT | metadata)
+
+
+_OF_SEQUENCES = {"key": pa.binary(16), "checksum": pa.uint64()}
+
+
+class ArrowShardWriter:
+    """Appends sequences to a new file at `path`; the file is complete only after `close`."""
+
+    def __init__(self, path: Path, layout: ShardLayout) -> None:
+        self._schema = arrow_schema(layout)
+        self._file = pa.OSFile(str(path), "wb")
+        self._writer = pa.ipc.new_file(self._file, self._schema)
+        self._pending: list[dict[str, np.ndarray]] = []
+        self._pending_targets = 0
+
+    def append(self, columns: dict[str, np.ndarray]) -> None:
+        """Add the stored columns of one sequence."""
+        self._pending.append(columns)
+        self._pending_targets += int(columns["num_targets"][0])
+        if self._pending_targets >= BATCH_TARGETS:
+            self._flush()
+
+    def close(self) -> None:
+        """Write what is pending and the footer."""
+        self._flush()
+        self._writer.close()
+        self._file.close()
+
+    def discard(self) -> None:
+        """Let go of the file, finished or not."""
+        with contextlib.suppress(OSError):
+            self._file.close()
+
+    def _flush(self) -> None:
+        if self._pending:
+            self._writer.write_batch(_record_batch(self._pending, self._schema))
+            self._pending, self._pending_targets = [], 0
+
+
+class ArrowShard:
+    """A finished Arrow shard, memory-mapped; reading a sequence copies nothing but its mask."""
+
+    def __init__(self, path: Path, layout: ShardLayout) -> None:
+        self.path, self._names = path, list(layout.columns())
+        try:
+            self._contents = pa.memory_map(str(path)).read_buffer()
+            self._batches = file_batches(self._contents, arrow_schema(layout))
+            for batch in self._batches:
+                _require_sound(batch)
+        except FileNotFoundError:
+            raise
+        except (pa.ArrowException, OSError, ValueError, struct.error) as exc:
+            if isinstance(exc, MemoryError):
+                raise
+            raise CacheCorruptError(
+                f"{path}: not a whole Arrow file of this cache; the shard is truncated or foreign "
+                f"({printable(str(exc))})."
+            ) from exc
+        self._starts = np.cumsum([0, *(batch.num_rows for batch in self._batches)])
+        self._views: dict[int, dict[str, tuple[np.ndarray, np.ndarray]]] = {}
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def columns(self, start: int, stop: int) -> dict[str, np.ndarray]:
+        """The stored columns of sequences `start` to `stop`."""
+        first, last = np.searchsorted(self._starts, (start, stop - 1), side="right") - 1
+        parts = []
+        for batch in range(int(first), int(last) + 1):
+            begin, end = int(self._starts[batch]), int(self._starts[batch + 1])
+            parts.append(self._slice(batch, max(start, begin) - begin, min(stop, end) - begin))
+        if len(parts) == 1:
+            return parts[0]
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    def heads(self) -> dict[str, np.ndarray]:
+        """What every sequence has one of."""
+        names = ("key", "token_ids", "document_lengths", "entropies")
+        heads: dict[str, list[np.ndarray]] = {RAGGED.get(name, name): [] for name in names}
+        for batch in range(len(self._batches)):
+            views = self._view(batch)
+            for name in names:
+                values, offsets = views[name]
+                heads[RAGGED.get(name, name)].append(values if name == "key" else np.diff(offsets))
+        return {name: np.concatenate(parts) for name, parts in heads.items()}
+
+    def checked_ranges(self) -> list[tuple[int, int]]:
+        """Ranges of the file's bytes that the sequences' checksums cover."""
+        buffers = [buffer for batch in self._batches for buffer in _value_buffers(batch)]
+        starts = [buffer.address - self._contents.address for buffer in buffers]
+        return sorted((start, start + buffer.size) for start, buffer in zip(starts, buffers))
+
+    def close(self) -> None:
+        """Forget the mapping; arrays that were handed out keep it alive."""
+        self._views.clear()
+        self._batches.clear()
+
+    def _slice(self, batch: int, start: int, stop: int) -> dict[str, np.ndarray]:
+        columns = {}
+        for name, (values, offsets) in self._view(batch).items():
+            columns[name] = values[offsets[start] : offsets[stop]]
+            if name in RAGGED:
+                columns[RAGGED[name]] = np.diff(offsets[start : stop + 1])
+        return {name: columns[name] for name in self._names}
+
+    def _view(self, batch: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        if batch not in self._views:
+            self._views[batch] = _views(self._batches[batch])
+        return self._views[batch]
+
+
+def _record_batch(rows: list[dict[str, np.ndarray]], schema: pa.Schema) -> pa.RecordBatch:
+    arrays = [
+        pa.array([row["key"].tobytes() for row in rows], _OF_SEQUENCES["key"]),
+        pa.array(np.concatenate([row["checksum"] for row in rows])),
+    ]
+    for name in schema.names[len(_OF_SEQUENCES) :]:
+        counted = RAGGED[name]
+        offsets = np.cumsum([0, *(int(row[counted][0]) for row in rows)]).astype(np.int32)
+        values = np.concatenate([row[name] for row in rows])
+        list_type = schema.field(name).type
+        flat = pa.array(np.ascontiguousarray(values).reshape(-1))
+        if values.ndim == 2:
+            flat = pa.FixedSizeListArray.from_arrays(flat, type=list_type.value_type)
+        arrays.append(pa.ListArray.from_arrays(pa.array(offsets), flat, type=list_type))
+    return pa.RecordBatch.from_arrays(arrays, schema=schema)
+
+
+def _require_sound(batch: pa.RecordBatch) -> None:
+    """Raise ValueError unless the columns of which a sequence has several rows agree on how many."""
+    ends: dict[str, np.ndarray] = {}
+    for name in batch.schema.names[len(_OF_SEQUENCES) :]:
+        offsets = batch.column(name).offsets.to_numpy()
+        if not np.array_equal(offsets, ends.setdefault(RAGGED[name], offsets)):
+            raise ValueError(f"column {name!r} counts other rows than its neighbours")
+        rows = batch.column(name).values
+        if pa.types.is_fixed_size_list(rows.type) and len(rows.values) != len(rows) * rows.type.list_size:
+            raise ValueError(f"column {name!r} has entries that belong to no row")
+
+
+def _views(batch: pa.RecordBatch) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """The flat values of every column, and where the rows of each sequence begin in them."""
+    each = np.arange(batch.num_rows + 1)
+    keys = np.frombuffer(batch.column("key").buffers()[1], np.uint8, 16 * batch.num_rows).reshape(-1, 16)
+    views = {"key": (keys, each), "checksum": (batch.column("checksum").to_numpy(), each)}
+    for name in batch.schema.names[len(views) :]:
+        column = batch.column(name)
+        values, width = column.values, None
+        if isinstance(values.type, pa.FixedSizeListType):
+            values, width = values.values, values.type.list_size
+        flat = values.to_numpy(zero_copy_only=not pa.types.is_boolean(values.type))
+        views[name] = (flat.reshape(-1, width) if width else flat, column.offsets.to_numpy())
+    return views
+
+
+def _value_buffers(batch: pa.RecordBatch) -> list[pa.Buffer]:
+    """The values of every column but of those that pack several into a byte; without offsets and padding."""
+    plain = [column for column in batch.columns if not isinstance(column.type, pa.ListType)]
+    values = [column.values for column in batch.columns if isinstance(column.type, pa.ListType)]
+    values = [item.values if isinstance(item.type, pa.FixedSizeListType) else item for item in values]
+    return [array.buffers()[1] for array in plain + values if not pa.types.is_boolean(array.type) and len(array)]

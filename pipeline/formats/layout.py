@@ -1,0 +1,180 @@
+"""The logical schema of a shard, the same in every container.
+
+A shard holds whole sequences. Its columns are flat arrays over the shard's sequences,
+tokens, documents or targets; the targets of a sequence are the rows of its
+`target_positions`, in order. Every sequence carries a checksum of its stored values, so that
+whatever a container does to them, what comes out is what went in.
+
+Shape suffixes: S sequences, D documents, M tokens, N targets, K entries, T temperatures.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import xxhash
+
+from pipeline.corpus import TokenSequence, target_positions
+from pipeline.errors import CacheCorruptError
+from pipeline.formats.codec import is_lossless, round_targets
+from pipeline.targets import COLUMNS, SparseTargets, logsumexps_of
+
+ALIGNMENT = "targets[j] is the teacher's distribution of token target_positions[j] + 1"
+
+RAGGED = {
+    "token_ids": "num_tokens",
+    "loss_mask": "num_tokens",
+    "document_lengths": "num_documents",
+    "ids": "num_targets",
+    "logits": "num_targets",
+    "levels": "num_targets",
+    "logsumexps": "num_targets",
+    "tail_logprobs": "num_targets",
+    "entropies": "num_targets",
+    "label_logits": "num_targets",
+    "draws": "num_targets",
+}
+"""The columns of which a sequence has several rows, and the column that counts them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CachedSequence:
+    """A sequence and the teacher's targets for it."""
+
+    key: bytes
+    """16 bytes that name the token ids, mask and document boundaries."""
+    token_ids: np.ndarray
+    """int32 [S]"""
+    loss_mask: np.ndarray
+    """bool [S], True where the token is a label."""
+    document_lengths: np.ndarray
+    """int32 [D]: attention stays inside a document; adds up to S."""
+    target_positions: np.ndarray
+    """int32 [N]: `targets[j]` is the teacher's distribution of token `target_positions[j] + 1`."""
+    targets: SparseTargets
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardLayout:
+    """Sizes of a shard, known before the teacher runs, and how its values are rounded."""
+
+    num_sequences: int
+    num_tokens: int
+    num_documents: int
+    num_targets: int
+    top_k: int
+    num_draws: int
+    temperatures: tuple[float, ...]
+    max_kl_error: float
+    """Nats; 0 is lossless."""
+
+    def columns(self) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
+        """Every column's stored dtype and shape; a column without width is not stored."""
+        temperatures = len(self.temperatures)
+        shapes = {
+            "key": (self.num_sequences, 16),
+            "checksum": (self.num_sequences,),
+            "num_tokens": (self.num_sequences,),
+            "num_documents": (self.num_sequences,),
+            "num_targets": (self.num_sequences,),
+            "document_lengths": (self.num_documents,),
+            "token_ids": (self.num_tokens,),
+            "loss_mask": (self.num_tokens,),
+            "ids": (self.num_targets, self.top_k),
+            "logits": (self.num_targets, self.top_k),
+            "levels": (self.num_targets,),
+            "logsumexps": (self.num_targets, temperatures),
+            "tail_logprobs": (self.num_targets, temperatures),
+            "entropies": (self.num_targets, temperatures),
+            "label_logits": (self.num_targets,),
+            "draws": (self.num_targets, self.num_draws),
+        }
+        absent = {"logsumexps"} if self.on_grid else {"levels"}
+        stored = {name: shape for name, shape in shapes.items() if 0 not in shape[1:] and name not in absent}
+        return {name: (np.dtype(_DTYPES.get(name, np.int32)), shape) for name, shape in stored.items()}
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all columns as plain arrays: what an Arrow shard takes, but for its padding and schema."""
+        return sum(dtype.itemsize * int(np.prod(shape)) for dtype, shape in self.columns().values())
+
+    @property
+    def on_grid(self) -> bool:
+        """Whether logits lie on the grid of `pipeline.formats.grid`; logsumexps then follow from logits and tails."""
+        return self.top_k > 0 and not is_lossless(self.max_kl_error)
+
+    def ragged(self) -> dict[str, str]:
+        """The stored columns of which a sequence has several rows, and the column that counts them."""
+        return {name: counted for name, counted in RAGGED.items() if name in self.columns()}
+
+
+_DTYPES = {"key": np.uint8, "checksum": np.uint64, "loss_mask": np.bool_, "levels": np.uint8} | dict.fromkeys(
+    ("logits", "logsumexps", "tail_logprobs", "entropies", "label_logits"), np.float32
+)
+"""Of the columns that are not int32."""
+
+
+def encode(layout: ShardLayout, sequence: TokenSequence, targets: SparseTargets) -> dict[str, np.ndarray]:
+    """The stored columns of one sequence, rounded as far as the layout's bound allows."""
+    expected = (len(sequence.target_positions), layout.top_k, layout.num_draws, layout.temperatures)
+    found = (len(targets), targets.top_k, targets.draws.shape[1], targets.temperatures)
+    assert found == expected, f"targets of (N, K, D, temperatures) {found} for a sequence of {expected}"
+    labels = sequence.token_ids[sequence.target_positions + 1]
+    rounded, levels = round_targets(targets, labels, layout.max_kl_error)
+    columns = {
+        "key": np.frombuffer(sequence.key, np.uint8)[None],
+        "num_tokens": np.array([len(sequence.token_ids)]),
+        "num_documents": np.array([len(sequence.document_lengths)]),
+        "num_targets": np.array([len(targets)]),
+        "document_lengths": sequence.document_lengths,
+        "token_ids": sequence.token_ids,
+        "loss_mask": sequence.loss_mask,
+        "levels": levels,
+        **{name: getattr(rounded, name) for name in COLUMNS},
+    }
+    stored = {name: np.ascontiguousarray(columns[name], dtype) for name, (dtype, _) in _without_checksum(layout)}
+    return stored | {"checksum": np.array([checksum_of(stored)], np.uint64)}
+
+
+def checksum_of(columns: dict[str, np.ndarray]) -> int:
+    """xxh3-64 of the bytes of one sequence's columns, in the order of their names, its checksum left out."""
+    digest = xxhash.xxh3_64()
+    for name in sorted(columns.keys() - {"checksum"}):
+        digest.update(np.ascontiguousarray(columns[name]).reshape(-1).view(np.uint8))
+    return digest.intdigest()
+
+
+def decode(columns: dict[str, np.ndarray], layout: ShardLayout, where: str) -> CachedSequence:
+    """The sequence whose stored columns are given; raises CacheCorruptError unless they are as they were written."""
+    if checksum_of(columns) != columns["checksum"][0]:
+        raise CacheCorruptError(f"{where}: the sequence does not match its checksum; the shard is damaged.")
+    token_ids, loss_mask, lengths = (columns[name] for name in ("token_ids", "loss_mask", "document_lengths"))
+    positions = target_positions(loss_mask)
+    num_targets = len(columns["entropies"])
+    fits = len(loss_mask) == len(token_ids) == lengths.sum() and len(positions) == num_targets
+    if not fits or (lengths < 1).any():
+        raise CacheCorruptError(
+            f"{where}: tokens, mask, documents and targets do not fit each other; the shard is damaged."
+        )
+    return CachedSequence(
+        key=columns["key"].tobytes(),
+        token_ids=token_ids,
+        loss_mask=loss_mask,
+        document_lengths=lengths,
+        target_positions=positions,
+        targets=targets_of(columns, layout),
+    )
+
+
+def targets_of(columns: dict[str, np.ndarray], layout: ShardLayout) -> SparseTargets:
+    """The targets in stored columns of one or more sequences."""
+    num_targets = len(columns["entropies"])
+    empty = {"ids": np.int32, "draws": np.int32, "logits": np.float32}
+    values = {name: columns[name] for name in COLUMNS if name in columns}
+    values |= {name: np.zeros((num_targets, 0), dtype) for name, dtype in empty.items() if name not in columns}
+    if layout.on_grid:
+        values["logsumexps"] = logsumexps_of(values["logits"], values["tail_logprobs"], layout.temperatures)
+    return SparseTargets(temperatures=layout.temperatures, **values)
+
+
+def _without_checksum(layout: ShardLayout) -> list[tuple[str, tuple[np.dtype, tuple[int, ...]]]]:
+    return [(name, spec) for name, spec in layout.columns().items() if name != "checksum"]

@@ -1,0 +1,232 @@
+"""Shards as Zarr v3: a group of flat arrays in one uncompressed zip file; the archive, as small as it gets.
+
+The arrays are those of `pipeline.formats.packing`: chunked, compressed with pcodec (bytes with zstd), each
+chunk with its crc32c, chunks bundled by the sharding codec. The file is written front to back when the last
+sequence is there, and read, by `pipeline.formats.archive`; zarr makes the metadata, and reads it as well.
+"""
+
+import contextlib
+import threading
+import warnings
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zstandard
+from numcodecs.pcodec import PCodec
+
+from pipeline.errors import CacheCorruptError
+from pipeline.formats.archive import Archive, ArchivedArray, bundles
+from pipeline.formats.layout import ALIGNMENT, ShardLayout
+from pipeline.formats.packing import MODEL, Packer, array_specs, model_of, unpack
+
+CHUNK_VALUES = 32_768
+"""Values in the chunks of a row block, the unit of reading."""
+MAX_CHUNK_ROWS = 4096
+STEP_COLUMNS = 16
+"""Columns of a chunk of `steps`: ranks that are close to each other have like steps."""
+CHUNKS_IN_BUNDLE = 128
+"""Row blocks in one entry of the zip file, the unit of writing."""
+PCODEC_LEVEL = 8
+ZSTD_LEVEL = 3
+CODED = ("codes", "modes")
+"""Arrays that are made block by block, when the shard's model is there."""
+OF_A_SEQUENCE = 16
+"""Bytes of a sequence that nothing makes smaller: its key, which is a hash."""
+FORMAT = {"format": "sparse-target-shard", "format_version": 2}
+_FILTERS = threading.Lock()
+"""Held while the warning filters, which all threads share, are changed."""
+
+
+class ZarrShardWriter:
+    """Takes sequences for a new zip file at `path`, which is written by `close` and complete only after it."""
+
+    def __init__(self, path: Path, layout: ShardLayout) -> None:
+        self._layout, self._packer = layout, Packer(layout)
+        self._file = zipfile.ZipFile(path, mode="x")
+
+    def append(self, columns: dict[str, np.ndarray]) -> None:
+        """Add the stored columns of one or more sequences."""
+        self._packer.append(columns)
+
+    def close(self) -> None:
+        """Learn the shard's model, write all arrays and the zip directory."""
+        block_rows = chunk_shape("codes", (0, self._layout.top_k))[0] * CHUNKS_IN_BUNDLE
+        arrays, blocks = self._packer.arrays(block_rows)
+        attributes = _attributes(self._layout) | {"previous_tables": int(arrays.pop("previous_tables", 0))}
+        specs = {name: (values.dtype, values.shape) for name, values in arrays.items()}
+        specs |= {name: spec for name, spec in array_specs(self._layout).items() if name in CODED}
+        for name, document in _metadata(attributes, specs).items():
+            self._file.writestr(name, document)
+        for name, values in arrays.items():
+            self._write(name, values, first=0)
+        modes = []
+        for number, block in enumerate(blocks()):
+            self._write("codes", block["codes"].astype(np.uint32), first=number)
+            modes.append(block["modes"])
+        if modes:
+            self._write("modes", np.concatenate(modes), first=0)
+        self._file.close()
+
+    def discard(self) -> None:
+        """Let go of the file, finished or not."""
+        with contextlib.suppress(OSError):  # the zip directory does not fit a full disk either
+            self._file.close()
+
+    def _write(self, name: str, values: np.ndarray, first: int) -> None:
+        """Rows of an array as bundles, the first of which has the number `first`."""
+        shapes = chunk_shape(name, values.shape), bundle_shape(name, values.shape)
+        for number, bundle in enumerate(bundles(values, *shapes, _compress), start=first):
+            self._file.writestr(f"{name}/c/{number}{'/0' * (values.ndim - 1)}", bundle)
+
+
+class ZarrShard:
+    """A finished Zarr shard; reading a sequence decodes the chunks that it touches."""
+
+    def __init__(self, path: Path, layout: ShardLayout) -> None:
+        self.path, self._layout = path, layout
+        with self._damage_is_named():
+            self._archive = Archive(path)
+            group = self._archive.json("zarr.json")
+            attributes = group["attributes"]
+            self._previous_tables = attributes.pop("previous_tables")
+            if attributes != _attributes(layout):
+                raise CacheCorruptError(f"{path}: its attributes are not the manifest's; it belongs to another cache.")
+            if layout.num_sequences * OF_A_SEQUENCE > len(self._archive.contents):
+                raise ValueError(f"{layout.num_sequences} keys and checksums do not fit the file")
+            self._arrays = {name: self._array(name, *spec) for name, spec in array_specs(layout).items()}
+            model = {name: self._array(name, np.dtype(np.uint32)) for name in MODEL} if layout.top_k else {}
+            self._model_arrays, self._model = model, None
+            self._heads = {name: self._arrays[name][:] for name in _OF_SEQUENCES}
+            counts = {name: values for name, values in self._heads.items() if name.startswith("num_")}
+            self._offsets = {
+                name: np.concatenate([[0], np.cumsum(values, dtype=np.int64)]) for name, values in counts.items()
+            }
+        self._names, ragged = list(layout.columns()), layout.ragged()
+        self._counted = {name: ragged.get(name, "num_targets") for name in self._arrays if name not in self._heads}
+
+    def __len__(self) -> int:
+        return len(self._arrays["key"])
+
+    def columns(self, start: int, stop: int) -> dict[str, np.ndarray]:
+        """The stored columns of sequences `start` to `stop`."""
+        with self._damage_is_named():
+            if self._model is None and self._layout.top_k:
+                arrays = {name: array[:] for name, array in self._model_arrays.items()}
+                self._model = model_of(arrays, self._previous_tables)
+            found = {name: values[start:stop] for name, values in self._heads.items()}
+            first, last = ({name: int(ends[at]) for name, ends in self._offsets.items()} for at in (start, stop))
+            for name, counted in self._counted.items():
+                found[name] = self._arrays[name][first[counted] : last[counted]]
+            columns = unpack(found, self._model, self._layout)
+            return {name: columns[name] for name in self._names}
+
+    def checked_ranges(self) -> list[tuple[int, int]]:
+        """Ranges of the file's bytes that have checksums of their own, which reading checks."""
+        arrays = [*self._arrays.values(), *self._model_arrays.values()]
+        return sorted(extent for array in arrays for extent in array.extents)
+
+    def heads(self) -> dict[str, np.ndarray]:
+        """What every sequence has one of."""
+        return {name: self._heads[name] for name in ("key", *self._offsets)}
+
+    def close(self) -> None:
+        """Release the file."""
+        self._archive.close()
+
+    def _array(self, name: str, dtype: np.dtype, shape: tuple[int, ...] | None = None) -> ArchivedArray:
+        return ArchivedArray(self._archive, name, dtype, shape, lambda found: codecs(name, dtype, found))
+
+    @contextlib.contextmanager
+    def _damage_is_named(self) -> Iterator[None]:
+        try:
+            yield
+        except (CacheCorruptError, FileNotFoundError, MemoryError):
+            raise
+        except Exception as exc:  # zipfile, json, pcodec and numpy each raise their own for damaged bytes
+            raise CacheCorruptError(f"{self.path}: not a whole Zarr shard of this cache ({exc}).") from exc
+
+
+_OF_SEQUENCES = ("key", "checksum", "num_tokens", "num_documents", "num_targets")
+
+
+def chunk_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Rows and columns of a chunk of an array."""
+    width = int(np.prod(shape[1:], dtype=int))
+    if name != "steps":
+        return (_chunk_rows(width), *shape[1:])
+    return (_chunk_rows(width + 1), min(STEP_COLUMNS, width))
+
+
+def _chunk_rows(width: int) -> int:
+    return min(MAX_CHUNK_ROWS, max(1, CHUNK_VALUES // max(1, width)))
+
+
+def bundle_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Rows and columns of a bundle: all columns, in whole chunks."""
+    rows, *columns = chunk_shape(name, shape)
+    return (rows * CHUNKS_IN_BUNDLE, *(-(-size // chunk) * chunk for size, chunk in zip(shape[1:], columns)))
+
+
+def codecs(name: str, dtype: np.dtype, shape: tuple[int, ...]) -> list[dict[str, Any]]:
+    """What the metadata of an array says of its chunks."""
+    crc = {"name": "crc32c"}
+    little = {"name": "bytes", "configuration": {"endian": "little"}}
+    if dtype.itemsize == 1:
+        inner = [{"name": "bytes"}, {"name": "zstd", "configuration": {"level": ZSTD_LEVEL, "checksum": False}}, crc]
+    else:
+        inner = [{"name": "numcodecs.pcodec", "configuration": _PCODEC}, crc]
+    configuration = {
+        "chunk_shape": list(chunk_shape(name, shape)),
+        "codecs": inner,
+        "index_codecs": [little, crc],
+        "index_location": "end",
+    }
+    return [{"name": "sharding_indexed", "configuration": configuration}]
+
+
+_PCODEC = {"level": PCODEC_LEVEL, "mode_spec": "classic", "delta_spec": "try_consecutive", "delta_encoding_order": 0}
+
+
+def _compress(values: np.ndarray) -> bytes:
+    if values.dtype.itemsize == 1:
+        return zstandard.ZstdCompressor(level=ZSTD_LEVEL).compress(values)
+    return PCodec(**_PCODEC).encode(values.ravel())
+
+
+def _metadata(attributes: dict[str, Any], specs: dict[str, tuple[np.dtype, tuple[int, ...]]]) -> dict[str, bytes]:
+    """The documents of a group and its arrays, by their names in the zip file, as zarr writes them."""
+    import zarr
+    import zarr.codecs.numcodecs
+
+    documents: dict[str, Any] = {}
+    with _pcodec_is_meant():
+        group = zarr.create_group(zarr.storage.MemoryStore(documents), attributes=attributes)
+        for name, (dtype, shape) in specs.items():
+            crc, is_bytes = zarr.codecs.Crc32cCodec(), dtype.itemsize == 1
+            group.create_array(
+                name,
+                shape=shape,
+                dtype=dtype,
+                chunks=chunk_shape(name, shape),
+                shards=bundle_shape(name, shape),
+                serializer="auto" if is_bytes else zarr.codecs.numcodecs.PCodec(**_PCODEC),
+                compressors=[zarr.codecs.ZstdCodec(level=ZSTD_LEVEL), crc] if is_bytes else crc,
+                fill_value=0,
+            )
+    return {name: document.to_bytes() for name, document in documents.items()}
+
+
+@contextlib.contextmanager
+def _pcodec_is_meant() -> Iterator[None]:
+    """Without zarr's warning that numcodecs' codecs are an extension of the specification."""
+    with _FILTERS, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Numcodecs codecs are not in the Zarr version 3 specification")
+        yield
+
+
+def _attributes(layout: ShardLayout) -> dict[str, Any]:
+    named = {"temperatures": list(layout.temperatures), "max_kl_error": layout.max_kl_error, "alignment": ALIGNMENT}
+    return FORMAT | named

@@ -1,0 +1,73 @@
+"""What a launcher launches: commands, numbers and folders, the same for every launcher."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.documents import short
+from pipeline.errors import ConfigError
+from pipeline.launch.settings import SubmitConfig
+from pipeline.stores.objects import Location
+
+PIPELINE, TORCHRUN = ("-P", "-m", "pipeline.cli"), ("-P", "-m", "torch.distributed.run")
+"""What follows `python`. -P: a user's own pipeline.py or stages/ in the working directory is not taken for ours."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be launched: any number of workers on one cache and, if the settings name one, a training after them."""
+
+    submit: SubmitConfig
+    cache: Location
+    """Where the capture writes to; raises ConfigError if no script could name it."""
+    devices_per_worker: int
+    """GPUs of a worker, unless the submission says otherwise."""
+
+    def __post_init__(self) -> None:
+        if not str(self.cache).isprintable():  # it goes into scripts, a line of which must not become two
+            raise ConfigError(f"out is {short(str(self.cache))}; a name with control characters cannot be launched.")
+
+    @property
+    def folder(self) -> Path:
+        """Scripts and logs: next to the cache, which holds nothing but the run, or next to the settings of one in a store."""
+        # A cache of Kubernetes lies on a volume that this machine may not see.
+        if self.submit.launcher == "kubernetes":
+            parent = Path.cwd()
+        else:
+            parent = self.cache.parent if isinstance(self.cache, Path) else self.submit.cache_logits.absolute().parent
+        return parent / f"{self.name}.jobs"
+
+    @property
+    def logs(self) -> Path:
+        return self.folder / "logs"
+
+    @property
+    def name(self) -> str:
+        return self.cache.name
+
+    @property
+    def gpus_per_worker(self) -> int:
+        given = self.submit.gpus_per_worker
+        return self.devices_per_worker if given is None else given
+
+    def capture_command(self, python: str = sys.executable, config: Path | None = None) -> list[str]:
+        """One worker; its rank comes from the environment."""
+        path = str(config or self.submit.cache_logits.absolute())
+        return [python, *PIPELINE, "cache-logits", "--config", path, "--worker-from-env"]
+
+    def student_command(self, python: str = sys.executable, config: Path | None = None) -> list[str]:
+        """The training on one node, with a process a GPU."""
+        if self.submit.student_gpus <= 1:
+            return self.student_process(python, config)
+        processes = ["--standalone", "--nproc-per-node", str(self.submit.student_gpus)]
+        return [python, *TORCHRUN, *processes, "--no-python", *self.student_process(python, config)]
+
+    def student_process(self, python: str = sys.executable, config: Path | None = None) -> list[str]:
+        """One process of the training; what follows `torchrun --no-python`."""
+        assert self.submit.train_student is not None
+        path = str(config or self.submit.train_student.absolute())
+        return [python, *PIPELINE, "train-student", "--config", path]
+
+    def prepare_folder(self) -> None:
+        """Make the folder of scripts and logs."""
+        self.logs.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,55 @@
+"""The settings of `pipeline submit`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.errors import ConfigError
+from pipeline.settings import Settings, required, setting
+
+LAUNCHERS = {name: f"pipeline.launch.{name}" for name in ("local", "slurm", "ray", "kubernetes")}
+"""Modules, each with a function `launch(job, reporter)`, by the name that `--on` takes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SubmitConfig(Settings):
+    """Settings of `pipeline submit`."""
+
+    launcher: str = required(
+        "What starts the workers: this machine, or a cluster.", choices=tuple(LAUNCHERS), flag="--on"
+    )
+    cache_logits: Path = required("YAML file with the settings of `pipeline cache-logits`.")
+    train_student: Path | None = setting(None, "YAML file with the settings of `pipeline train-student`, to follow.")
+    workers: int = setting(1, "Workers that share the cache.")
+    gpus_per_worker: int | None = setting(
+        None, "GPUs of a worker; none takes tensor_parallel x pipeline_parallel, 0 is for a CPU."
+    )
+    student_nodes: int = setting(1, "Nodes of the student's training.")
+    student_gpus: int = setting(0, "GPUs of the student's training on each node; 0 is for a CPU.")
+    attempts: int = setting(5, "Times in a row that something is started again without getting further.")
+    drain_s: int = setting(
+        600, "Seconds of warning before a worker is stopped: more than a shard takes.", flag="--drain-seconds"
+    )
+    directives: tuple[str, ...] = setting(
+        (), "Slurm: a further #SBATCH option of all jobs, such as --partition=gpu; repeatable.", flag="--sbatch"
+    )
+    setup: tuple[str, ...] = setting((), "Slurm: a line of shell before the command, such as module load cuda.")
+    address: str | None = setting(None, "Ray: address of the cluster; none starts one on this machine.")
+    image: str | None = setting(None, "Kubernetes: container image in which this package is installed.")
+    volume: str | None = setting(None, "Kubernetes: persistent volume claim with teacher, corpus and cache.")
+    secret: str | None = setting(
+        None, "Kubernetes: secret whose entries become environment variables, such as an object store's credentials."
+    )
+    mount: Path = setting(Path("/data"), "Kubernetes: where the volume appears in the containers.")
+    write_only: bool = setting(False, "Write the scripts and submit nothing.")
+
+    def check(self) -> None:
+        for name in ("workers", "student_nodes", "attempts", "drain_s"):
+            self.at_least(name, 1)
+        for name in ("gpus_per_worker", "student_gpus"):
+            self.at_least(name, 0)
+        if self.launcher == "kubernetes" and (self.image is None or self.volume is None):
+            raise ConfigError("launcher is 'kubernetes'; give --image and --volume too.")
+        if self.student_nodes > 1 and self.launcher != "slurm":
+            raise ConfigError(f"student_nodes is {self.student_nodes}; only Slurm trains on several nodes.")
+        if self.write_only and self.launcher in ("local", "ray"):
+            raise ConfigError(f"write_only: nothing is written for {self.launcher!r}; it is for slurm and kubernetes.")

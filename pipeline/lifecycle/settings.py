@@ -1,0 +1,62 @@
+"""The settings of `pipeline convert`, `merge` and `export`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.errors import ConfigError
+from pipeline.settings import Settings, required, setting
+from pipeline.stores.objects import Location
+
+CONTAINERS = ("arrow", "zarr")
+EXPORTS = ("parquet",)
+EXPORT_LAYOUTS = ("plain", "axolotl")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertConfig(Settings):
+    """Settings of `pipeline convert`."""
+
+    cache: Location = required("Folder or URL of a finished cache.", argument=True)
+    format: str = required("Container of the new shards.", choices=CONTAINERS)
+    out: Location = required("Folder or URL to write the new cache to.")
+    workers: int | None = setting(None, "Shards that are converted at the same time; none takes one a core.")
+
+    def check(self) -> None:
+        self.at_least("workers", 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeConfig(Settings):
+    """Settings of `pipeline merge`."""
+
+    caches: tuple[Location, ...] = required(
+        "Folders or URLs of two or more finished caches of one teacher.", argument=True
+    )
+    out: Location = required("Folder or URL to write the new cache to.")
+    format: str | None = setting(None, "Container of the new shards; none takes the first cache's.", choices=CONTAINERS)
+    workers: int | None = setting(None, "Shards that are copied at the same time; none takes one a core.")
+
+    def check(self) -> None:
+        self.at_least("workers", 1)
+        if len(self.caches) < 2:
+            raise ConfigError(f"caches names {len(self.caches)} folder; a merge needs two or more.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig(Settings):
+    """Settings of `pipeline export`."""
+
+    cache: Location = required("Folder or URL of a finished cache.", argument=True)
+    out: Path = required("Folder to write the files to.")
+    to: str = setting("parquet", "Kind of file.", choices=EXPORTS)
+    layout: str = setting(
+        "plain",
+        "Columns: 'plain' has one entry a target, 'axolotl' one a token, as axolotl's KD plugin takes them.",
+        choices=EXPORT_LAYOUTS,
+    )
+    temperature: float = setting(1.0, "Temperature T of the log-probabilities; the cache must hold it.")
+    workers: int | None = setting(None, "Files that are written at the same time; none takes one a core.")
+
+    def check(self) -> None:
+        self.positive("temperature", (self.temperature,))
+        self.at_least("workers", 1)

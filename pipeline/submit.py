@@ -1,0 +1,38 @@
+"""The command `pipeline submit`: the settings of both stages become a job, and a launcher starts it."""
+
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+
+from pipeline.launch.job import Job
+from pipeline.launch.settings import LAUNCHERS, SubmitConfig
+from pipeline.progress import Reporter
+from pipeline.settings import load_config
+from stages.cache_logits.settings import CacheConfig
+from stages.train_student.settings import TrainConfig
+
+
+def submit(config: SubmitConfig, reporter: Reporter) -> None:
+    """Launch what the files of a submission describe; raises ConfigError before anything is started."""
+    job = job_of(config)
+    if config.launcher != "kubernetes":  # whose paths are those of its containers
+        from stages.cache_logits.planning import plan_cache
+
+        plan_cache(load_config(CacheConfig, config.cache_logits))
+    launcher(config.launcher)(job, reporter)
+
+
+def job_of(config: SubmitConfig) -> Job:
+    """The job that the files of a submission describe, all of them checked."""
+    capture = load_config(CacheConfig, config.cache_logits)
+    if config.train_student is not None:
+        load_config(TrainConfig, config.train_student)
+    cache = capture.out
+    if isinstance(cache, Path) and config.launcher != "kubernetes":
+        cache = cache.absolute()
+    return Job(config, cache, capture.tensor_parallel * capture.pipeline_parallel)
+
+
+def launcher(name: str) -> Callable[[Job, Reporter], None]:
+    """The launch function of a kind of cluster."""
+    return importlib.import_module(LAUNCHERS[name]).launch

@@ -1,0 +1,137 @@
+"""The settings of `pipeline cache-logits` and `pipeline audit`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.errors import ConfigError
+from pipeline.formats.grid import WARMEST
+from pipeline.settings import Settings, required, setting
+from pipeline.stores.objects import Location
+
+ENGINES = ("vllm", "transformers")
+CONTAINERS = ("arrow", "zarr")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheConfig(Settings):
+    """Settings of `pipeline cache-logits`."""
+
+    teacher: Path = required("Folder of the teacher: config.json, weights, tokenizer.")
+    corpus: Path = required("Folder that `pipeline prepare` wrote.")
+    out: Location = required("Folder or URL to write the cache to.")
+    top_k: int = setting(64, "Largest probabilities kept for each position.")
+    temperatures: tuple[float, ...] = setting(
+        (1.0, 2.0), "A temperature T at which targets are exact; repeatable.", flag="--temperature"
+    )
+    tail_samples: int = setting(0, "Draws from the teacher's tail, outside the top k, kept for each position.")
+    draw_temperature: float | None = setting(
+        None, "Captured temperature T of the draws; none takes the largest.  Train with --tail hybrid at this T."
+    )
+    engine: str = setting("vllm", "What runs the teacher.", choices=ENGINES)
+    format: str = setting("arrow", "Container of the shards.", choices=CONTAINERS)
+    max_kl_error: float = setting(
+        1e-4,
+        "Largest mean KL(teacher || stored) that rounding may cost in a shard, in nats, at every temperature; "
+        "'lossless' keeps every float32. No probability is off by more than 0.001 either way.",
+        words={"lossless": 0.0},
+    )
+    shard_tokens: int = setting(1_048_576, "Tokens in one shard: the work that a crash can lose.")
+    reuse: tuple[Location, ...] = setting(
+        (),
+        "A cache by the same teacher and settings, finished or not: sequences that it holds are copied instead of "
+        "scored; repeatable.",
+    )
+    dtype: str = setting("auto", "Type of the teacher's body; its head always runs in float32.", choices=DTYPES)
+    tensor_parallel: int = setting(1, "Devices that share each layer of the teacher (vLLM).")
+    pipeline_parallel: int = setting(1, "Devices that share the stack of layers (vLLM).")
+    batch_tokens: int = setting(8192, "Tokens in one step of the engine.")
+    row_chunk: int = setting(1024, "Positions whose full logits exist at the same time.")
+    gpu_memory_utilization: float = setting(0.9, "Share of a GPU's memory that vLLM takes, 0 to 1.")
+    quantization: str | None = setting(None, "vLLM's name of the teacher's quantisation, such as fp8.")
+    enforce_eager: bool | None = setting(
+        None, "Skip vLLM's compilation, which pays on a GPU; none skips it on a CPU, where it takes minutes."
+    )
+    trust_remote_code: bool = setting(
+        False, "Run the code that the teacher's folder brings along; for those whose maker you trust."
+    )
+    worker: int = setting(0, "Number of this worker, from 0; any number of workers may share one --out.")
+    workers: int = setting(1, "Workers that share the cache: each begins with its share and then takes what is left.")
+    worker_from_env: bool = setting(
+        False, "Take both from PIPELINE_WORKER, a Slurm array, a Kubernetes Indexed Job or srun, in this order."
+    )
+    lease_s: float = setting(
+        180.0, "Seconds without a heartbeat after which others take a worker's partitions.", flag="--lease-seconds"
+    )
+    stall_s: float = setting(
+        1800.0,
+        "Seconds in which the engine finishes nothing although it has requests, or four times as many in which it does "
+        "not get loaded, after which this worker gives up with exit code 70.",
+        flag="--stall-seconds",
+    )
+    max_failures: int = setting(3, "Failures of a partition after which it is set aside and the rest goes on.")
+    retry_failed: bool = setting(False, "Try again what was set aside.")
+
+    def check(self) -> None:
+        self.at_least("top_k", 0)
+        self.at_least("tail_samples", 0)
+        if self.top_k + self.tail_samples == 0:
+            raise ConfigError("top_k is 0 and tail_samples is 0; keep at least one entry of a position.")
+        for name in ("shard_tokens", "tensor_parallel", "pipeline_parallel", "batch_tokens", "row_chunk"):
+            self.at_least(name, 1)
+        self.at_least("max_failures", 1)
+        self.positive("lease_s", (self.lease_s,))
+        self.positive("stall_s", (self.stall_s,))
+        if not 0 <= self.worker < self.workers:
+            raise ConfigError(f"worker is {self.worker} of {self.workers} workers; count from 0.")
+        if not self.temperatures:
+            raise ConfigError("temperatures is empty; give at least one, such as --temperature 2.0.")
+        self.positive("temperatures", self.temperatures)
+        if min(self.temperatures) > WARMEST:
+            raise ConfigError(f"temperatures is {list(self.temperatures)}; the smallest must be {WARMEST:g} or less.")
+        if len(set(self.temperatures)) != len(self.temperatures):
+            raise ConfigError(f"temperatures is {list(self.temperatures)}; each may be given once.")
+        if self.draw_temperature is not None and self.draw_temperature not in self.temperatures:
+            raise ConfigError(f"draw_temperature is {self.draw_temperature}; choose one of: {list(self.temperatures)}.")
+        if not (self.max_kl_error == 0 or 1e-5 <= self.max_kl_error <= 1):
+            raise ConfigError(f"max_kl_error is {self.max_kl_error:g}; it must lie in [1e-05, 1] nats or be lossless.")
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise ConfigError(f"gpu_memory_utilization is {self.gpu_memory_utilization}; it must lie in (0, 1].")
+
+    @property
+    def resolved_draw_temperature(self) -> float:
+        """The temperature of the draws."""
+        return max(self.temperatures) if self.draw_temperature is None else self.draw_temperature
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditConfig(Settings):
+    """Settings of `pipeline audit`. What is not given is as it was in the capture."""
+
+    cache: Location = required("Folder or URL of a finished cache.", argument=True)
+    teacher: Path = required("Folder of the teacher that made it.")
+    fraction: float = setting(0.001, "Share of the sequences that are scored again, 0 to 1.")
+    sequences: int = setting(8, "Sequences that are scored again at least.")
+    seed: int = setting(0, "Seed of the sample.")
+    noise: float | None = setting(
+        None,
+        "How far arithmetic alone may put a probability, beyond what rounding does; none takes 0.0001 for a "
+        "teacher in float32, 0.02 in float16, 0.1 in bfloat16 or quantised.",
+    )
+    engine: str | None = setting(None, "What runs the teacher; none takes the capture's.", choices=ENGINES)
+    tensor_parallel: int | None = setting(None, "Devices that share each layer; none takes the capture's.")
+    pipeline_parallel: int | None = setting(None, "Devices that share the stack of layers; none takes the capture's.")
+    batch_tokens: int | None = setting(None, "Tokens in one step of the engine; none takes the capture's.")
+    gpu_memory_utilization: float | None = setting(None, "Share of a GPU's memory; none takes the capture's.")
+    enforce_eager: bool | None = setting(None, "Skip vLLM's compilation; none takes the capture's.")
+    trust_remote_code: bool = setting(
+        False, "Run the code that the teacher's folder brings along; for those whose maker you trust."
+    )
+
+    def check(self) -> None:
+        self.seed_fits()
+        for name in ("sequences", "tensor_parallel", "pipeline_parallel", "batch_tokens"):
+            self.at_least(name, 1)
+        self.at_least("noise", 0)
+        if not 0 <= self.fraction <= 1:
+            raise ConfigError(f"fraction is {self.fraction}; it must lie in [0, 1].")

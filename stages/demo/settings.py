@@ -1,0 +1,18 @@
+"""The settings of `pipeline demo`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.settings import Settings, setting
+
+ENGINES = ("vllm", "transformers")
+CONTAINERS = ("arrow", "zarr")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig(Settings):
+    """Settings of `pipeline demo`."""
+
+    work: Path = setting(Path("data/demo"), "Folder for everything that the demo makes; finished steps are reused.")
+    engine: str = setting("vllm", "What runs the teacher.", choices=ENGINES)
+    format: str = setting("arrow", "Container of the shards.", choices=CONTAINERS)

@@ -1,0 +1,1 @@
+"""`pipeline estimate`: what both stages will take, before either runs."""

@@ -1,0 +1,73 @@
+"""The settings of `pipeline prepare` and `pipeline preview`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.errors import ConfigError
+from pipeline.settings import Settings, required, setting
+
+PACKINGS = ("isolated", "crossing", "none")
+OVERLONG = ("drop", "truncate", "cut")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextConfig(Settings):
+    """How text becomes sequences."""
+
+    inputs: tuple[Path, ...] = required(
+        "Files or folders: .txt, .md, .json, .jsonl, .jsonl.gz, .jsonl.zst, .parquet.", argument=True
+    )
+    tokenizer: Path = required("Folder of the teacher's tokenizer.")
+    sequence_length: int = setting(2048, "Longest sequence, in tokens.")
+    text_field: str = setting("text", "Field or column that holds a document's text.")
+    packing: str = setting(
+        "isolated",
+        "How short documents share a sequence: 'isolated' keeps attention inside each document, "
+        "'crossing' lets it cross, 'none' writes one piece of a document a sequence.",
+        choices=PACKINGS,
+    )
+    overlong: str = setting(
+        "drop",
+        "What becomes of a conversation, or a prompt with its completion, that is longer than a sequence: 'drop', "
+        "'truncate' (its oldest messages, or the beginning of the prompt, go; system messages and answers stay whole), "
+        "'cut' into pieces as plain text always is.",
+        choices=OVERLONG,
+    )
+    last_turn_only: bool = setting(False, "Only the last turn of the assistant carries loss.")
+    trust_remote_code: bool = setting(
+        False, "Run the code that the tokenizer's folder brings along; for those whose maker you trust."
+    )
+
+    def check(self) -> None:
+        if not self.inputs:
+            raise ConfigError("no input was given; name at least one file or folder.")
+        self.at_least("sequence_length", 2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareConfig(TextConfig):
+    """Settings of `pipeline prepare`."""
+
+    out: Path = required("Folder to write the tokenised corpus to.")
+    partition_tokens: int = setting(16_777_216, "Tokens in one file of the corpus.")
+    skip_bad_lines: bool = setting(False, "Count and skip records that cannot be read, instead of stopping.")
+
+    def check(self) -> None:
+        super().check()
+        self.at_least("partition_tokens", 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreviewConfig(TextConfig):
+    """Settings of `pipeline preview`."""
+
+    tokenizer: Path | None = setting(None, "Folder of the teacher's tokenizer; a corpus has its own.")
+    rows: int = setting(3, "Rows to show.")
+    longest: int = setting(2000, "Tokens of a row to show.")
+    borders: bool = setting(True, "Show where tokens begin: by shades, or by dots where there is no colour.")
+    color: bool | None = setting(None, "Colour the labels instead of putting them in «»; none does so on a terminal.")
+
+    def check(self) -> None:
+        super().check()
+        self.at_least("rows", 1)
+        self.at_least("longest", 1)

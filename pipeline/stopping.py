@@ -78,3 +78,18 @@ def starting_processes() -> Iterator[None]:
             signal.signal(number, handler)
         for number in kept[:1]:
             signal.raise_signal(number)
+
+
+_interrupted = threading.Event()
+
+
+def interrupted() -> threading.Event:
+    """What is set when all that wait in this process are to wait no more."""
+    return _interrupted
+
+
+def stop_waiting() -> None:
+    """Let everything fail that waits now, as for a silent store: this command is about to leave."""
+    global _interrupted
+    waiting, _interrupted = _interrupted, threading.Event()
+    waiting.set()

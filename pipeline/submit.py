@@ -2,7 +2,6 @@
 
 import importlib
 from collections.abc import Callable
-from pathlib import Path
 
 from pipeline.launch.job import Job
 from pipeline.launch.settings import LAUNCHERS, SubmitConfig
@@ -27,9 +26,7 @@ def job_of(config: SubmitConfig) -> Job:
     capture = load_config(CacheConfig, config.cache_logits)
     if config.train_student is not None:
         load_config(TrainConfig, config.train_student)
-    cache = capture.out
-    if isinstance(cache, Path) and config.launcher != "kubernetes":
-        cache = cache.absolute()
+    cache = capture.out if config.launcher == "kubernetes" else capture.out.absolute()
     return Job(config, cache, capture.tensor_parallel * capture.pipeline_parallel)
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 FLOORS = (
     (
-        *("pipeline.cpu", "pipeline.documents", "pipeline.drain", "pipeline.errors", "pipeline.files", "pipeline.ipc"),
+        *("pipeline.cpu", "pipeline.documents", "pipeline.drain", "pipeline.errors", "pipeline.files"),
+        *("pipeline.handover", "pipeline.ipc", "pipeline.redaction"),
         *("pipeline.library_logs", "pipeline.pages", "pipeline.parallel", "pipeline.processes", "pipeline.progress"),
         *(
             "pipeline.starting",

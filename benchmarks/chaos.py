@@ -34,6 +34,7 @@ from pipeline.cache.verify import verify_cache
 from pipeline.corpus import Corpus
 from pipeline.runs.leases import LEASES
 from pipeline.runs.rank import Rank
+from pipeline.stores.local_store import LocalStore
 from tests.workers import LEASE_S, UnevenEngine, new_cache, start_worker, tiny_corpus
 
 HOSTS = 3
@@ -141,7 +142,7 @@ def main() -> None:
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, default="/dev/shm" if os.path.isdir("/dev/shm") else None)
     options = parser.parse_args()
-    scratch = Path(tempfile.mkdtemp(dir=options.folder, prefix="chaos-"))
+    scratch = LocalStore(tempfile.mkdtemp(dir=options.folder, prefix="chaos-"))
     try:
         corpus = tiny_corpus(scratch / "corpus", options.partitions)
         for seed in range(options.first_seed, options.first_seed + options.seeds):

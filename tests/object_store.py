@@ -85,7 +85,7 @@ def put_cache(folder: Path, url: ObjectStore) -> ObjectStore:
     """A copy of a cache, file by file."""
     for path in sorted(folder.rglob("*")):
         if path.is_file():
-            (url / str(path.relative_to(folder))).write_bytes(path.read_bytes())
+            (url / str(path.relative_to(folder))).write(path.read_bytes())
     return url
 
 

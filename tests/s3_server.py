@@ -57,7 +57,7 @@ class Faulty:
     def __init__(self, application: Any) -> None:
         self._application = application
         self._faults: list[dict[str, Any]] = []
-        self._lock, self._link = threading.Lock(), threading.Lock()
+        self._lock, self._link, self._conditions = threading.Lock(), threading.Lock(), threading.Lock()
 
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         if environ["PATH_INFO"] == "/_faults":
@@ -87,6 +87,9 @@ class Faulty:
             if kind == "lose":
                 return self._close(environ)
             return self._cut(environ, b"".join(answer))
+        if {"HTTP_IF_MATCH", "HTTP_IF_NONE_MATCH"} & environ.keys():
+            with self._conditions:  # moto looks and then writes; a store does both in one step
+                return list(self._application(environ, start_response))
         return self._application(environ, start_response)
 
     def _met(self, environ: dict[str, Any]) -> str | None:

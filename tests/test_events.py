@@ -9,11 +9,11 @@ import pytest
 from pipeline.cache.commits import list_commits
 from pipeline.errors import PartitionsFailedError
 from pipeline.processes import owner_name
-from pipeline.runs import events
 from pipeline.runs.events import EVENTS, EventLog, read_events
 from pipeline.runs.presence import Presence
 from pipeline.runs.rank import Rank
 from pipeline.runs.status import StatusReader
+from pipeline.stores import object_store
 from pipeline.stores.numbered import list_names
 from tests.helpers import run, wait_until
 from tests.test_workers import COUNT, AllergicEngine, HangingEngine, SlowEngine, assert_whole
@@ -125,7 +125,7 @@ def test_torn_and_foreign_lines_are_skipped_and_the_next_life_begins_a_line(tmp_
 def test_log_that_cannot_be_written_stops_nobody(tmp_path, rows):
     cache = new_cache(tmp_path / "cache", rows)
     in_the_way = cache / EVENTS / f"0000-{owner_name()}.jsonl"
-    in_the_way.mkdir()
+    in_the_way.mkdir(parents=True)
     run_worker(cache, rows)
     in_the_way.rmdir()
     assert_whole(cache, rows)
@@ -133,7 +133,7 @@ def test_log_that_cannot_be_written_stops_nobody(tmp_path, rows):
 
 
 def test_events_go_into_the_store_at_every_beat_and_into_a_new_object_when_one_is_large(url, monkeypatch):
-    monkeypatch.setattr(events, "OBJECT_BYTES", 1000)
+    monkeypatch.setattr(object_store, "LOG_BYTES", 1000)
     with Presence(url, ALONE, lease_s=LEASE_S) as presence:
         for partition in range(100):
             presence.events.note("claimed", partition=partition)

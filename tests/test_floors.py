@@ -21,7 +21,14 @@ FLOORS = (
     ),
     ("pipeline.stores",),
     (
-        *("pipeline.corpus", "pipeline.hidden", "pipeline.models", "pipeline.options", "pipeline.probe"),
+        *(
+            "pipeline.corpus",
+            "pipeline.hidden",
+            "pipeline.models",
+            "pipeline.options",
+            "pipeline.ownership",
+            "pipeline.probe",
+        ),
         *("pipeline.settings", "pipeline.tokenizer", "pipeline.vocabulary", "pipeline.weights"),
     ),
     ("pipeline.formats",),

@@ -97,7 +97,7 @@ def test_cache_that_went_through_an_object_store_and_back(tmp_path, url, corpus)
     names = [path.relative_to(cache) for path in cache.rglob("*") if path.is_file()]
     for name in names:
         (back / name).parent.mkdir(parents=True, exist_ok=True)
-        (back / name).write_bytes((url / str(name)).read_bytes())
+        (back / name).write_bytes((url / str(name)).read())
     assert run("verify", back)[0] == 0
     assert_equal_caches(cache, back)
 

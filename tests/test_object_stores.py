@@ -21,7 +21,7 @@ from pipeline.lifecycle.convert import convert_cache
 from pipeline.lifecycle.export import export_cache
 from pipeline.lifecycle.merge import merge_caches
 from pipeline.lifecycle.settings import ConvertConfig, ExportConfig, MergeConfig
-from pipeline.stores import objects as storage
+from pipeline.stores import object_store as storage
 from pipeline.stores.copies import COPIES
 from pipeline.stores.object_store import ObjectStore
 from stages.cache_logits.capture import capture

@@ -288,7 +288,7 @@ def test_status_is_that_of_a_folder(cache, rows):
     code, text = status("--watch", "--interval", "3600")
     assert code == 0
     assert "complete: 24 of 24 partitions" in text
-    assert [path.name for path in (cache / WORKERS).iterdir() if path.name.startswith(".")] == []
+    assert [name for name in (cache / WORKERS).names() if name.startswith(".")] == []
 
 
 def test_status_needs_no_right_to_write(server, cache, rows):

@@ -18,6 +18,7 @@ from pipeline.corpus import TOKENIZER, Corpus, TokenSequence
 from pipeline.errors import PipelineError
 from pipeline.progress import Reporter
 from pipeline.runs.rank import Rank
+from pipeline.runs.terms import RunTerms, begin_run
 from pipeline.stores.store import Store
 from pipeline.targets import SparseTargets
 from stages.cache_logits.engine import Engine, Request
@@ -41,8 +42,10 @@ def tiny_corpus(folder: Path, count: int) -> Path:
 def new_cache(folder: Store, corpus: Path) -> Store:
     """A plan with one sequence a partition."""
     rows = Corpus(corpus)
-    CacheFolder.begin(folder, fake_manifest(rows, partitions=plan_partitions(rows.lengths()[0], 1)), corpus / TOKENIZER)
-    return folder
+    manifest = fake_manifest(rows, partitions=plan_partitions(rows.lengths()[0], 1))
+    cache = CacheFolder.begin(folder, manifest, corpus / TOKENIZER)
+    begin_run(cache.folder, RunTerms(lease_s=LEASE_S))
+    return cache.folder
 
 
 class UnevenEngine(FakeEngine):
@@ -69,15 +72,14 @@ def run_worker(
     stall_s: float = 600.0,
 ) -> None:
     """A worker in this process."""
-    manifest = CacheManifest.read(folder)
+    cache = CacheFolder(folder)
     work(
-        folder,
+        cache,
         Corpus(corpus),
-        manifest,
-        lambda: make_engine(manifest),
+        None,
+        lambda: make_engine(cache.manifest),
         rank=rank,
-        lease_s=lease_s,
-        max_failures=3,
+        terms=RunTerms(lease_s=lease_s),
         stall_s=stall_s,
         reporter=reporter or Reporter(),
     )

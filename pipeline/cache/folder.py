@@ -54,6 +54,8 @@ class CacheFolder:
                 place.build(lambda new: _fill(new, manifest, source))
             found = cls(place)
             found.manifest.require_equal(manifest, place)
+            for name in (SHARDS, COMMITS):  # copying may have lost them while they were empty
+                (place / name).mkdir(exist_ok=True)
             if not (place / TOKENIZER).is_dir():
                 (place / TOKENIZER).build(lambda new: _copy(source, new))
         return found
@@ -136,7 +138,7 @@ def _require_free(place: Store) -> None:
     """Raise CacheMismatchError if something else is there."""
     foreign = [name for name in place.names() if name != TOKENIZER or place.path is not None]
     if (foreign or place.is_file()) and not (place / MANIFEST).is_file():  # another process may just have made it
-        what = f"holds no cache but {short(foreign[0])}" if foreign else "is a file"
+        what = f"holds no cache but {short(foreign[0], quoted=False)}" if foreign else "is a file"
         raise CacheMismatchError(f"{place}: {what}; choose another --out or empty it.")
 
 

@@ -23,6 +23,7 @@ from pipeline.documents import Count, FileName, Hash, Temperature, Text, Width, 
 from pipeline.errors import CacheCorruptError, CacheIncompleteError, CacheMismatchError
 from pipeline.formats.grid import WARMEST
 from pipeline.formats.layout import ALIGNMENT, ShardCounts, ShardLayout
+from pipeline.ownership import Differences, differences, told
 from pipeline.stores.places import store_of
 from pipeline.stores.sealed import read_json, write_json
 from pipeline.stores.store import Store
@@ -127,15 +128,17 @@ class CacheManifest:
         """The entries that decide the targets of a sequence, whatever else is in the cache and how it is kept."""
         return {name: value for name, value in self.identity().items() if name not in COLLECTION}
 
-    def target_differences(self, other: "CacheManifest") -> dict[str, tuple[Any, Any]]:
+    def target_differences(self, wanted: "CacheManifest") -> Differences:
         """The entries of `target_identity` that differ, with both values: this manifest's first."""
-        return _differences(self.target_identity(), other.target_identity())
+        entries = self.target_identity()
+        return differences(entries, wanted.target_identity(), entries)
 
     def require_equal(self, requested: "CacheManifest", folder: Store) -> None:
         """Raise CacheMismatchError, naming every difference, unless both describe the same targets."""
-        different = _differences(self.identity(), requested.identity())
+        entries = self.identity()
+        different = differences(entries, requested.identity(), entries)
         if different:
-            found = "; ".join(f"{name} is {short(old)}, now {short(new)}" for name, (old, new) in different.items())
+            found = told(different, "is")
             raise CacheMismatchError(f"{folder}: holds a cache made by other settings: {found}; choose another --out.")
 
     def write(self, folder: Store) -> bool:
@@ -160,7 +163,3 @@ class CacheManifest:
                 f"this version reads {(FORMAT, FORMAT_VERSION)}, {ALIGNMENT!r}."
             )
         return document_of(cls, document, path, CacheCorruptError)
-
-
-def _differences(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    return {name: (ours[name], theirs.get(name)) for name in ours if ours[name] != theirs.get(name)}

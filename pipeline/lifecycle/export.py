@@ -14,16 +14,15 @@ from pipeline.cache.manifest import CacheManifest
 from pipeline.cache.reader import open_cache
 from pipeline.cache.shard import StoredShard
 from pipeline.cpu import available_cores
-from pipeline.documents import short
-from pipeline.errors import CacheMismatchError, ConfigError, PipelineError
-from pipeline.files import canonical_json, is_vacant, remove_partials, replacing
+from pipeline.errors import CacheMismatchError, ConfigError
+from pipeline.files import canonical_json, remove_partials, replacing
 from pipeline.formats.layout import ALIGNMENT
 from pipeline.lifecycle.copying import sequences_of_shard
 from pipeline.lifecycle.exported import LAYOUTS, Row
 from pipeline.lifecycle.settings import ExportConfig
+from pipeline.ownership import claim, differences, told
 from pipeline.parallel import in_processes
 from pipeline.progress import Reporter
-from pipeline.stores.sealed import read_json, write_json
 from pipeline.targets import column_of
 
 RECORD = ".export.json"
@@ -57,17 +56,10 @@ def file_name(partition: int) -> str:
 def _open_folder(config: ExportConfig, manifest: CacheManifest) -> None:
     identity = xxhash.xxh3_128_hexdigest(canonical_json(manifest.identity()))
     record = {"cache": identity, "layout": config.layout, "temperature": config.temperature}
-    path = config.out / RECORD
-    if not path.is_file() and not is_vacant(config.out) and not path.is_file():  # another process may just begin
-        raise ConfigError(f"{config.out}: exists and holds no export; choose another --out or empty it.")
-    config.out.mkdir(parents=True, exist_ok=True)
-    remove_partials(config.out)
-    write_json(path, record, first_wins=True)
-    found = read_json(path, PipelineError)
-    different = [name for name, value in record.items() if found.get(name) != value]
+    different = differences(claim(config.out, RECORD, record, "export"), record, record)
     if different:
-        changes = "; ".join(f"{name} was {short(found.get(name))}, now {short(record[name])}" for name in different)
-        raise CacheMismatchError(f"{config.out}: holds another export: {changes}; choose another --out.")
+        raise CacheMismatchError(f"{config.out}: holds another export: {told(different)}; choose another --out.")
+    remove_partials(config.out)
 
 
 def _write_file(config: ExportConfig, shard: StoredShard) -> int:

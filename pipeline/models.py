@@ -27,7 +27,6 @@ FACTORS = {"logit_scale": 1, "lm_head_multiplier": 1, "logits_scaling": -1}
 """Attributes that scale the logits (Cohere, Falcon-H1, Granite), and to which power."""
 SOFTCAP = "final_logit_softcapping"
 """Attribute: c of c tanh(logits / c) (Gemma 2)."""
-COMPUTED_IN = ("float32", "bfloat16", "float16")
 NO_LIMIT = 1 << 30
 
 

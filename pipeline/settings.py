@@ -21,6 +21,8 @@ from pipeline.stores.objects import Location, ObjectPath, at_home, location, wit
 
 Config = TypeVar("Config", bound="Settings")
 _REQUIRED: Any = object()
+COMPUTED_IN = ("float32", "bfloat16", "float16")
+"""Types that a model's body may be computed in."""
 SEEDS = 1 << 32
 """numpy's number of seeds, the fewest."""
 

@@ -127,7 +127,7 @@ def test_crash_inside_a_unit_redoes_that_unit(config: PrepareConfig, monkeypatch
 def test_killed_process_is_taken_over(config: PrepareConfig) -> None:
     script = (
         "import os, signal, sys; from pathlib import Path; import stages.prepare.run as run\n"
-        "from pipeline.config import PrepareConfig; commit = run.commit\n"
+        "from stages.prepare.settings import PrepareConfig; commit = run.commit\n"
         "def kill(out, index, *rest):\n"
         "    if index == 2: os.kill(os.getpid(), signal.SIGKILL)\n"
         "    return commit(out, index, *rest)\n"

@@ -19,6 +19,7 @@ from numcodecs.pcodec import PCodec
 
 from pipeline.errors import CacheCorruptError
 from pipeline.formats.archive import Archive, ArchivedArray, bundles
+from pipeline.formats.containers import Container
 from pipeline.formats.layout import ALIGNMENT, ShardLayout
 from pipeline.formats.packing import MODEL, Packer, array_specs, model_of, unpack
 
@@ -230,3 +231,6 @@ def _pcodec_is_meant() -> Iterator[None]:
 def _attributes(layout: ShardLayout) -> dict[str, Any]:
     named = {"temperatures": list(layout.temperatures), "max_kl_error": layout.max_kl_error, "alignment": ALIGNMENT}
     return FORMAT | named
+
+
+CONTAINER = Container(".zarr.zip", ZarrShardWriter, ZarrShard)

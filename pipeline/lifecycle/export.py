@@ -19,8 +19,8 @@ from pipeline.errors import CacheMismatchError, ConfigError, PipelineError
 from pipeline.files import canonical_json, is_vacant, read_json, remove_partials, replacing, write_json
 from pipeline.formats.layout import ALIGNMENT, decode
 from pipeline.lifecycle.copying import sequences_of_shard
-from pipeline.lifecycle.exported import LAYOUTS, Row
-from pipeline.lifecycle.settings import ExportConfig
+from pipeline.lifecycle.exported import ExportLayout, Row
+from pipeline.lifecycle.settings import EXPORT_LAYOUTS, ExportConfig
 from pipeline.parallel import in_processes
 from pipeline.progress import Reporter
 from pipeline.targets import column_of
@@ -71,7 +71,7 @@ def _open_folder(config: ExportConfig, manifest: CacheManifest) -> None:
 def _write_file(config: ExportConfig, commit: ShardCommit) -> int:
     """Write one file; returns its tokens."""
     manifest = CacheManifest.read(config.cache)
-    layout = LAYOUTS[config.layout]
+    layout: ExportLayout = EXPORT_LAYOUTS[config.layout]
     metadata = {"temperature": repr(config.temperature), "alignment": ALIGNMENT, "columns": config.layout}
     schema = layout.schema.with_metadata(metadata)
     final = config.out / file_name(commit.partition)
@@ -99,4 +99,4 @@ def _rows(config: ExportConfig, manifest: CacheManifest, commit: ShardCommit) ->
     where = str(config.cache / SHARDS / commit.file)
     with closing(open_shard(config.cache, manifest, commit)) as shard:
         for columns in sequences_of_shard(shard, layout):
-            yield from LAYOUTS[config.layout].rows(decode(columns, layout, where), config.temperature)
+            yield from EXPORT_LAYOUTS[config.layout].rows(decode(columns, layout, where), config.temperature)

@@ -15,7 +15,7 @@ from pipeline.progress import Reporter
 from pipeline.settings import load_config
 from pipeline.targets import SparseTargets
 from stages.cache_logits.comparison import Difference, differences
-from stages.cache_logits.run import ENGINES
+from stages.cache_logits.engines import ENGINES
 from stages.cache_logits.scoring import score_sequences
 from stages.cache_logits.settings import AuditConfig, CacheConfig
 from stages.cache_logits.teacher import read_teacher

@@ -15,9 +15,8 @@ from pipeline.progress import Reporter
 from pipeline.tokenizer import load_tokenizer
 from stages.prepare.documents import DocumentEncoder, is_overlong
 from stages.prepare.inputs import InputFile, find_inputs
-from stages.prepare.packing import PACKERS
 from stages.prepare.readers import BadLines, Record, read_records
-from stages.prepare.settings import PreviewConfig
+from stages.prepare.settings import PACKINGS, PreviewConfig
 from stages.prepare.tokens import spoken
 
 SHADES = {True: ("\x1b[30;42m", "\x1b[30;102m"), False: ("\x1b[0m", "\x1b[2m")}
@@ -112,7 +111,7 @@ def _first_rows(config: PreviewConfig, tokenizer: Any, said: Reporter) -> tuple[
     """The first rows that `prepare` would make, if it read no further than they need."""
     bad_lines = BadLines(True, said)
     encoder = DocumentEncoder(config, tokenizer, bad_lines, said)
-    packer = PACKERS[config.packing](config.sequence_length)
+    packer = PACKINGS[config.packing](config.sequence_length)
     inputs = find_inputs(config.inputs, None)
     if inputs.note:
         said.log(f"not read: {inputs.note}")

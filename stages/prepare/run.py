@@ -31,9 +31,9 @@ from pipeline.settings import resolved
 from pipeline.tokenizer import TokenizerIdentity, identify, load_tokenizer, save_tokenizer
 from stages.prepare.documents import DocumentEncoder, is_overlong
 from stages.prepare.inputs import UNIT_BYTES, InputFile, InputFiles, describe, divide, find_inputs, same_files
-from stages.prepare.packing import PACKERS
+from stages.prepare.packing import Packer
 from stages.prepare.readers import BadLines, Record, read_records
-from stages.prepare.settings import PrepareConfig
+from stages.prepare.settings import PACKINGS, PrepareConfig
 from stages.prepare.tokens import ENDED_BY, Document, spoken
 from stages.prepare.units import (
     FinishedUnit,
@@ -142,7 +142,7 @@ class _Work:
         config = self._config
         bad_lines = BadLines(config.skip_bad_lines, self._reporter)
         encoder = DocumentEncoder(config, self._tokenizer, bad_lines, self._reporter, self._advance_inside)
-        packer = PACKERS[config.packing](config.sequence_length)
+        packer: Packer = PACKINGS[config.packing](config.sequence_length)
         counts: Counter[str] = Counter(duplicate_documents=0, documents=0, duplicate_sequences=0)
         partitions: list[CorpusPartition] = []
         keys: list[bytes] = []

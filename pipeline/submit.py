@@ -1,7 +1,5 @@
 """The command `pipeline submit`: the settings of both stages become a job, and a launcher starts it."""
 
-import importlib
-from collections.abc import Callable
 from pathlib import Path
 
 from pipeline.launch.job import Job
@@ -15,11 +13,11 @@ from stages.train_student.settings import TrainConfig
 def submit(config: SubmitConfig, reporter: Reporter) -> None:
     """Launch what the files of a submission describe; raises ConfigError before anything is started."""
     job = job_of(config)
-    if config.launcher != "kubernetes":  # whose paths are those of its containers
+    if not job.launcher.in_containers:
         from stages.cache_logits.planning import plan_cache
 
         plan_cache(load_config(CacheConfig, config.cache_logits))
-    launcher(config.launcher)(job, reporter)
+    job.launcher.launch(job, reporter)
 
 
 def job_of(config: SubmitConfig) -> Job:
@@ -28,11 +26,6 @@ def job_of(config: SubmitConfig) -> Job:
     if config.train_student is not None:
         load_config(TrainConfig, config.train_student)
     cache = capture.out
-    if isinstance(cache, Path) and config.launcher != "kubernetes":
+    if isinstance(cache, Path) and not LAUNCHERS[config.launcher].in_containers:
         cache = cache.absolute()
     return Job(config, cache, capture.tensor_parallel * capture.pipeline_parallel)
-
-
-def launcher(name: str) -> Callable[[Job, Reporter], None]:
-    """The launch function of a kind of cluster."""
-    return importlib.import_module(LAUNCHERS[name]).launch

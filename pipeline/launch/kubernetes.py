@@ -16,7 +16,7 @@ import yaml
 
 from pipeline.drain import EXIT_DRAINED
 from pipeline.errors import ConfigError, PipelineError
-from pipeline.launch.job import PIPELINE, Job
+from pipeline.launch.job import PIPELINE, Job, Launcher
 from pipeline.launch.local import FAULT_OF_THE_USER
 from pipeline.launch.scripts import write_script
 from pipeline.progress import Reporter
@@ -161,3 +161,6 @@ def _patience() -> list[dict[str, str]]:
 def _name(job: Job, what: str) -> str:
     """A name that Kubernetes accepts: lower-case letters, digits and dashes."""
     return f"{re.sub(r'[^a-z0-9]+', '-', job.name.lower()).strip('-') or 'cache'}-{what}"
+
+
+LAUNCHER = Launcher(launch=launch, writes_scripts=True, in_containers=True)

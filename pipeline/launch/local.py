@@ -7,7 +7,7 @@ import time
 from pipeline.cache.commits import list_commits
 from pipeline.drain import EXIT_DRAINED, Drain
 from pipeline.errors import Drained, PipelineError, StorageSilentError
-from pipeline.launch.job import Job
+from pipeline.launch.job import Job, Launcher
 from pipeline.processes import Child, last_lines
 from pipeline.progress import Reporter
 from pipeline.runs.notes import PATIENCE_S
@@ -152,3 +152,6 @@ def _devices(worker: int, count: int) -> list[str]:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     devices = visible.split(",") if visible else [str(index) for index in range((worker + 1) * count)]
     return devices[worker * count : (worker + 1) * count]
+
+
+LAUNCHER = Launcher(launch=launch)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from pipeline.errors import ConfigError, PipelineError
-from pipeline.launch.job import Job
+from pipeline.launch.job import Job, Launcher
 from pipeline.launch.local import FAULT_OF_THE_USER, require_whole
 from pipeline.processes import Child, last_lines
 from pipeline.progress import Reporter
@@ -71,3 +71,6 @@ def _wait_for(tasks: list) -> None:
         ray.get(tasks)
     except (ray.exceptions.RayError, ChildProcessError) as exc:
         raise PipelineError(f"ray: a task failed for good: {' '.join(str(exc).split())[-300:]}") from exc
+
+
+LAUNCHER = Launcher(launch=launch)

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from pipeline.errors import ConfigError, PipelineError
-from pipeline.launch.job import PIPELINE, TORCHRUN, Job
+from pipeline.launch.job import PIPELINE, TORCHRUN, Job, Launcher
 from pipeline.launch.scripts import Script, write_script
 from pipeline.progress import Reporter
 
@@ -200,3 +200,6 @@ def _directives(job: Job, gpus: int) -> str:
 
 def _and_student(job: Job) -> str:
     return ", student.sbatch" if job.submit.train_student is not None else ""
+
+
+LAUNCHER = Launcher(launch=launch, writes_scripts=True)

@@ -7,16 +7,10 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 FLOORS = (
     (
-        *("pipeline.cpu", "pipeline.documents", "pipeline.drain", "pipeline.errors", "pipeline.files", "pipeline.ipc"),
-        *("pipeline.library_logs", "pipeline.pages", "pipeline.parallel", "pipeline.processes", "pipeline.progress"),
-        *(
-            "pipeline.starting",
-            "pipeline.stopping",
-            "pipeline.streams",
-            "pipeline.tables",
-            "pipeline.targets",
-            "pipeline.watchdog",
-        ),
+        *("pipeline.cpu", "pipeline.documents", "pipeline.drain", "pipeline.errors", "pipeline.exit_codes"),
+        *("pipeline.files", "pipeline.ipc", "pipeline.library_logs", "pipeline.pages", "pipeline.parallel"),
+        *("pipeline.processes", "pipeline.progress", "pipeline.starting", "pipeline.stopping", "pipeline.streams"),
+        *("pipeline.tables", "pipeline.targets", "pipeline.watchdog"),
     ),
     ("pipeline.stores",),
     (

@@ -14,10 +14,9 @@ from typing import Any
 
 import yaml
 
-from pipeline.drain import EXIT_DRAINED
 from pipeline.errors import ConfigError, PipelineError
+from pipeline.exit_codes import AGAIN, MENDABLE
 from pipeline.launch.job import PIPELINE, Job, Launcher
-from pipeline.launch.local import FAULT_OF_THE_USER
 from pipeline.launch.scripts import write_script
 from pipeline.progress import Reporter
 from pipeline.stores.patience import patience_of_environment
@@ -97,8 +96,8 @@ def capture_manifest(job: Job) -> dict[str, Any]:
         podFailurePolicy={
             "rules": [
                 {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
-                {"action": "Ignore", "onExitCodes": {"operator": "In", "values": [EXIT_DRAINED]}},
-                {"action": "FailIndex", "onExitCodes": {"operator": "In", "values": [FAULT_OF_THE_USER]}},
+                {"action": "Ignore", "onExitCodes": {"operator": "In", "values": [AGAIN]}},
+                {"action": "FailIndex", "onExitCodes": {"operator": "In", "values": [MENDABLE]}},
             ]
         },
     )

@@ -15,6 +15,7 @@ from pipeline.cache.commits import commit_path, list_commits, read_commit
 from pipeline.cache.manifest import MANIFEST, CacheManifest
 from pipeline.documents import Count, Finite, document_of, entry_of, printable
 from pipeline.errors import CacheCorruptError
+from pipeline.exit_codes import DONE, INCOMPLETE, SET_ASIDE
 from pipeline.files import parse_json
 from pipeline.parallel import in_threads, map_in_threads
 from pipeline.processes import owner_is_dead, owner_name
@@ -26,7 +27,7 @@ from pipeline.runs.notes import NOT_WRITTEN, Note, notes_in
 from pipeline.runs.presence import BEATS_A_LEASE, ENDED, RECORD_NAME, WORKERS, WorkerRecord
 from pipeline.stores.objects import Location
 
-EXIT_CODES = {"complete": 0, "incomplete": 3, "failed": 4}
+EXIT_CODES = {"complete": DONE, "incomplete": INCOMPLETE, "failed": SET_ASIDE}
 """Of `pipeline status`. Failed: all that is left was set aside, and waits for a person."""
 SLOW = 0.5
 """A worker below this share of the median speed is called slow."""

@@ -72,7 +72,7 @@ def audit_cache(config: AuditConfig, reporter: Reporter | None = None) -> AuditR
     report = AuditReport(noise=noise if config.noise is None else config.noise)
     reporter.log(f"{config.cache}: scoring {len(indexes)} of {len(cache):,} sequences again with {capture.engine}")
     for note in notes(teacher) if capture.engine == "vllm" else ():
-        reporter.log(note)
+        reporter.note(note)
     with reporter.waiting(f"loading {teacher.folder} with {capture.engine}"):
         engine = ENGINES[capture.engine](teacher, capture, cache.manifest.sequence_length)
     found: list[tuple[str, Difference]] = []

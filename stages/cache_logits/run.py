@@ -25,7 +25,7 @@ def cache_logits(config: CacheConfig, reporter: Reporter | None = None) -> Cache
     plan = plan_cache(config, require_vllm if config.engine == "vllm" else lambda teacher: None)
     manifest = plan.manifest
     for note in plan.teacher.notes:
-        reporter.log(note)
+        reporter.note(note)
     engine_class = ENGINES[config.engine]
     if config.reuse:
         num_new = manifest.num_tokens - plan.num_known_tokens
@@ -40,7 +40,7 @@ def cache_logits(config: CacheConfig, reporter: Reporter | None = None) -> Cache
         remove_leftovers(config.out)
         reporter.log(announcement(config, manifest, todo))
         for note in notes(plan.teacher) if config.engine == "vllm" else ():
-            reporter.log(note)
+            reporter.note(note)
         work(
             config.out,
             plan.corpus,

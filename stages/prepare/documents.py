@@ -132,12 +132,12 @@ class DocumentEncoder:
             template = ChatTemplate(self._tokenizer, self._config.tokenizer, where, with_tools=has_tools)
             self._templates[has_tools] = template
             if template.depends_on_date:
-                self._reporter.log(
+                self._reporter.note(
                     f"{self._config.tokenizer}: the chat template writes the date; another day the same input gives "
                     "other tokens."
                 )
             if has_tools and not template.needs.writes_tools:
-                self._reporter.log(f"{where}: holds `tools`, which the chat template does not write.")
+                self._reporter.note(f"{where}: holds `tools`, which the chat template does not write.")
         template = self._templates[has_tools]
         self._counts["tools_not_written"] += has_tools and not template.needs.writes_tools
         return template

@@ -56,6 +56,8 @@ class _Said(Reporter):
         """Keep a line."""
         self.lines.append(line)
 
+    note = log
+
 
 def preview(config: PreviewConfig, color: bool) -> Iterator[str]:
     """Lines to print; raises ConfigError or CorpusError."""
@@ -63,11 +65,11 @@ def preview(config: PreviewConfig, color: bool) -> Iterator[str]:
     if len(config.inputs) == 1 and (config.inputs[0] / MANIFEST).is_file():
         folder = config.inputs[0]
         corpus = Corpus(folder)
-        tokenizer = load_tokenizer(folder / TOKENIZER, trust_remote_code=config.trust_remote_code, note=said.log)
+        tokenizer = load_tokenizer(folder / TOKENIZER, trust_remote_code=config.trust_remote_code, note=said.note)
         rows, counts = list(corpus.rows(0, min(config.rows, len(corpus)))), corpus.manifest.statistics
         yield f"{folder}: the first {len(rows)} of {len(corpus):,} rows"
     else:
-        tokenizer = load_tokenizer(_tokenizer_of(config), trust_remote_code=config.trust_remote_code, note=said.log)
+        tokenizer = load_tokenizer(_tokenizer_of(config), trust_remote_code=config.trust_remote_code, note=said.note)
         rows, counts = _first_rows(config, tokenizer, said)
         yield f"{', '.join(map(str, config.inputs))}: {len(rows)} rows of the first {counts['records']:,} records"
     for number, row in enumerate(rows, start=1):

@@ -59,7 +59,7 @@ class BadLines:
             raise CorpusError(f"{problem}; {remedy}, or leave such records out with --skip-bad-lines.")
         self.count += 1
         if self.count <= EXAMPLES:
-            self._reporter.log(f"skipped: {problem}")
+            self._reporter.note(f"skipped: {problem}")
 
 
 def read_records(file: InputFile, text_field: str, bad_lines: BadLines) -> Iterator[Record]:

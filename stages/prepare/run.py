@@ -59,8 +59,8 @@ def prepare(config: PrepareConfig, reporter: Reporter | None = None, *, unit_byt
     check_folder(config.out)
     inputs = find_inputs(config.inputs, config.out)
     if inputs.note:
-        reporter.log(f"{', '.join(map(str, config.inputs))}: not read: {inputs.note}")
-    tokenizer = load_tokenizer(config.tokenizer, trust_remote_code=config.trust_remote_code, note=reporter.log)
+        reporter.note(f"{', '.join(map(str, config.inputs))}: not read: {inputs.note}")
+    tokenizer = load_tokenizer(config.tokenizer, trust_remote_code=config.trust_remote_code, note=reporter.note)
     identity = identify(tokenizer)
     settings = _compared_settings(config, tokenizer, identity)
     if manifest := _finished(config, settings, inputs, reporter):
@@ -104,7 +104,9 @@ def _run(
     units = resume(config.out, groups, config.skip_bad_lines)
     with reporter.progress("prepare", sum(file.size for files in groups for file in files), "bytes") as progress:
         if tokenizer.eos_token_id is None:
-            reporter.log(f"{config.tokenizer}: has no end-of-sequence token; what does not end with one stays without.")
+            reporter.note(
+                f"{config.tokenizer}: has no end-of-sequence token; what does not end with one stays without."
+            )
         work = _Work(config, tokenizer, reporter, progress)
         for index, unit in enumerate(units):
             work.recall(index, unit)
@@ -160,7 +162,7 @@ class _Work:
         self._progress.advance(0, self._note())
         _check_unchanged(files)
         if bad_lines.count:
-            self._reporter.log(f"skipped {bad_lines.count:,} records of {files[0].path} to {files[-1].path}")
+            self._reporter.note(f"skipped {bad_lines.count:,} records of {files[0].path} to {files[-1].path}")
         statistics = {
             "files": len(files),
             "input_bytes": sum(file.size for file in files),

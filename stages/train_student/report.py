@@ -38,7 +38,7 @@ CURVES = (
 def write_report(config: TrainConfig, log: list[dict[str, Any]], metrics: dict[str, Any], reporter: Reporter) -> None:
     """Write OUT/report.html from the log's entries; says so where matplotlib is missing."""
     if importlib.util.find_spec("matplotlib") is None:
-        reporter.log(f"{config.out}: no {REPORT}: matplotlib is not installed.")
+        reporter.note(f"{config.out}: no {REPORT}: matplotlib is not installed.")
         return
     figures = [_curve(log, *curve) for curve in CURVES]
     settings = [["setting", "value"], *([key, str(value)] for key, value in resolved(config).items())]

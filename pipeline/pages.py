@@ -37,7 +37,7 @@ Table = list[list[str]]
 def write_page(path: Path, title: str, body: str, **values: Any) -> None:
     """Publish a page whose body is a template of `values`; they are text, and escaped, unless they are Markup."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, keep_trailing_newline=True)
-    macros = environment.from_string(MACROS).module
+    macros: Any = environment.from_string(MACROS).module
     filled = environment.from_string(body).render(values, table=macros.table, grid=macros.grid)
     page = environment.from_string(PAGE).render(title=title, body=Markup(filled))
     with replacing(path) as partial:

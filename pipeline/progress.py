@@ -105,7 +105,7 @@ class TerminalReporter(Reporter):
 
 
 class Rate:
-    """How fast work is done: lately, and since its first result. What came before the first result is no time of work."""
+    """How fast work is done: lately, and since its first result; what came before that is no time of work."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock

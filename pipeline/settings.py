@@ -114,7 +114,7 @@ def flag_of(spec: dataclasses.Field[Any]) -> str:
     return spec.metadata["flag"] or f"--{spec.name.replace('_', '-')}"
 
 
-def value_type(annotation: Any) -> tuple[type, bool]:
+def value_type(annotation: Any) -> tuple[Any, bool]:
     """The scalar type of a field's annotation, and whether the field takes several."""
     if typing.get_origin(annotation) is tuple:
         return typing.get_args(annotation)[0], True

@@ -14,7 +14,7 @@ from types import FrameType
 from pipeline.exit_codes import of_signal
 
 SIGNALS = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM)
-"""Ctrl-C and the end of the terminal or of its ssh, which every process of the terminal gets, and the word of others."""
+"""Ctrl-C and the end of the terminal or of its ssh, which all of its processes get, and the word of others."""
 ECHO_S = 2.0
 """Signals that follow the first so closely are the same request: a launcher of several threads that is killed may
 send its parent-death signal once for every thread."""
@@ -78,5 +78,5 @@ def starting_processes() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
         for number, handler in previous.items():
             signal.signal(number, handler)
-        for number in kept[:1]:
-            signal.raise_signal(number)
+        for first in kept[:1]:
+            signal.raise_signal(first)

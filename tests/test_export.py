@@ -45,7 +45,7 @@ def test_plain_rows_are_the_cache_s_sequences(tmp_path, cache_folder, temperatur
 
 
 def peer_loss(row: dict, logits_SV: np.ndarray) -> tuple[float, float]:
-    """Sums of KL on the listed entries and of cross-entropy, as a trainer computes them that shifts the labels alone."""
+    """Sums of KL on the listed entries and of cross-entropy, as a trainer has them that shifts the labels alone."""
     logprobs_SV = logits_SV - np.log(np.exp(logits_SV).sum(1, keepdims=True))
     valid = np.array(row["target_mask"], bool)
     teacher = np.array(row["target_logprobs"])[valid]

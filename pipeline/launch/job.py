@@ -17,7 +17,7 @@ PIPELINE, TORCHRUN = ("-P", "-m", "pipeline.cli"), ("-P", "-m", "torch.distribut
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be launched: any number of workers on one cache and, if the settings name one, a training after them."""
+    """What is to be launched: any number of workers on one cache and, if the settings name one, a training after."""
 
     submit: SubmitConfig
     cache: Location
@@ -35,7 +35,7 @@ class Job:
 
     @property
     def folder(self) -> Path:
-        """Scripts and logs: next to the cache, which holds nothing but the run, or next to the settings of one in a store."""
+        """Scripts and logs: next to the cache, which holds nothing else, or next to the settings of one in a store."""
         if self.launcher.in_containers:
             parent = Path.cwd()
         else:

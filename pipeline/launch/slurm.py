@@ -54,7 +54,8 @@ cd @cwd
 before=${DONE:-0} attempt=${ATTEMPT:-1} student=${STUDENT:-}
 
 @pipeline status @cache
-state=$?    # @done complete, @incomplete incomplete, @set_aside all that is left was set aside after failures, @again the store does not answer
+# @done complete, @incomplete incomplete, @set_aside all that is left was set aside, @again the store does not answer
+state=$?
 if [ $state -eq @done ]; then
     @pipeline verify @cache    # with @done the student starts
     state=$?

@@ -32,7 +32,7 @@ def write_report(results: DemoResults, path: Path) -> list[str]:
         stages=stages,
         exactness=exactness(results),
         storage=storage(results),
-        machine=f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}, Python {platform.python_version()}",
+        machine=_machine(),
     )
     return [
         "",
@@ -109,6 +109,10 @@ def aligned(table: Table) -> list[str]:
         cells = [cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths))]
         lines.append("  ".join(cells).rstrip())
     return lines
+
+
+def _machine() -> str:
+    return f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}, Python {platform.python_version()}"
 
 
 def _figures(results: DemoResults) -> list[Markup]:

@@ -1,7 +1,7 @@
 """The first rows of a corpus, or of what `prepare` would make of inputs, as a person reads them. Writes nothing."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -135,7 +135,7 @@ def _first_rows(config: PreviewConfig, tokenizer: Any, said: Reporter) -> tuple[
     return rows[: config.rows], Counter(bad_lines=bad_lines.count) + encoder.counts + counts + packer.counts
 
 
-def _records(files: Sequence[InputFile], text_field: str, bad_lines: BadLines) -> Iterator[Record]:
+def _records(files: Sequence[InputFile], text_field: str, bad_lines: BadLines) -> Generator[Record, None, None]:
     for file in files:
         with closing(read_records(file, text_field, bad_lines)) as records:
             yield from records

@@ -6,7 +6,7 @@ The same inputs, settings and tokenizer give the same partitions, interrupted or
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from typing import Any
 
@@ -83,7 +83,7 @@ def prepare(config: PrepareConfig, reporter: Reporter | None = None, *, unit_byt
                 **resolved(config),
                 **settings,
                 END_TOKEN_IDS: _end_token_ids(tokenizer, statistics),
-                "input_files": [file.identity for file in inputs.files],
+                "input_files": [list(file.identity) for file in inputs.files],
             },
             statistics={name: statistics[name] for name in names},
         )
@@ -173,7 +173,7 @@ class _Work:
         }
         return commit(config.out, index, files, partitions, statistics, b"".join(keys))
 
-    def _records(self, files: Sequence[InputFile], bad_lines: BadLines) -> Iterator[Record]:
+    def _records(self, files: Sequence[InputFile], bad_lines: BadLines) -> Generator[Record, None, None]:
         for file in files:
             said = 0
             with closing(read_records(file, self._config.text_field, bad_lines)) as records:
@@ -259,7 +259,7 @@ def _finished(
     if manifest.statistics.get("bad_lines") and not config.skip_bad_lines:
         check_same(config.out, manifest.settings, {"skip_bad_lines": False})
     where, kind = f"{config.out / MANIFEST}: settings", list[tuple[str, int, int]]
-    found = [list(each) for each in entry_of(manifest.settings, "input_files", kind, [], where, CorpusError)]
+    found = entry_of(manifest.settings, "input_files", kind, [], where, CorpusError)
     wanted = [file.identity for file in inputs.files]
     if not same_files(inputs.files, found):
         changed = [identity for identity in [*wanted, *found] if identity not in found or identity not in wanted]

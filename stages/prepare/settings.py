@@ -70,7 +70,9 @@ class PrepareConfig(TextConfig):
 class PreviewConfig(TextConfig):
     """Settings of `pipeline preview`."""
 
-    tokenizer: Path | None = setting(None, "Folder of the teacher's tokenizer; a corpus has its own.")
+    tokenizer: Path | None = setting(  # type: ignore[assignment]
+        None, "Folder of the teacher's tokenizer; a corpus has its own."
+    )
     rows: int = setting(3, "Rows to show.")
     longest: int = setting(2000, "Tokens of a row to show.")
     borders: bool = setting(True, "Show where tokens begin: by shades, or by dots where there is no colour.")

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pipeline.cache.commits import SHARDS
-from pipeline.cache.folder import open_folder
+from pipeline.cache.folder import CacheFolder
 from pipeline.cache.manifest import CacheManifest
 from pipeline.cache.verify import verify_cache
 from pipeline.corpus import TOKENIZER, Corpus
@@ -25,7 +25,7 @@ from pipeline.files import hash_file
 from pipeline.lifecycle.convert import convert_cache
 from pipeline.lifecycle.export import export_cache
 from pipeline.lifecycle.merge import merge_caches
-from pipeline.lifecycle.reuse import GrownCorpus, KnownTargets
+from pipeline.lifecycle.reuse import KnownTargets
 from pipeline.lifecycle.settings import ConvertConfig, ExportConfig, MergeConfig
 from stages.cache_logits.capture import capture
 from tests.small import FakeEngine, fake_manifest, make_corpus, random_sequences
@@ -50,16 +50,16 @@ def make_cache(folder: Path, corpus_folder: Path, container: str, top_k: int) ->
     corpus = Corpus(corpus_folder)
     bounds = tuple(len(corpus) * index // 4 for index in range(5))
     manifest = dataclasses.replace(fake_manifest(corpus, container=container, top_k=top_k), partitions=bounds)
-    open_folder(folder, manifest, corpus_folder / TOKENIZER)
-    capture(FakeEngine(manifest), corpus, manifest, folder, range(4))
+    CacheFolder.begin(folder, manifest, corpus_folder / TOKENIZER)
+    capture(FakeEngine(manifest), corpus, CacheFolder(folder), range(4))
     return folder
 
 
 def load_all(corpus: Path, cache: Path) -> None:
     """Every sequence as a run with --reuse finds it."""
     known = KnownTargets([cache], CacheManifest.read(cache))
-    for sequence in GrownCorpus(corpus, known).rows():
-        sequence.load()
+    for sequence in Corpus(corpus).rows():
+        known.load(known.find_one(sequence.key), sequence.key)
 
 
 def works(corpus: Path, arrow: Path, zarr: Path) -> dict[str, tuple[Path, Callable[[Path], object]]]:

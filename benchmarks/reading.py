@@ -32,11 +32,12 @@ import numpy as np
 
 from benchmarks.storage_teacher import SEQUENCE, VOCAB_SIZE
 from pipeline import open_cache
-from pipeline.cache.commits import COMMITS, SHARDS, ShardCommit, commit_path, commit_shard, partial_shard_path
+from pipeline.cache.commits import COMMITS, SHARDS, ShardCommit, commit_path
+from pipeline.cache.folder import CacheFolder
 from pipeline.cache.manifest import CacheManifest
-from pipeline.files import write_json
 from pipeline.formats.containers import CONTAINERS
-from pipeline.formats.layout import encode
+from pipeline.formats.layout import ShardCounts, encode
+from pipeline.stores.sealed import write_json
 from pipeline.tokenizer import TokenizerIdentity
 
 NUM_SHARDS, SEQUENCES_A_SHARD = 10_000, 1_000
@@ -125,20 +126,16 @@ def _write_cache(folder: Path, container: str, options: argparse.Namespace) -> N
     captured = _sequences(*load_targets(options.work, "mixture", options.sequences))
     cuts = np.linspace(0, len(captured), options.shards + 1).astype(int)
     manifest = _manifest(folder, container, tuple(cuts.tolist()), SEQUENCE)
+    cache = CacheFolder(folder)
     for partition, (start, stop) in enumerate(itertools.pairwise(cuts.tolist())):
         rows = captured[start:stop]
-        layout = manifest.layout(
-            num_sequences=len(rows),
-            num_tokens=len(rows) * SEQUENCE,
-            num_documents=len(rows),
-            num_targets=sum(len(targets) for _, targets in rows),
-        )
-        path = partial_shard_path(folder, partition, CONTAINERS[container].suffix)
-        writer = CONTAINERS[container].create(path, layout)
-        for row in rows:
-            writer.append(encode(layout, *row))
-        writer.close()
-        commit_shard(folder, partition, path, layout, {})
+        layout = manifest.layout(ShardCounts.of([sequence for sequence, _ in rows]))
+        with cache.new_shard(partition) as path:
+            writer = CONTAINERS[container].create(path, layout)
+            for row in rows:
+                writer.append(encode(layout, *row))
+            writer.close()
+            cache.commit(partition, path, layout.counts, {})
 
 
 def _manifest(folder: Path, container: str, partitions: tuple[int, ...], length: int) -> CacheManifest:

@@ -31,17 +31,20 @@ from typing import Any
 import numpy as np
 import obstore
 
-from pipeline.cache.commits import COMMITS, commit_shard, partial_shard_path
-from pipeline.cache.folder import make_places
+from pipeline.cache.commits import COMMITS, SHARDS
+from pipeline.cache.folder import CacheFolder
 from pipeline.cache.manifest import CacheManifest
 from pipeline.cache.partitions import plan_partitions
-from pipeline.files import list_names
 from pipeline.formats.arrow import ArrowShardWriter
+from pipeline.formats.layout import ShardCounts
 from pipeline.runs.claims import Claims
 from pipeline.runs.presence import Presence
 from pipeline.runs.rank import Rank
 from pipeline.runs.status import StatusReader
-from pipeline.stores.objects import Location, ObjectPath
+from pipeline.runs.terms import RunTerms, begin_run
+from pipeline.stores.numbered import list_names
+from pipeline.stores.object_store import ObjectStore
+from pipeline.stores.store import Store
 from pipeline.tokenizer import TokenizerIdentity
 from tests.object_store import running
 
@@ -128,7 +131,7 @@ def _kind(name: str, args: tuple, kwargs: dict) -> str:
 class SimulatedWorker:
     """A worker with its own view, leases and record, whose teacher takes `pace` turns for a partition."""
 
-    def __init__(self, folder: Location, manifest: CacheManifest, rank: Rank, pace: int, meter: Meter) -> None:
+    def __init__(self, folder: Store, manifest: CacheManifest, rank: Rank, pace: int, meter: Meter) -> None:
         self.folder, self.meter, self.pace = folder, meter, pace
         self.presence = Presence(folder, rank, 180.0, owner=f"node{rank.worker}.1.1")
         nobody = SimpleNamespace(requested=False, sleep=lambda seconds: None)
@@ -136,7 +139,8 @@ class SimulatedWorker:
         self.claims._poll_s = 0.0  # turns are shorter than minutes: look as often as a real worker would
         self.in_hand: int | None = None
         self.stream = iter(())
-        self.layout = manifest.layout(num_sequences=1, num_tokens=1, num_documents=1, num_targets=1)
+        self.cache = CacheFolder(folder)
+        self.layout = manifest.layout(ShardCounts(num_sequences=1, num_tokens=1, num_documents=1, num_targets=1))
 
     def begin(self) -> None:
         """The first beat, the first listing, the first lease."""
@@ -152,10 +156,10 @@ class SimulatedWorker:
         """Commit what is in hand and take the next; False if there is none."""
         if self.in_hand is None:
             return False
-        partial = partial_shard_path(self.folder, self.in_hand, ".arrow")
-        ArrowShardWriter(partial, self.layout).close()
-        with self.meter.part("commit"):
-            commit_shard(self.folder, self.in_hand, partial, self.layout, {"seconds": 300.0})
+        with self.cache.new_shard(self.in_hand) as partial:
+            ArrowShardWriter(partial, self.layout).close()
+            with self.meter.part("commit"):
+                self.cache.commit(self.in_hand, partial, self.layout.counts, {"seconds": 300.0})
         with self.meter.part("lease"):
             self.claims.settle(self.in_hand, won=True)
             self.in_hand = next(self.stream, None)
@@ -166,11 +170,12 @@ class SimulatedWorker:
         return True
 
 
-def manifest_of(folder: Location, num_partitions: int, meter: Meter) -> CacheManifest:
+def manifest_of(folder: Store, num_partitions: int, meter: Meter) -> CacheManifest:
     """The plan, written."""
-    if isinstance(folder, Path):
-        folder.mkdir()
-    make_places(folder)
+    folder.mkdir()
+    for name in (SHARDS, COMMITS):
+        (folder / name).mkdir()
+    begin_run(folder, RunTerms())
     tokens = np.full(num_partitions * SEQUENCES, SEQUENCE_TOKENS)
     with meter.part("plan"):
         partitions = plan_partitions(tokens, SEQUENCES * SEQUENCE_TOKENS)
@@ -204,7 +209,7 @@ def fake_manifest(partitions: tuple[int, ...], num_tokens: int) -> CacheManifest
     )
 
 
-def simulate(folder: Location, num_partitions: int, num_workers: int, meter: Meter) -> None:
+def simulate(folder: Store, num_partitions: int, num_workers: int, meter: Meter) -> None:
     """A whole run, and its status when half of it is done."""
     manifest = manifest_of(folder, num_partitions, meter)
     paces = np.random.default_rng(0).integers(2, 5, num_workers)
@@ -277,11 +282,11 @@ def main() -> None:
     meter = Meter(obstore, REQUESTS) if options.store else Meter(os, FILES)
     try:
         with contextlib.ExitStack() as stack:
-            folder: Location = scratch / "cache"
+            folder: Store = scratch / "cache"
             if options.store:
                 server = stack.enter_context(running(scratch))
                 os.environ.update(server.environment(scratch / "copies"))
-                folder = ObjectPath("s3://bucket/cache")
+                folder = ObjectStore("s3://bucket/cache")
             with meter.counting():
                 simulate(folder, options.partitions, options.workers, meter)
     finally:

@@ -30,8 +30,8 @@ from benchmarks.storage_peers import PEERS, Peer, floors, with_blosc
 from benchmarks.storage_teacher import SEQUENCE, TEACHERS, TEMPERATURES, load_targets
 from pipeline.corpus import TokenSequence
 from pipeline.formats.containers import CONTAINERS
-from pipeline.formats.layout import ShardLayout, decode, encode, targets_of
-from pipeline.targets import SparseTargets, concatenate, reconstruction_errors
+from pipeline.formats.layout import ShardCounts, ShardLayout, decode, encode, targets_of
+from pipeline.targets import SparseTargets, TargetSpec, concatenate, reconstruction_errors
 
 DEFAULT = "ours: zarr, 1e-4"
 Schemes = dict[str, tuple[str, float, Callable[[], AbstractContextManager[None]]]]
@@ -110,16 +110,8 @@ def _measure_ours(
 ) -> Measured:
     captured = _sequences(tokens, targets)
     count = len(captured)
-    layout = ShardLayout(
-        num_sequences=count,
-        num_tokens=count * SEQUENCE,
-        num_documents=count,
-        num_targets=sum(len(part) for _, part in captured),
-        top_k=targets.top_k,
-        num_draws=0,
-        temperatures=targets.temperatures,
-        max_kl_error=max_kl_error,
-    )
+    spec = TargetSpec(top_k=targets.top_k, temperatures=targets.temperatures, max_kl_error=max_kl_error)
+    layout = ShardLayout(counts=ShardCounts.of([sequence for sequence, _ in captured]), spec=spec)
     kind = CONTAINERS[container]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"shard{kind.suffix}"
@@ -141,9 +133,9 @@ def _measure_ours(
         ]
         stored = [targets_of(shard.columns(row, row + 1), layout) for row in range(count)]
         shard.close()
-        sizes = [size / layout.num_targets for size in (path.stat().st_size, _target_bytes(path, layout))]
+        sizes = [size / layout.counts.num_targets for size in (path.stat().st_size, _target_bytes(path, layout))]
     errors, _ = reconstruction_errors(concatenate([part for _, part in captured]), concatenate(stored))
-    return Measured(*sizes, errors.mean(axis=0), [layout.num_targets / value for value in seconds])
+    return Measured(*sizes, errors.mean(axis=0), [layout.counts.num_targets / value for value in seconds])
 
 
 def _sequences(tokens: np.ndarray, targets: SparseTargets) -> list[tuple[TokenSequence, SparseTargets]]:
@@ -161,7 +153,7 @@ def _sequences(tokens: np.ndarray, targets: SparseTargets) -> list[tuple[TokenSe
 def _target_bytes(path: Path, layout: ShardLayout) -> int:
     """Bytes of a shard's ids and values; of Arrow by their types."""
     if path.suffix == ".arrow":
-        return layout.num_targets * layout.top_k * 8
+        return layout.counts.num_targets * layout.spec.top_k * 8
     with zipfile.ZipFile(path) as archive:
         return sum(info.file_size for info in archive.infolist() if info.filename.startswith(TARGET_ARRAYS))
 

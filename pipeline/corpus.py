@@ -21,8 +21,9 @@ import xxhash
 
 from pipeline.documents import Count, FileName, Hash, Text, Width, document_of, printable, short
 from pipeline.errors import CorpusError
-from pipeline.files import canonical_json, hash_file, read_json, replacing, write_json
+from pipeline.files import canonical_json, hash_file, replacing
 from pipeline.ipc import file_batches
+from pipeline.stores.sealed import read_json, write_json
 from pipeline.tokenizer import TokenizerIdentity
 
 FORMAT = "tokenised-corpus"

@@ -6,6 +6,7 @@ that True is no 1 and "1" is no number.
 """
 
 import dataclasses
+import json
 import re
 from collections.abc import Callable, Iterator
 from typing import Annotated, Any, TypeVar
@@ -52,6 +53,17 @@ def document_of(kind: type[Kind], values: Any, where: object, error: Refusal, *,
     if not newer and (unknown := next(_unknown(values, found), None)) is not None:
         raise error(f"{where}: this version knows no entry {short(unknown)}; a newer one wrote the file.")
     return found
+
+
+def parse_json(contents: bytes, where: object, error: Refusal) -> dict[str, Any]:
+    """A JSON object; raises `error(message)` if it is anything else."""
+    try:
+        document = json.loads(contents)
+    except (ValueError, RecursionError) as exc:
+        raise error(f"{where}: not JSON ({printable(str(exc))}); the file is damaged or foreign.") from None
+    if not isinstance(document, dict):
+        raise error(f"{where}: JSON of type {type(document).__name__}; expected an object.")
+    return document
 
 
 def entry_of(values: dict[str, Any], name: str, kind: Any, default: Any, where: object, error: Refusal) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from pipeline.settings import flag_of, load_config, value_type
-from pipeline.stores.objects import Location
+from pipeline.stores.store import Store
 
 
 def config_command(config_class: type) -> Callable[[Callable[[Any], None]], Callable[..., None]]:
@@ -55,7 +55,7 @@ _TYPES = {
     str: click.STRING,
     bool: click.BOOL,
     Path: click.Path(),
-    Location: click.STRING,
+    Store: click.STRING,
 }
 
 

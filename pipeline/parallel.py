@@ -12,8 +12,7 @@ from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing.process import BaseProcess
 from typing import Any, TypeVar
 
-from pipeline.stopping import starting_processes
-from pipeline.stores.patience import stop_waiting
+from pipeline.stopping import starting_processes, stop_waiting
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

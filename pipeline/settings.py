@@ -17,7 +17,10 @@ from typing import Any, TypeVar
 import yaml
 
 from pipeline.errors import ConfigError
-from pipeline.stores.objects import Location, ObjectPath, at_home, location, without_secrets
+from pipeline.files import at_home
+from pipeline.redaction import without_secrets
+from pipeline.stores.places import store_of
+from pipeline.stores.store import Store
 
 Config = TypeVar("Config", bound="Settings")
 _REQUIRED: Any = object()
@@ -39,7 +42,7 @@ def setting(
     """A field of a config class. `flag` names its option where that differs from the field's name.
 
     `words` are names that may be given for certain values. A folder that may also be the URL of an object
-    store is a Location.
+    store is a Store.
     """
     metadata = {"help": help, "choices": choices, "flag": flag, "argument": argument, "words": words}
     metadata["required"] = default is _REQUIRED
@@ -56,8 +59,9 @@ class Settings:
     """Base of all config classes."""
 
     def __post_init__(self) -> None:
+        hints = typing.get_type_hints(type(self))
         for spec in dataclasses.fields(self):
-            value = _expanded(getattr(self, spec.name))
+            value = _expanded(getattr(self, spec.name), value_type(hints[spec.name])[0])
             object.__setattr__(self, spec.name, value)
             if value is None and spec.metadata["required"]:
                 raise ConfigError(f"{flag_of(spec)} is missing; give it as a flag or as `{spec.name}:` in the file.")
@@ -118,23 +122,24 @@ def value_type(annotation: Any) -> tuple[Any, bool]:
     """The scalar type of a field's annotation, and whether the field takes several."""
     if typing.get_origin(annotation) is tuple:
         return typing.get_args(annotation)[0], True
-    if isinstance(annotation, types.UnionType) and annotation != Location:
-        kinds = [arg for arg in typing.get_args(annotation) if arg is not type(None)]
-        return (Location if ObjectPath in kinds else kinds[0]), False
+    if isinstance(annotation, types.UnionType):
+        return next(arg for arg in typing.get_args(annotation) if arg is not type(None)), False
     return annotation, False
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, Location):
+    if isinstance(value, Path | Store):
         return str(value)
     return [_plain(item) for item in value] if isinstance(value, tuple) else value
 
 
-def _expanded(value: Any) -> Any:
-    """The value with ~ and ~user at the beginning of paths replaced; URLs and other values as they are."""
+def _expanded(value: Any, kind: type) -> Any:
+    """The value with ~ and ~user at the beginning of paths replaced, and with a Store for the path of one."""
     if isinstance(value, tuple):
-        return tuple(map(_expanded, value))
-    return at_home(value) if isinstance(value, Path) else value
+        return tuple(_expanded(item, kind) for item in value)
+    if not isinstance(value, Path):
+        return value
+    return store_of(value) if kind is Store else at_home(Path(value))
 
 
 class _Loader(yaml.SafeLoader):
@@ -193,9 +198,9 @@ def _convert(where: str, value: Any, annotation: Any) -> Any:
 def _scalar(where: str, value: Any, kind: type) -> Any:
     if kind is bool or isinstance(value, bool):
         fits = kind is bool and isinstance(value, bool)
-    elif kind is Location and isinstance(value, str | Location):
-        return location(str(value))
-    elif kind in (Path, Location):
+    elif kind is Store and isinstance(value, str | Path | Store):
+        return store_of(value)
+    elif kind in (Path, Store):
         fits, kind = isinstance(value, str | Path), Path
         if "://" in str(value):
             shown = without_secrets(str(value))

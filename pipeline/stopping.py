@@ -80,3 +80,18 @@ def starting_processes() -> Iterator[None]:
             signal.signal(number, handler)
         for first in kept[:1]:
             signal.raise_signal(first)
+
+
+_interrupted = threading.Event()
+
+
+def interrupted() -> threading.Event:
+    """What is set when all that wait in this process are to wait no more."""
+    return _interrupted
+
+
+def stop_waiting() -> None:
+    """Let everything fail that waits now, as for a silent store: this command is about to leave."""
+    global _interrupted
+    waiting, _interrupted = _interrupted, threading.Event()
+    waiting.set()

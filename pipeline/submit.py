@@ -1,7 +1,5 @@
 """The command `pipeline submit`: the settings of both stages become a job, and a launcher starts it."""
 
-from pathlib import Path
-
 from pipeline.launch.job import Job
 from pipeline.launch.settings import LAUNCHERS, SubmitConfig
 from pipeline.progress import Reporter
@@ -25,7 +23,5 @@ def job_of(config: SubmitConfig) -> Job:
     capture = load_config(CacheConfig, config.cache_logits)
     if config.train_student is not None:
         load_config(TrainConfig, config.train_student)
-    cache = capture.out
-    if isinstance(cache, Path) and not LAUNCHERS[config.launcher].in_containers:
-        cache = cache.absolute()
+    cache = capture.out if LAUNCHERS[config.launcher].in_containers else capture.out.absolute()
     return Job(config, cache, capture.tensor_parallel * capture.pipeline_parallel)

@@ -21,6 +21,22 @@ from pipeline.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
+class TargetSpec:
+    """What is kept of a teacher's distribution at a position, and how exactly."""
+
+    top_k: int
+    """Largest probabilities that are kept."""
+    temperatures: tuple[float, ...]
+    """Temperatures T at which targets are exact."""
+    tail_samples: int = 0
+    """Draws from the tail of each position."""
+    draw_temperature: float | None = None
+    """Temperature of the draws; None without draws."""
+    max_kl_error: float = 0.0
+    """Bound on the mean KL error of rounding, nats; 0 is lossless."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class SparseTargets:
     """A teacher's distributions at N positions. All arrays are in position order."""
 

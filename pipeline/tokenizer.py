@@ -11,6 +11,7 @@ file is read without the class; where that too makes one, the folder is refused.
 
 import importlib.util
 import json
+import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,8 +31,8 @@ from pipeline.probe import (
     named_tokens,
     read_tokenizer_json,
 )
-from pipeline.stores.copies import kept_copy
-from pipeline.stores.objects import Location, ObjectPath
+from pipeline.stores.places import store_of
+from pipeline.stores.store import Store
 
 SETTINGS = "tokenizer_config.json"
 FILES = (TOKENIZER_JSON, "tokenizer.model", SETTINGS, "vocab.json", "merges.txt", "tekken.json")
@@ -75,14 +76,13 @@ def has_tokenizer(folder: Path) -> bool:
 Note = Callable[[str], None]
 
 
-def load_tokenizer(folder: Location, *, trust_remote_code: bool = False, note: Note = lambda line: None) -> Any:
+def load_tokenizer(folder: Path | Store, *, trust_remote_code: bool = False, note: Note = lambda line: None) -> Any:
     """The transformers tokenizer in `folder`, or under a URL; it reads texts as tokenizer.json does, if there is one.
 
     Never asks a model hub, and runs code of the folder only with `trust_remote_code`. `note` is told what a user
     should know. Raises ConfigError.
     """
-    if isinstance(folder, ObjectPath):
-        folder = kept_copy(folder)
+    folder = _on_this_machine(folder)
     if not has_tokenizer(folder):
         raise ConfigError(f"{folder}: no tokenizer there; expected a folder with tokenizer.json or tokenizer.model.")
     settings = read_settings(folder)
@@ -99,6 +99,19 @@ def load_tokenizer(folder: Location, *, trust_remote_code: bool = False, note: N
         tokenizer = _load_as_the_file_says(folder, settings, own_code, note)
     _add_missing_begin(tokenizer, settings, lambda line: note(f"{folder}: {line}"))
     return tokenizer
+
+
+def _on_this_machine(folder: Path | Store) -> Path:
+    """The folder, or a copy of it that lives as long as this process."""
+    store = store_of(folder)
+    if store.path is not None:
+        return store.path
+    scratch = tempfile.TemporaryDirectory()
+    _kept.append(scratch)
+    return store.as_folder(Path(scratch.name))
+
+
+_kept: list[tempfile.TemporaryDirectory[str]] = []
 
 
 def save_tokenizer(tokenizer: Any, folder: Path, *, trust_remote_code: bool = False) -> None:

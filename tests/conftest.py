@@ -20,7 +20,8 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 import pytest
 
-from pipeline.stores.objects import ObjectPath
+from pipeline.stores.local_store import LocalStore
+from pipeline.stores.object_store import ObjectStore
 from tests.object_store import Server, running
 from tests.small import make_corpus, make_teacher, random_sequences
 
@@ -66,6 +67,12 @@ def running_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]
 
 
 @pytest.fixture
+def tmp_path(tmp_path: Path) -> LocalStore:
+    """A folder of the test's own, as a store."""
+    return LocalStore(tmp_path)
+
+
+@pytest.fixture
 def server(running_server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Server:
     """The server without faults, the environment that leads to it, and a folder of its own for copies."""
     for name, value in running_server.environment(tmp_path / "copies").items():
@@ -75,6 +82,6 @@ def server(running_server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.fixture
-def url(server: Server, tmp_path: Path) -> ObjectPath:
+def url(server: Server, tmp_path: Path) -> ObjectStore:
     """A prefix that no other test uses."""
-    return ObjectPath(f"s3://bucket/{tmp_path.name}/cache")
+    return ObjectStore(f"s3://bucket/{tmp_path.name}/cache")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import MENDABLE, PipelineError
-from pipeline.files import write_json
+from pipeline.stores.sealed import write_json
 
 OUTSIDE = "../../outside/mine"
 STRINGS = (

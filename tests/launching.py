@@ -10,9 +10,9 @@ from pipeline.cache.commits import SHARDS, list_commits
 from pipeline.cache.reader import open_cache
 from pipeline.cache.verify import verify_cache
 from pipeline.corpus import Corpus
-from pipeline.runs.notes import notes_in
+from pipeline.runs.notes import Notes
 from pipeline.runs.presence import WORKERS
-from pipeline.stores.objects import Location
+from pipeline.stores.store import Store
 from tests.small import make_corpus, make_teacher, random_sequences
 
 ROOT = Path(__file__).parent.parent
@@ -25,7 +25,7 @@ class SmallJob:
     folder: Path
     corpus: Path
     partitions: int
-    cache: Location
+    cache: Store
 
     @property
     def student(self) -> Path:
@@ -44,7 +44,7 @@ class SmallJob:
 
     def worker_pids(self) -> list[int]:
         """Pids that workers have recorded, whether they live or not."""
-        notes = notes_in(self.cache / WORKERS)
+        notes = Notes(self.cache / WORKERS)
         return [json.loads(note.text)["pid"] for note in map(notes.read, notes.names()) if note is not None]
 
     def assert_whole(self) -> None:
@@ -61,7 +61,7 @@ def small_job(
     sequences: int = 120,
     layers: int = 2,
     max_steps: int = 2,
-    cache: Location | None = None,
+    cache: Store | None = None,
     **changes: object,
 ) -> SmallJob:
     """A job of one sequence a partition; `layers` sets how long each takes, `changes` are of the capture."""

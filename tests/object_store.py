@@ -14,12 +14,12 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from pipeline.cache.commits import read_commit
-from pipeline.cache.folder import open_folder
+from pipeline.cache.folder import CacheFolder
 from pipeline.cache.manifest import CacheManifest
 from pipeline.corpus import Corpus
 from pipeline.runs.rank import Rank
 from pipeline.stores.copies import COPIES
-from pipeline.stores.objects import ObjectPath
+from pipeline.stores.object_store import ObjectStore
 from stages.cache_logits.capture import capture
 from stages.cache_logits.engine import Engine
 from tests.leftovers import kept
@@ -81,7 +81,7 @@ def running(folder: Path) -> Iterator[Server]:
         process.wait()
 
 
-def put_cache(folder: Path, url: ObjectPath) -> ObjectPath:
+def put_cache(folder: Path, url: ObjectStore) -> ObjectStore:
     """A copy of a cache, file by file."""
     for path in sorted(folder.rglob("*")):
         if path.is_file():
@@ -89,17 +89,17 @@ def put_cache(folder: Path, url: ObjectPath) -> ObjectPath:
     return url
 
 
-def capture_into(url: ObjectPath, corpus_folder: Path, **settings: object) -> None:
+def capture_into(url: ObjectStore, corpus_folder: Path, **settings: object) -> None:
     """What is missing of a cache by FakeEngine."""
     corpus = Corpus(corpus_folder)
     manifest = fake_manifest(corpus, **settings)
-    open_folder(url, manifest, corpus_folder / "tokenizer")
+    CacheFolder.begin(url, manifest, corpus_folder / "tokenizer")
     todo = [part for part in range(manifest.num_partitions) if read_commit(url, part) is None]
-    capture(FakeEngine(manifest), corpus, manifest, url, todo)
+    capture(FakeEngine(manifest), corpus, CacheFolder(url), todo)
 
 
 def start_store_worker(
-    url: ObjectPath,
+    url: ObjectStore,
     corpus: Path,
     rank: Rank = ALONE,
     make_engine: Callable[[CacheManifest], Engine] = FakeEngine,
@@ -127,7 +127,7 @@ def _work(
     os.environ.update(environment)
     if host:
         socket.gethostname = lambda: host
-    sys.exit(exit_code_of(lambda: run_worker(ObjectPath(url), corpus, rank, make_engine, lease_s=lease_s)))
+    sys.exit(exit_code_of(lambda: run_worker(ObjectStore(url), corpus, rank, make_engine, lease_s=lease_s)))
 
 
 def end_of_store_worker(process: BaseProcess) -> int:

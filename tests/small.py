@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-import shutil
 from collections.abc import Hashable, Iterable, Iterator
 from pathlib import Path
 
@@ -19,11 +18,11 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING as SEES_PICTURES
 
 from pipeline import open_cache
-from pipeline.cache.commits import COMMITS, SHARDS, read_commit
+from pipeline.cache.folder import CacheFolder
 from pipeline.cache.manifest import CacheManifest
 from pipeline.cache.partitions import plan_partitions
 from pipeline.corpus import TOKENIZER, Corpus, CorpusManifest, TokenSequence, write_partition
-from pipeline.files import hash_folder
+from pipeline.stores.places import store_of
 from pipeline.targets import SparseTargets
 from pipeline.tokenizer import identify
 from stages.cache_logits.capture import capture
@@ -190,26 +189,20 @@ def fake_manifest(
         partitions=partitions or plan_partitions(tokens, 400),
         settings={},
         software={},
-        tokenizer_files=hash_folder(corpus.folder / TOKENIZER),
+        tokenizer_files=store_of(corpus.folder / TOKENIZER).hashes(),
     )
 
 
 def prepare_folder(folder: Path, corpus_folder: Path, **settings: object) -> Path:
     """A cache of which nothing is captured, for FakeEngine."""
-    for name in (SHARDS, COMMITS):
-        (folder / name).mkdir(parents=True, exist_ok=True)
-    shutil.copytree(corpus_folder / TOKENIZER, folder / TOKENIZER, dirs_exist_ok=True)
-    fake_manifest(Corpus(corpus_folder), **settings).write(folder)
-    return folder
+    return CacheFolder.begin(folder, fake_manifest(Corpus(corpus_folder), **settings), corpus_folder / TOKENIZER).folder
 
 
 def make_cache(folder: Path, corpus_folder: Path, **settings: object) -> Path:
     """A cache by FakeEngine; continues one that was begun."""
-    corpus = Corpus(corpus_folder)
-    manifest = CacheManifest.read(prepare_folder(folder, corpus_folder, **settings))
-    todo = [part for part in range(manifest.num_partitions) if read_commit(folder, part) is None]
-    capture(FakeEngine(manifest), corpus, manifest, folder, todo)
-    return folder
+    cache = CacheFolder(prepare_folder(folder, corpus_folder, **settings))
+    capture(FakeEngine(cache.manifest), Corpus(corpus_folder), cache, cache.todo())
+    return cache.folder
 
 
 def contents_of(folder: Path) -> dict[bytes, list[np.ndarray]]:

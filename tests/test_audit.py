@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 
 from pipeline import open_cache
-from pipeline.cache.commits import SHARDS, commit_path, commit_shard, partial_shard_path, read_commit
+from pipeline.cache.commits import SHARDS, commit_path, read_commit
+from pipeline.cache.folder import CacheFolder
 from pipeline.cache.manifest import MANIFEST, CacheManifest
-from pipeline.cache.reader import layout_of_commit
 from pipeline.cache.verify import verify_cache
 from pipeline.corpus import Corpus
 from pipeline.errors import CacheCorruptError, CacheMismatchError
-from pipeline.files import read_json, write_json
 from pipeline.formats.containers import CONTAINERS
 from pipeline.formats.layout import encode
+from pipeline.stores.sealed import read_json, write_json
 from pipeline.targets import SparseTargets
 from stages.cache_logits.audit import audit_cache, sample, token_sequence
 from stages.cache_logits.comparison import differences
@@ -45,19 +45,17 @@ def captured(out: Path, teacher: Path, corpus: Path, **changes: object) -> Path:
 def rewritten(source: Path, folder: Path, change) -> Path:
     """A copy of a cache whose first partition went through `change(sequence, targets)`; `verify` finds it sound."""
     shutil.copytree(source, folder)
-    manifest, commit = CacheManifest.read(folder), read_commit(folder, 0)
-    cache = open_cache(source)
-    container = CONTAINERS[manifest.container]
-    partial = partial_shard_path(folder, 0, container.suffix)
-    layout = layout_of_commit(manifest, commit)
-    writer = container.create(partial, layout)
-    for index in range(commit.num_sequences):
-        sequence = token_sequence(cache[index])
-        writer.append(encode(layout, sequence, change(index, cache[index].targets)))
-    writer.close()
-    commit_path(folder, 0).unlink()
-    (folder / SHARDS / commit.file).unlink()
-    commit_shard(folder, 0, partial, layout, commit.statistics)
+    cache, new = open_cache(source), CacheFolder(folder)
+    stored = cache.shard(0)
+    commit_path(new.folder, 0).unlink()
+    (new.folder / SHARDS / stored.commit.file).unlink()
+    with new.new_shard(0) as partial:
+        writer = CONTAINERS[stored.container].create(partial, stored.layout)
+        for index in range(stored.num_sequences):
+            sequence = token_sequence(cache[index])
+            writer.append(encode(stored.layout, sequence, change(index, cache[index].targets)))
+        writer.close()
+        new.commit(0, partial, stored.layout.counts, stored.commit.statistics)
     assert verify_cache(folder).problems == []
     return folder
 

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from pipeline import open_cache
-from pipeline.cache.commits import COMMITS, SHARDS, remove_leftovers
+from pipeline.cache.commits import COMMITS, SHARDS
+from pipeline.cache.folder import CacheFolder
 from pipeline.cache.manifest import CacheManifest
 from pipeline.cache.partitions import plan_partitions
 from pipeline.cache.verify import verify_cache
@@ -37,7 +38,7 @@ def test_kill_9_at_every_file_operation_loses_and_repeats_nothing(tmp_path, corp
     assert [sequence.key for sequence in killed] == [sequence.key for sequence in whole]
     for ours, theirs in zip(killed, whole):
         np.testing.assert_array_equal(ours.targets.probs(2.0), theirs.targets.probs(2.0))
-    remove_leftovers(tmp_path / "killed")
+    CacheFolder(tmp_path / "killed").remove_leftovers()
     assert len(list((tmp_path / "killed" / SHARDS).iterdir())) == killed.manifest.num_partitions
 
 
@@ -48,7 +49,7 @@ def test_leftovers_of_the_living_and_of_other_hosts_stay(tmp_path, corpus):
     )
     for path in (ours, others):
         path.touch()
-    remove_leftovers(folder)
+    CacheFolder(folder).remove_leftovers()
     assert ours.exists()
     assert others.exists()
 
@@ -58,7 +59,7 @@ def test_two_writers_of_one_cache_commit_each_partition_once(tmp_path, corpus):
     manifest = fake_manifest(rows)
     folder = make_cache(tmp_path / "cache", corpus)
     before = {path.name: path.stat().st_mtime_ns for path in (folder / SHARDS).iterdir()}
-    capture(FakeEngine(manifest), rows, manifest, folder, range(manifest.num_partitions))
+    capture(FakeEngine(manifest), rows, CacheFolder(folder), range(manifest.num_partitions))
     assert {path.name: path.stat().st_mtime_ns for path in (folder / SHARDS).iterdir()} == before
     assert verify_cache(folder).problems == []
 
@@ -94,7 +95,7 @@ def test_failing_engine_stops_the_writer_and_keeps_what_was_committed(tmp_path, 
     rows, manifest, folder = prepared(tmp_path, corpus)
     threads = threading.active_count()
     with pytest.raises(ValueError, match="the engine broke"):
-        capture(BrokenEngine(manifest, folder / COMMITS), rows, manifest, folder, range(manifest.num_partitions))
+        capture(BrokenEngine(manifest, folder / COMMITS), rows, CacheFolder(folder), range(manifest.num_partitions))
     assert threading.active_count() == threads
     assert not list(folder.rglob("*.partial"))
     assert 0 < len(list((folder / "commits").iterdir())) < manifest.num_partitions
@@ -111,7 +112,7 @@ def test_full_disk_is_an_error_not_a_hang(tmp_path, corpus, container, monkeypat
 
     monkeypatch.setattr("pipeline.files.os.fsync", full)
     with pytest.raises(OSError, match="No space left"):
-        capture(FakeEngine(manifest), rows, manifest, folder, range(manifest.num_partitions))
+        capture(FakeEngine(manifest), rows, CacheFolder(folder), range(manifest.num_partitions))
     monkeypatch.undo()
     assert list((folder / "commits").iterdir()) == []
     make_cache(folder, corpus, container=container)
@@ -167,6 +168,6 @@ class ForgetfulEngine(FakeEngine):
 def test_unanswered_request_is_an_error(tmp_path, corpus):
     rows, manifest, folder = prepared(tmp_path, corpus)
     with pytest.raises(RuntimeError, match="unanswered"):
-        capture(ForgetfulEngine(manifest), rows, manifest, folder, range(manifest.num_partitions))
+        capture(ForgetfulEngine(manifest), rows, CacheFolder(folder), range(manifest.num_partitions))
     make_cache(folder, corpus)
     assert verify_cache(folder).problems == []

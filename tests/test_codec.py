@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 
 from pipeline.cache.commits import read_commit
-from pipeline.corpus import Corpus, TokenSequence
+from pipeline.cache.folder import CacheFolder
+from pipeline.corpus import TOKENIZER, Corpus, TokenSequence
 from pipeline.formats.codec import rising_in_runs, round_targets
 from pipeline.formats.containers import CONTAINERS
 from pipeline.formats.contexts import code_differences, learn, sum_differences
 from pipeline.formats.grid import FINEST_LEVEL, grid_of, tail_places, tail_values
-from pipeline.formats.layout import ShardLayout, decode, encode
-from pipeline.targets import SparseTargets, logsumexps_of, reconstruction_errors
+from pipeline.formats.layout import ShardCounts, ShardLayout, decode, encode
+from pipeline.targets import SparseTargets, TargetSpec, logsumexps_of, reconstruction_errors
 from stages.cache_logits.capture import capture
 from tests.oracle import assert_within
 from tests.rounding import total_errors
@@ -156,16 +157,15 @@ def test_shard_that_breaks_its_bound_is_never_committed(tmp_path, corpus, monkey
     """The writer measures what it has stored; a codec that fails its promise stops the capture."""
     rows = Corpus(corpus)
     manifest = fake_manifest(rows, max_kl_error=1e-4)
-    for name in ("shards", "commits"):
-        (tmp_path / name).mkdir()
+    cache = CacheFolder.begin(tmp_path / "cache", manifest, corpus / TOKENIZER)
     monkeypatch.setattr(
         "pipeline.formats.layout.round_targets", lambda targets, labels, bound: round_targets(targets, labels, 1e-1)
     )
     monkeypatch.setattr("pipeline.formats.codec.MAX_PROBABILITY_ERROR", 1.0)
     monkeypatch.setattr("pipeline.formats.grid.MAX_PROBABILITY_ERROR", 1.0)
     with pytest.raises(RuntimeError, match="rounding cost"):
-        capture(FakeEngine(manifest), rows, manifest, tmp_path, range(manifest.num_partitions))
-    assert list((tmp_path / "commits").iterdir()) == []
+        capture(FakeEngine(manifest), rows, cache, range(manifest.num_partitions))
+    assert cache.done() == set()
 
 
 def stored_and_read(path, container, targets, labels, max_kl_error):
@@ -174,16 +174,8 @@ def stored_and_read(path, container, targets, labels, max_kl_error):
     token_ids = np.concatenate([[0], labels]).astype(np.int32)
     lengths = np.array([count + 1], np.int32)
     sequence = TokenSequence(token_ids=token_ids, loss_mask=np.arange(count + 1) > 0, document_lengths=lengths)
-    layout = ShardLayout(
-        num_sequences=1,
-        num_tokens=count + 1,
-        num_documents=1,
-        num_targets=count,
-        top_k=targets.top_k,
-        num_draws=0,
-        temperatures=targets.temperatures,
-        max_kl_error=max_kl_error,
-    )
+    spec = TargetSpec(top_k=targets.top_k, temperatures=targets.temperatures, max_kl_error=max_kl_error)
+    layout = ShardLayout(counts=ShardCounts.of([sequence]), spec=spec)
     writer = CONTAINERS[container].create(path, layout)
     writer.append(encode(layout, sequence, targets))
     writer.close()

@@ -9,7 +9,7 @@ from pipeline.errors import ConfigError
 from pipeline.launch.settings import SubmitConfig
 from pipeline.settings import load_config, resolved
 from pipeline.stores.copies import COPIES, copies_folder
-from pipeline.stores.objects import location
+from pipeline.stores.places import store_of
 from stages.cache_logits.settings import AuditConfig, CacheConfig
 from stages.prepare.settings import PrepareConfig
 from stages.train_student.settings import TrainConfig
@@ -148,6 +148,6 @@ def test_home_is_meant_wherever_a_path_is_taken(tmp_path, monkeypatch):
     submit = load_config(SubmitConfig, None, {"launcher": "local", "cache_logits": "~/run.yaml"})
     assert load_config(CacheConfig, submit.cache_logits) == config
     assert TrainConfig(student=Path("~root"), cache=Path("c"), out=Path("o")).student == Path("~root").expanduser()
-    assert location("~/cache") == tmp_path / "cache"
+    assert store_of("~/cache") == tmp_path / "cache"
     monkeypatch.setenv(COPIES, "~/copies")
     assert copies_folder() == tmp_path / "copies"

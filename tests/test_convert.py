@@ -13,7 +13,6 @@ import pytest
 from pipeline import open_cache
 from pipeline.cache.commits import COMMITS, SHARDS, commit_path
 from pipeline.cache.manifest import CacheManifest
-from pipeline.cache.reader import layout_of_commit
 from pipeline.cache.verify import verify_cache
 from pipeline.errors import CacheCorruptError, CacheIncompleteError, CacheMismatchError, ConfigError
 from pipeline.lifecycle import copying
@@ -147,8 +146,8 @@ def test_workers_end_with_a_parent_that_was_killed(tmp_path):
 def test_blocks_give_every_sequence_once(tmp_path, corpus, monkeypatch):
     monkeypatch.setattr(copying, "BLOCK_TARGETS", 40)
     cache = open_cache(make_cache(tmp_path / "source", corpus))
-    commit, shard = cache.commits[0], cache.shard(0)
-    layout = layout_of_commit(cache.manifest, commit)
+    commit, layout = cache.commits[0], cache.shard(0).layout
+    shard = cache.shard(0).open()
     keys = [row["key"].tobytes() for row in copying.sequences_of_shard(shard, layout)]
     assert keys == [cache[index].key for index in range(commit.num_sequences)]
     rows = np.array([0, 2, commit.num_sequences - 1])

@@ -14,7 +14,7 @@ import pytest
 
 from pipeline import open_cache
 from pipeline.cache.commits import COMMITS, commit_path, list_commits
-from pipeline.cache.folder import open_folder
+from pipeline.cache.folder import CacheFolder
 from pipeline.cache.index import INDEX
 from pipeline.cache.manifest import COPY, MANIFEST, TOKENIZER, CacheManifest
 from pipeline.cache.repair import repair_cache, repair_manifest
@@ -22,17 +22,17 @@ from pipeline.cache.verify import verify_cache
 from pipeline.corpus import Corpus
 from pipeline.documents import is_file_name
 from pipeline.errors import PipelineError
-from pipeline.files import read_json, write_json
 from pipeline.lifecycle.convert import convert_cache
 from pipeline.lifecycle.export import RECORD, export_cache
 from pipeline.lifecycle.merge import merge_caches
-from pipeline.lifecycle.reuse import GrownCorpus, KnownTargets
+from pipeline.lifecycle.reuse import KnownTargets
 from pipeline.lifecycle.settings import ConvertConfig, ExportConfig, MergeConfig
 from pipeline.runs.events import EVENTS
 from pipeline.runs.failures import Failure, read_failure, record_failure
 from pipeline.runs.leases import LEASES
 from pipeline.runs.presence import WORKERS
 from pipeline.runs.status import StatusReader, describe
+from pipeline.stores.sealed import read_json, write_json
 from stages.prepare.run import prepare
 from stages.prepare.settings import PrepareConfig
 from stages.train_student.checkpoints import MARK, newest_whole_checkpoint, read_mark
@@ -86,7 +86,7 @@ def scene(tmp_path_factory) -> Scene:
         folder = caches[container] = root / "made" / container
         manifest = fake_manifest(Corpus(corpus), container=container, tail_samples=2)
         manifest = dataclasses.replace(manifest, settings={"lease_s": 60.0, "max_failures": 3, "batch_tokens": 512})
-        open_folder(folder, manifest, corpus / TOKENIZER)
+        CacheFolder.begin(folder, manifest, corpus / TOKENIZER)
         run_worker(folder, corpus)
         record_failure(folder, Failure(partition=0, reason="a reason", owner="host.1.2", alone=True), 1)
         (folder / LEASES / "00000.1").write_text("host.1.2")
@@ -153,9 +153,9 @@ def merge(cache: Path, scene: Scene) -> None:
 
 def reuse(cache: Path, scene: Scene) -> None:
     known = KnownTargets([cache], CacheManifest.read(scene.caches["arrow"]))
-    for sequence in GrownCorpus(scene.corpus, known).rows():
-        if hasattr(sequence, "load"):
-            assert len(sequence.load()) == len(sequence.target_positions)
+    for sequence in Corpus(scene.corpus).rows():
+        if (place := known.find_one(sequence.key)) is not None:
+            assert len(known.load(place, sequence.key).targets) == len(sequence.target_positions)
 
 
 def train(cache: Path, scene: Scene) -> None:
@@ -172,7 +172,7 @@ def train(cache: Path, scene: Scene) -> None:
 
 def plan(cache: Path, scene: Scene) -> None:
     """What a worker does with the folder before it works."""
-    open_folder(cache, CacheManifest.read(scene.caches[cache.name]), scene.corpus / TOKENIZER)
+    CacheFolder.begin(cache, CacheManifest.read(scene.caches[cache.name]), scene.corpus / TOKENIZER)
     list_commits(cache)
 
 

@@ -8,13 +8,13 @@ import pytest
 
 from pipeline.cache.commits import list_commits
 from pipeline.errors import PartitionsFailedError
-from pipeline.files import list_names
 from pipeline.processes import owner_name
 from pipeline.runs import events
 from pipeline.runs.events import EVENTS, EventLog, read_events
 from pipeline.runs.presence import Presence
 from pipeline.runs.rank import Rank
 from pipeline.runs.status import StatusReader
+from pipeline.stores.numbered import list_names
 from tests.helpers import run, wait_until
 from tests.test_workers import COUNT, AllergicEngine, HangingEngine, SlowEngine, assert_whole
 from tests.workers import ALONE, LEASE_S, end_of, new_cache, run_worker, start_worker, tiny_corpus

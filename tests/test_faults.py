@@ -18,8 +18,9 @@ from pipeline.cache.index import INDEX
 from pipeline.cache.manifest import CacheManifest
 from pipeline.cache.verify import verify_cache
 from pipeline.errors import ConfigError, PipelineError, fault_of_machine
-from pipeline.files import PARTIAL, held, publish_first, write_json
+from pipeline.files import PARTIAL, held, publish_first
 from pipeline.stores.copies import copies_folder
+from pipeline.stores.sealed import write_json
 from tests.helpers import run, tiny_tokenizer
 from tests.small import assert_equal_caches, make_cache, make_corpus, random_sequences
 from tests.workers import new_cache, run_worker, tiny_corpus

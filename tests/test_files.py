@@ -5,8 +5,9 @@ import json
 import pytest
 
 from pipeline.errors import CorpusError
-from pipeline.files import publish_first, read_json, write_json
+from pipeline.files import publish_first
 from pipeline.processes import owner_is_dead, owner_name
+from pipeline.stores.sealed import read_json, write_json
 
 DOCUMENT = {
     "name": "中文",

@@ -8,9 +8,9 @@ ROOT = Path(__file__).parent.parent
 FLOORS = (
     (
         *("pipeline.cpu", "pipeline.documents", "pipeline.drain", "pipeline.errors", "pipeline.exit_codes"),
-        *("pipeline.files", "pipeline.ipc", "pipeline.library_logs", "pipeline.pages", "pipeline.parallel"),
-        *("pipeline.processes", "pipeline.progress", "pipeline.starting", "pipeline.stopping", "pipeline.streams"),
-        *("pipeline.tables", "pipeline.targets", "pipeline.watchdog"),
+        *("pipeline.files", "pipeline.handover", "pipeline.ipc", "pipeline.library_logs", "pipeline.pages"),
+        *("pipeline.parallel", "pipeline.processes", "pipeline.progress", "pipeline.redaction", "pipeline.starting"),
+        *("pipeline.stopping", "pipeline.streams", "pipeline.tables", "pipeline.targets", "pipeline.watchdog"),
     ),
     ("pipeline.stores",),
     (

@@ -13,7 +13,7 @@ import zarr
 from pipeline import open_cache
 from pipeline.cache.commits import SHARDS
 from pipeline.errors import CacheMismatchError
-from pipeline.files import read_json, write_json
+from pipeline.stores.sealed import read_json, write_json
 from tests.small import make_cache
 
 # The reader begins here and uses nothing of ours.

@@ -11,8 +11,9 @@ from pipeline.cache.commits import COMMITS, commit_path, read_commit
 from pipeline.cache.index import INDEX, open_index
 from pipeline.cache.manifest import CacheManifest
 from pipeline.errors import CacheCorruptError, CacheError, CacheIncompleteError
-from pipeline.files import PARTIAL, read_json, write_json
+from pipeline.files import PARTIAL
 from pipeline.processes import owner_name
+from pipeline.stores.sealed import read_json, write_json
 from tests.small import make_cache
 
 

@@ -24,7 +24,8 @@ from pipeline.launch.kubernetes import write_manifests
 from pipeline.launch.settings import SubmitConfig
 from pipeline.launch.slurm import write_scripts
 from pipeline.progress import Reporter
-from pipeline.stores.objects import Location, ObjectPath
+from pipeline.stores.object_store import ObjectStore
+from pipeline.stores.store import Store
 from pipeline.submit import job_of
 from tests import leftovers
 from tests.helpers import wait_until
@@ -73,14 +74,14 @@ def test_pool_that_fails_itself_leaves_no_worker(tmp_path, monkeypatch):
     assert leftovers.children() == []
 
 
-def submitted(tmp_path, on: str, cache: Location | None = None, **settings: object) -> Job:
+def submitted(tmp_path, on: str, cache: Store | None = None, **settings: object) -> Job:
     """A job as `pipeline submit` reads it."""
     small = small_job(tmp_path, sequences=4, cache=cache)
     files = {"cache_logits": small.folder / "cache-logits.yaml", "train_student": small.folder / "train-student.yaml"}
     return job_of(SubmitConfig(launcher=on, write_only=True, **files | settings))
 
 
-STORE = ObjectPath("s3://bucket/runs/cache")
+STORE = ObjectStore("s3://bucket/runs/cache")
 
 
 def test_cache_in_an_object_store_keeps_scripts_and_logs_next_to_its_settings(tmp_path, monkeypatch):

@@ -14,17 +14,17 @@ from pipeline.launch.job import Job
 from pipeline.launch.kubernetes import write_manifests
 from pipeline.launch.settings import SubmitConfig
 from pipeline.launch.slurm import write_scripts
-from pipeline.stores.objects import ObjectPath
+from pipeline.stores.object_store import ObjectStore
 from pipeline.stores.patience import PATIENCE
 from pipeline.submit import job_of
 from tests.helpers import Lines, wait_until
 from tests.launching import ROOT, small_job
 from tests.workers import new_cache, run_worker, tiny_corpus
 
-STORE = ObjectPath("s3://bucket/runs/cache")
+STORE = ObjectStore("s3://bucket/runs/cache")
 
 
-def submitted(folder: Path, on: str, cache: ObjectPath = STORE, **settings: object) -> Job:
+def submitted(folder: Path, on: str, cache: ObjectStore = STORE, **settings: object) -> Job:
     """A job as `pipeline submit` reads it."""
     small = small_job(folder, sequences=4, cache=cache)
     files = {"cache_logits": small.folder / "cache-logits.yaml", "train_student": small.folder / "train-student.yaml"}

@@ -13,7 +13,7 @@ import pytest
 
 from pipeline import open_cache
 from pipeline.cache.commits import COMMITS, SHARDS, list_commits
-from pipeline.cache.folder import open_folder
+from pipeline.cache.folder import CacheFolder
 from pipeline.cache.index import INDEX
 from pipeline.cache.manifest import CacheManifest
 from pipeline.cache.verify import verify_cache
@@ -110,7 +110,7 @@ def test_unfinished_cache_without_its_empty_folders_goes_on(tmp_path):
             path.rmdir()
     assert not (cache / SHARDS).exists()
     assert run("status", cache)[0] == 3
-    open_folder(cache, CacheManifest.read(cache), corpus / "tokenizer")
+    CacheFolder.begin(cache, CacheManifest.read(cache), corpus / "tokenizer")
     run_worker(cache, corpus)
     assert verify_cache(cache).problems == []
 

@@ -11,20 +11,19 @@ import pytest
 
 from pipeline import open_cache
 from pipeline.cache.commits import SHARDS, commit_path, read_commit
-from pipeline.cache.folder import open_folder
+from pipeline.cache.folder import CacheFolder
 from pipeline.cache.manifest import CacheManifest
 from pipeline.cache.repair import repair_cache
 from pipeline.cache.verify import verify_cache
 from pipeline.corpus import Corpus
 from pipeline.errors import CacheCorruptError, CacheIncompleteError, CacheMismatchError
-from pipeline.files import read_json, write_json
 from pipeline.lifecycle.convert import convert_cache
 from pipeline.lifecycle.export import export_cache
 from pipeline.lifecycle.merge import merge_caches
 from pipeline.lifecycle.settings import ConvertConfig, ExportConfig, MergeConfig
 from pipeline.stores import objects as storage
 from pipeline.stores.copies import COPIES
-from pipeline.stores.objects import ObjectPath
+from pipeline.stores.object_store import ObjectStore
 from stages.cache_logits.capture import capture
 from stages.cache_logits.run import cache_logits
 from stages.cache_logits.settings import CacheConfig
@@ -52,7 +51,7 @@ def url(request, tmp_path, monkeypatch):
         monkeypatch.setenv(COPIES, str(tmp_path / "copies"))
         for name, value in request.getfixturevalue("running_azurite").items():
             monkeypatch.setenv(name, value)
-    return ObjectPath(f"{request.param}://bucket/{tmp_path.name}/cache")
+    return ObjectStore(f"{request.param}://bucket/{tmp_path.name}/cache")
 
 
 @pytest.fixture(scope="module")
@@ -63,74 +62,37 @@ def local(tmp_path_factory, corpus):
 def test_cache_is_read_from_the_store_and_then_from_its_copies(url, local):
     put_cache(local, url)
     assert_equal_caches(url, local)
-    for shard in (url / SHARDS).iterdir():
-        shard.unlink()
+    for name in (url / SHARDS).names():
+        (url / SHARDS / name).unlink()
     assert_equal_caches(url, local)
 
 
-def test_object_path_is_like_a_path(url):
-    assert str(url / "a" / "b.json") == f"{url}/a/b.json"
-    assert (url / "b.tar.gz").name == "b.tar.gz"
-    assert (url / "b.tar.gz").suffix == ".gz"
-    assert (url / "a").parent == url
-    assert not url.exists()
-    (url / "a" / "one").write_bytes(b"1")
-    (url / "two").write_bytes(b"22")
-    assert [path.name for path in url.iterdir()] == ["a", "two"]
-    assert url.is_dir()
-    assert not url.is_file()
-    assert (url / "two").stat().st_size == 2
-    assert (url / "two").read_bytes() == b"22"
-    (url / "two").unlink()
-    (url / "two").unlink(missing_ok=True)
-    with pytest.raises(FileNotFoundError):
-        (url / "two").read_bytes()
-    with pytest.raises(FileNotFoundError):
-        (url / "two").stat()
-    with pytest.raises(TypeError):
-        os.fspath(url)
-
-
-def test_first_writer_wins(url):
-    """If-None-Match: of many at once, one writes."""
-    path = url / "a.json"
-    wins = []
-
-    def write(number: int) -> None:
-        if write_json(path, {"winner": number}, first_wins=True):
-            wins.append(number)
-
-    threads = [threading.Thread(target=write, args=(number,)) for number in range(12)]
-    [thread.start() for thread in threads]
-    [thread.join() for thread in threads]
-    assert len(wins) == 1
-    assert read_json(path, CacheCorruptError) == {"winner": wins[0]}
-
-
-def test_swap_is_of_the_version_that_it_names(url):
+def test_renewing_is_of_the_version_that_it_names(url):
     """What leases are made of: of many that have seen the same version, one changes it."""
     path, wins = url / "lease", []
-    seen = path.swap(b"0", None)
-    threads = [threading.Thread(target=lambda n=n: wins.append(path.swap(b"%d" % n, seen))) for n in range(1, 9)]
+    seen = path.create(b"0")
+    threads = [threading.Thread(target=lambda n=n: wins.append(path.renew(b"%d" % n, seen))) for n in range(1, 9)]
     [thread.start() for thread in threads]
     [thread.join() for thread in threads]
     (newest,) = [version for version in wins if version]
-    assert path.swap(b"lost", seen) is None
-    assert path.swap(b"again", newest)
-    assert path.read_bytes() == b"again"
+    assert path.renew(b"lost", seen) is None
+    assert path.renew(b"again", newest)
+    assert path.read() == b"again"
+    with pytest.raises(TypeError):
+        os.fspath(url)
 
 
 def test_damage_in_the_store_is_found_repaired_and_made_again(url, local, corpus):
     put_cache(local, url)
     commits = [read_commit(local, partition) for partition in range(4)]
     path = url / SHARDS / commits[0].file
-    path.write_bytes(path.read_bytes()[:-5])
-    contents = bytearray((url / SHARDS / commits[1].file).read_bytes())
+    path.write(path.read()[:-5])
+    contents = bytearray((url / SHARDS / commits[1].file).read())
     contents[700] ^= 2
-    (url / SHARDS / commits[1].file).write_bytes(bytes(contents))
+    (url / SHARDS / commits[1].file).write(bytes(contents))
     (url / SHARDS / commits[2].file).unlink()
-    commit_path(url, 3).write_bytes(b"{}")
-    (url / "tokenizer" / "tokenizer.json").write_bytes(b"{}")
+    commit_path(url, 3).write(b"{}")
+    (url / "tokenizer" / "tokenizer.json").write(b"{}")
     with pytest.raises(CacheCorruptError, match="its checksum does not match"):
         open_cache(url)
     report = verify_cache(url)
@@ -147,13 +109,13 @@ def test_damage_in_the_store_is_found_repaired_and_made_again(url, local, corpus
 def test_two_writers_of_one_cache_commit_each_partition_once(url, corpus, local):
     corpus_rows = Corpus(corpus)
     manifest = fake_manifest(corpus_rows)
-    open_folder(url, manifest, corpus / "tokenizer")
+    CacheFolder.begin(url, manifest, corpus / "tokenizer")
     failures = []
 
     def write() -> None:
         try:
             parts = range(manifest.num_partitions)
-            capture(FakeEngine(manifest), Corpus(corpus), manifest, url, parts)
+            capture(FakeEngine(manifest), Corpus(corpus), CacheFolder(url), parts)
         except BaseException as exc:
             failures.append(exc)
 
@@ -162,14 +124,14 @@ def test_two_writers_of_one_cache_commit_each_partition_once(url, corpus, local)
     [thread.join() for thread in threads]
     assert failures == []
     assert_equal_caches(url, local)
-    assert len(list((url / SHARDS).iterdir())) == manifest.num_partitions
+    assert len((url / SHARDS).names()) == manifest.num_partitions
 
 
 def test_other_settings_and_foreign_folders_are_refused(url, corpus, local):
     put_cache(local, url)
     with pytest.raises(CacheMismatchError, match="top_k is 8, now 4"):
         capture_into(url, corpus, top_k=4)
-    (url.parent / "other" / "thesis.tex").write_bytes(b"years of work")
+    (url.parent / "other" / "thesis.tex").write(b"years of work")
     with pytest.raises(CacheMismatchError, match=r"holds no cache but thesis\.tex"):
         capture_into(url.parent / "other", corpus)
 
@@ -216,7 +178,7 @@ def test_large_file_goes_in_parts_and_comes_in_ranges(tmp_path, url, monkeypatch
     monkeypatch.setattr(storage, "RANGE_BYTES", 1_000_000)
     contents = np.random.default_rng(0).bytes(12 << 20)
     (tmp_path / "file").write_bytes(contents)
-    (url / "file").upload(tmp_path / "file")
+    (url / "file").publish(tmp_path / "file")
     (url / "file").download(tmp_path / "copy", len(contents))
     assert (tmp_path / "copy").read_bytes() == contents
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from pipeline import open_cache
+from pipeline.cache.folder import CacheFolder
 from pipeline.cache.manifest import CacheManifest
 from pipeline.corpus import Corpus
 from stages.cache_logits.capture import capture
@@ -70,7 +71,7 @@ def test_a_run_goes_on(caches: Path) -> None:
     assert [event["what"] for event in status["events"]] == ["started", "claimed"]
     assert [worker["record"]["owner"] for worker in status["workers"]] == ["elsewhere.4026531836.4711"]
     manifest, corpus = CacheManifest.read(folder), Corpus(caches / "corpus")
-    capture(FakeEngine(manifest), corpus, manifest, folder, [1, 2])
+    capture(FakeEngine(manifest), corpus, CacheFolder(folder), [1, 2])
     assert_equal_caches(caches / "arrow", folder)
 
 

@@ -20,7 +20,7 @@ from pipeline.runs.failures import list_failures
 from pipeline.runs.leases import list_leases
 from pipeline.stores import client as store_client
 from pipeline.stores import copies, patience
-from pipeline.stores.objects import ObjectPath
+from pipeline.stores.object_store import ObjectStore
 from pipeline.stores.patience import PATIENCE
 from stages.train_student.run import train_student
 from stages.train_student.settings import TrainConfig
@@ -98,9 +98,9 @@ def test_failure_that_passes_leaves_no_trace(server, url, local, hurry, kind):
     put_cache(local, url)
     server.fail(*[(kind, method, "/bucket", 3) for method in ("GET", "PUT", "HEAD", "POST")])
     assert_equal_caches(url, local)
-    (url / "new").write_bytes(b"contents")
-    assert (url / "lease").swap(b"mine", None)
-    assert (url / "lease").stat().st_size == 4
+    (url / "new").write(b"contents")
+    assert (url / "lease").create(b"mine")
+    assert (url / "lease").read() == b"mine"
     (url / "new").unlink()
     assert min(server.met()) >= 1
     server.fail()
@@ -108,11 +108,11 @@ def test_failure_that_passes_leaves_no_trace(server, url, local, hurry, kind):
 
 
 def test_credentials_that_have_run_out_are_looked_up_anew_with_every_try(server, url, monkeypatch, hurry):
-    (url / "file").write_bytes(b"contents")
+    (url / "file").write(b"contents")
     made = Mock(wraps=obstore.store.from_url)
     monkeypatch.setattr(obstore.store, "from_url", made)
     server.fail(("expired", "GET", "file", 3))
-    (url / "file").read_bytes()
+    (url / "file").read()
     assert made.call_count == 3
 
 
@@ -153,12 +153,12 @@ def test_page_of_a_proxy_is_neither_an_empty_store_nor_damage(server, url, local
 
 def test_silence_is_said_once_and_so_is_its_end(server, url, monkeypatch, hurry, caplog):
     monkeypatch.setattr(patience, "SAY_AFTER_S", 0.2)
-    (url / "file").write_bytes(b"contents")
+    (url / "file").write(b"contents")
     server.fail(("outage 0.6", "", url.name, FOR_EVER))
-    threads = [threading.Thread(target=(url / "file").read_bytes) for _ in range(6)]
+    threads = [threading.Thread(target=(url / "file").read) for _ in range(6)]
     [thread.start() for thread in threads]
     [thread.join() for thread in threads]
-    (url / "file").read_bytes()
+    (url / "file").read()
     first, last = [record.getMessage() for record in caplog.records]
     assert first.startswith(f"s3://bucket: does not answer: {url}/file: cannot read it: ")
     assert first.endswith("waiting up to 10m00s (LOGIT_CACHE_PATIENCE_S)")
@@ -168,9 +168,9 @@ def test_silence_is_said_once_and_so_is_its_end(server, url, monkeypatch, hurry,
 
 def test_hasty_request_asks_once_while_the_store_is_known_to_be_silent(server, url, monkeypatch, hurry):
     monkeypatch.setattr(patience, "SAY_AFTER_S", 0.1)
-    hasty = ObjectPath(str(url), 20.0)
+    hasty = ObjectStore(str(url), 20.0)
     server.fail(("500", "GET", "slow", FOR_EVER), ("500", "GET", "hasty", FOR_EVER))
-    thread = threading.Thread(target=pytest.raises, args=(StorageSilentError, (url / "slow").read_bytes))
+    thread = threading.Thread(target=pytest.raises, args=(StorageSilentError, (url / "slow").read))
     monkeypatch.setenv(PATIENCE, "2")
     thread.start()
     wait_until(lambda: patience._silences["s3://bucket"].said)
@@ -186,7 +186,7 @@ def test_hasty_request_asks_once_while_the_store_is_known_to_be_silent(server, u
 def test_request_that_waits_is_ended_by_an_interruption(server, url, monkeypatch, hurry):
     monkeypatch.setenv(PATIENCE, "100000")
     server.fail(("500", "GET", "file", FOR_EVER))
-    arguments = (StorageSilentError, (url / "file").read_bytes)
+    arguments = (StorageSilentError, (url / "file").read)
     waiting = threading.Thread(target=pytest.raises, args=arguments, daemon=True)
     waiting.start()
     wait_until(lambda: server.met()[0] > 2)
@@ -207,7 +207,7 @@ def test_settings_of_the_environment_are_numbers(url, local, monkeypatch, name, 
 @pytest.mark.parametrize("kind", ["reset 100000", "cut", "stall 1.5"])
 def test_answer_that_breaks_off_is_asked_for_again(server, url, tmp_path, monkeypatch, hurry, kind):
     monkeypatch.setattr(store_client, "STALL_S", 0.3)
-    (url / "large").write_bytes(LARGE)
+    (url / "large").write(LARGE)
     server.fail((kind, "GET", "large", 3))
     (url / "large").download(tmp_path / "copy", len(LARGE))
     assert server.met() == [3]
@@ -220,9 +220,9 @@ def test_upload_survives_a_fault_of_any_of_its_requests(server, url, tmp_path, h
     """Also when the answer to its last request is lost, after which the store knows of no such upload."""
     (tmp_path / "file").write_bytes(LARGE)
     server.fail((kind, *request_of, 1))
-    (url / "large").upload(tmp_path / "file")
+    (url / "large").publish(tmp_path / "file")
     assert server.met() == [1]
-    assert (url / "large").read_bytes() == LARGE
+    assert (url / "large").read() == LARGE
 
 
 @pytest.mark.slow
@@ -232,7 +232,7 @@ def test_slow_link_takes_longer_than_any_time_limit_of_an_answer(server, url, tm
     store_client.client.cache_clear()
     (tmp_path / "file").write_bytes(LARGE)
     server.fail(("slow 2000000", "", "large", FOR_EVER))
-    (url / "large").upload(tmp_path / "file")
+    (url / "large").publish(tmp_path / "file")
     (url / "large").download(tmp_path / "copy", len(LARGE))
     assert (tmp_path / "copy").read_bytes() == LARGE
     assert server.met()[0] == 2 + 3 + 1 + 2  # upload and its parts, size and ranges: none was asked for twice
@@ -240,9 +240,9 @@ def test_slow_link_takes_longer_than_any_time_limit_of_an_answer(server, url, tm
 
 def test_conflict_with_a_request_that_came_to_nothing_is_not_another_s_win(server, url, hurry):
     server.fail(("conflict", "PUT", "record", 2))
-    assert (url / "record").write_bytes(b"mine", first_wins=True)
+    assert (url / "record").create(b"mine")
     assert server.met() == [2]
-    assert not (url / "record").write_bytes(b"theirs", first_wins=True)
+    assert not (url / "record").create(b"theirs")
 
 
 def _breaks_down(server, kind, url):
@@ -328,8 +328,8 @@ def test_forked_reader_meets_the_same_errors(server, url, local, monkeypatch, ki
     put_cache(local, url)
     cache, results = open_cache(url), multiprocessing.get_context("fork").Queue()
     if kind == "absent":
-        for shard in (url / SHARDS).iterdir():
-            shard.unlink()
+        for name in (url / SHARDS).names():
+            (url / SHARDS / name).unlink()
     else:
         server.fail((kind, "", SHARDS, FOR_EVER))
     reader = multiprocessing.get_context("fork").Process(target=open_first, args=(cache, results))
@@ -343,14 +343,14 @@ def test_forked_reader_meets_the_same_errors(server, url, local, monkeypatch, ki
 
 def test_folder_of_copies_that_vanishes_is_made_again(url, local, monkeypatch):
     put_cache(local, url)
-    download, gone = ObjectPath.download, []
+    download, gone = ObjectStore.download, []
 
     def vanishing(path, target, num_bytes):
         download(path, target, num_bytes)
         if not gone:
             gone.append(shutil.rmtree(copies.copies_folder()))
 
-    monkeypatch.setattr(ObjectPath, "download", vanishing)
+    monkeypatch.setattr(ObjectStore, "download", vanishing)
     assert_equal_caches(url, local)
     assert gone
     shutil.rmtree(copies.copies_folder())
@@ -360,8 +360,7 @@ def test_folder_of_copies_that_vanishes_is_made_again(url, local, monkeypatch):
 def test_full_disk_costs_the_copies_that_were_used_longest_ago_and_then_is_said(url, local, monkeypatch):
     put_cache(local, url)
     monkeypatch.setattr(copies, "JUST_USED_S", 0.0)
-    shards = sorted((url / SHARDS).iterdir())
-    room, download = 2 * max(shard.stat().st_size for shard in shards), ObjectPath.download
+    room, download = 2 * max(commit.bytes for commit in open_cache(url).commits), ObjectStore.download
 
     def limited(path, target, num_bytes):
         kept = sum(copy.stat().st_size for copy in copies.copies_folder().iterdir() if not copy.name.startswith("."))
@@ -369,7 +368,7 @@ def test_full_disk_costs_the_copies_that_were_used_longest_ago_and_then_is_said(
             raise OSError(errno.ENOSPC, "No space left on device")
         download(path, target, num_bytes)
 
-    monkeypatch.setattr(ObjectPath, "download", limited)
+    monkeypatch.setattr(ObjectStore, "download", limited)
     assert_equal_caches(url, local)
     room = 10
     with pytest.raises(StorageError, match=r"no copy of .*: No space left on device; make room there, or .*_DIR"):
@@ -378,8 +377,8 @@ def test_full_disk_costs_the_copies_that_were_used_longest_ago_and_then_is_said(
 
 def test_shard_that_is_gone_is_damage_and_no_outage(url, local):
     put_cache(local, url)
-    for shard in (url / SHARDS).iterdir():
-        shard.unlink()
+    for name in (url / SHARDS).names():
+        (url / SHARDS / name).unlink()
     with pytest.raises(CacheCorruptError, match="missing, although it was committed"):
         open_cache(url)[0]
 

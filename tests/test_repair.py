@@ -8,13 +8,13 @@ import pytest
 
 from pipeline import open_cache
 from pipeline.cache.commits import COMMITS, SHARDS, commit_path, read_commit
-from pipeline.cache.folder import open_folder
+from pipeline.cache.folder import CacheFolder
 from pipeline.cache.manifest import CacheManifest
 from pipeline.cache.repair import repair_cache
 from pipeline.cache.verify import verify_cache
 from pipeline.corpus import TOKENIZER
 from pipeline.errors import CacheIncompleteError
-from pipeline.files import write_json
+from pipeline.stores.sealed import write_json
 from tests.helpers import run
 from tests.small import assert_equal_caches, make_cache, make_corpus, random_sequences
 
@@ -95,7 +95,7 @@ def test_damage_is_dropped_and_made_again(tmp_path, caches, corpus, container, k
     assert after.missing == sorted(report.damaged + report.missing)
     kept = [shard(folder, part) for part in range(manifest.num_partitions) if part not in after.missing]
     untouched = {path: path.stat().st_mtime_ns for path in kept}
-    open_folder(folder, manifest, corpus / TOKENIZER)
+    CacheFolder.begin(folder, manifest, corpus / TOKENIZER)
     make_cache(folder, corpus, container=manifest.container)
     report = verify_cache(folder)
     assert report.problems == []

@@ -1,7 +1,6 @@
 """A corpus that has grown is scored only where it is new; what was known is copied to the bit."""
 
 import dataclasses
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,12 +8,13 @@ import pytest
 
 from pipeline import open_cache
 from pipeline.cache.commits import SHARDS, commit_path
+from pipeline.cache.folder import CacheFolder
 from pipeline.cache.manifest import CacheManifest
 from pipeline.cache.verify import verify_cache
 from pipeline.corpus import Corpus
 from pipeline.errors import CacheCorruptError, CacheMismatchError
 from pipeline.formats.layout import encode
-from pipeline.lifecycle.reuse import GrownCorpus, KnownSequence, KnownTargets
+from pipeline.lifecycle.reuse import KnownTargets
 from stages.cache_logits.capture import capture
 from stages.cache_logits.run import cache_logits
 from stages.cache_logits.scoring import documents_of
@@ -66,13 +66,9 @@ def grown(folder: Path, corpus_folder: Path, earlier: list[Path], **settings: ob
     """A cache by CountingEngine that reuses others."""
     rows = Corpus(corpus_folder)
     manifest = fake_manifest(rows, **settings)
-    for name in ("shards", "commits"):
-        (folder / name).mkdir(parents=True)
-    shutil.copytree(corpus_folder / "tokenizer", folder / "tokenizer")
-    manifest.write(folder)
+    cache = CacheFolder.begin(folder, manifest, corpus_folder / "tokenizer")
     engine = CountingEngine(manifest)
-    corpus = GrownCorpus(corpus_folder, KnownTargets(earlier, manifest))
-    capture(engine, corpus, manifest, folder, range(manifest.num_partitions))
+    capture(engine, rows, cache, range(manifest.num_partitions), KnownTargets(earlier, manifest))
     return engine
 
 
@@ -132,7 +128,7 @@ def test_known_sequences_are_not_rounded_again(tmp_path, corpora, monkeypatch):
         encoded.append(sequence.key)
         return encode(layout, sequence, targets)
 
-    monkeypatch.setattr("stages.cache_logits.capture.encode", recorded)
+    monkeypatch.setattr("pipeline.cache.sequence.encode", recorded)
     grown(tmp_path / "grown", corpora / "new", [earlier])
     assert sorted(encoded) == sorted(sequence.key for sequence in SEQUENCES[25:])
 
@@ -144,7 +140,7 @@ def test_rows_of_other_masks_or_documents_are_not_known(tmp_path, corpora):
     corpus = make_corpus(tmp_path / "corpus", [sequence, one_document, masked], num_partitions=1)
     old = make_cache(tmp_path / "old", make_corpus(tmp_path / "one", [sequence], num_partitions=1))
     known = KnownTargets([old], fake_manifest(Corpus(corpus)))
-    kinds = [isinstance(row, KnownSequence) for row in GrownCorpus(corpus, known).rows()]
+    kinds = [known.find_one(row.key) is not None for row in Corpus(corpus).rows()]
     assert kinds == [True, False, False]
 
 

@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import ConfigError, StorageError
+from pipeline.redaction import without_secrets
 from pipeline.runs.presence import one_line
 from pipeline.settings import load_config
 from pipeline.stores.client import client
-from pipeline.stores.objects import ObjectPath, location, without_secrets
+from pipeline.stores.object_store import ObjectStore
+from pipeline.stores.places import store_of
 from stages.cache_logits.settings import CacheConfig
 from tests.helpers import run
 from tests.workers import new_cache, run_worker, tiny_corpus
@@ -49,10 +51,10 @@ def planted(monkeypatch):
 )
 def test_url_with_credentials_is_refused_without_telling_them(tmp_path, url):
     for use in (
-        lambda: location(url),
+        lambda: store_of(url),
         lambda: load_config(CacheConfig, None, {"teacher": "t", "corpus": "c", "out": url}),
         lambda: load_config(CacheConfig, None, {"teacher": url, "corpus": "c", "out": "o"}),
-        lambda: ObjectPath(url.replace("s3:", "s4:").replace("az:", "a2:").replace("abfss:", "abfsss:")),
+        lambda: ObjectStore(url.replace("s3:", "s4:").replace("az:", "a2:").replace("abfss:", "abfsss:")),
     ):
         with pytest.raises(ConfigError, match=r"\*\*\*") as refused:
             use()
@@ -67,7 +69,7 @@ def test_url_with_credentials_is_refused_without_telling_them(tmp_path, url):
 
 def test_urls_without_credentials_stay_as_they_are():
     for url in ("s3://bucket/a@b/c", "gs://b/x", "abfss://container@account.dfs.core.windows.net/cache"):
-        assert str(location(url)) == url
+        assert str(store_of(url)) == url
         assert without_secrets(f"{url}: it fails") == f"{url}: it fails"
 
 
@@ -101,13 +103,13 @@ def test_messages_of_other_libraries_are_told_without_secrets(planted, monkeypat
     monkeypatch.setenv("AZURE_STORAGE_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setenv("AZURE_ALLOW_HTTP", "true")
     with pytest.raises(StorageError) as refused:
-        ObjectPath("az://container-of-secrets/x", patience_s=0.1).read_bytes()
+        ObjectStore("az://container-of-secrets/x", patience_s=0.1).read_bytes()
     assert not shows_secret(str(refused.value))
 
 
 def test_download_by_a_helper_has_no_secret_among_its_arguments(url, planted, tmp_path):
-    (url / "file").write_bytes(b"contents")
-    command = [sys.executable, "-m", "pipeline.stores.objects", str(url / "file"), str(tmp_path / "copy"), "8"]
+    (url / "file").write(b"contents")
+    command = [sys.executable, "-m", "pipeline.stores.object_store", str(url / "file"), str(tmp_path / "copy"), "8"]
     process = subprocess.Popen(command, cwd=Path(__file__).parent.parent)
     assert not shows_secret(Path(f"/proc/{process.pid}/cmdline").read_bytes())
     assert process.wait() == 0

@@ -71,7 +71,7 @@ def test_containers_hold_the_same_columns_bit_for_bit(tmp_path, corpus):
     folders = [make_cache(tmp_path / name, corpus, container=name, tail_samples=3) for name in CONTAINERS]
     caches = [open_cache(folder) for folder in folders]
     for partition, (commit, _) in enumerate(zip(*(cache.commits for cache in caches), strict=True)):
-        first, second = (cache.shard(partition).columns(0, commit.num_sequences) for cache in caches)
+        first, second = (cache.shard(partition).open().columns(0, commit.num_sequences) for cache in caches)
         assert list(first) == list(second)
         for name in first:
             assert first[name].dtype == second[name].dtype

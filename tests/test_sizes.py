@@ -20,13 +20,13 @@ from pcodec import ChunkConfig, standalone
 
 from pipeline.cache.commits import SHARDS, commit_path, read_commit
 from pipeline.cache.manifest import MANIFEST, CacheManifest
-from pipeline.cache.reader import layout_of_commit
 from pipeline.errors import CacheCorruptError, CacheError
-from pipeline.files import hash_file, read_json, write_json
+from pipeline.files import hash_file
 from pipeline.formats.archive import bundles
 from pipeline.formats.arrow import arrow_schema
 from pipeline.formats.containers import CONTAINERS, structure_of
 from pipeline.formats.zarr import bundle_shape, chunk_shape
+from pipeline.stores.sealed import read_json, write_json
 from tests.small import make_cache, make_corpus, random_sequences
 
 HUGE = 1 << 40
@@ -63,7 +63,7 @@ class Forger:
         commit = dataclasses.replace(commit, **found)
         try:
             manifest = CacheManifest.read(cache)
-            with closing(CONTAINERS[manifest.container].open(shard, layout_of_commit(manifest, commit))) as opened:
+            with closing(CONTAINERS[manifest.container].open(shard, manifest.layout(commit.counts))) as opened:
                 commit = dataclasses.replace(commit, structure=structure_of(shard, opened))
         except CacheError:
             pass
@@ -184,7 +184,7 @@ def forge_arrow(forger: Forger, made: Path) -> None:
     path = made / "arrow" / SHARDS / commit.file
     contents = path.read_bytes()
     table = pa.ipc.open_file(contents).read_all()
-    schema = arrow_schema(layout_of_commit(manifest, commit))
+    schema = arrow_schema(manifest.layout(commit.counts))
 
     def file(batch: pa.RecordBatch, **options: object) -> bytes:
         sink = pa.BufferOutputStream()
@@ -292,7 +292,7 @@ def test_what_promises_more_than_it_has_is_refused_in_little_memory(made, tmp_pa
 def test_columns_that_count_other_rows_are_refused(made):
     """Though every offset lies inside its values: the row of one sequence given to the next."""
     commit, manifest = read_commit(made / "arrow", 0), CacheManifest.read(made / "arrow")
-    layout = layout_of_commit(manifest, commit)
+    layout = manifest.layout(commit.counts)
     path = made / "arrow" / SHARDS / commit.file
     contents = path.read_bytes()
     table = pa.ipc.open_file(contents).read_all()

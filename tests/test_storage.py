@@ -6,18 +6,20 @@ import numpy as np
 import pytest
 
 from pipeline import open_cache
-from pipeline.cache.commits import COMMITS, SHARDS, remove_leftovers
+from pipeline.cache.commits import COMMITS, SHARDS
+from pipeline.cache.folder import CacheFolder
 from pipeline.cache.verify import verify_cache
 from pipeline.errors import (
     ConfigError,
     StorageError,
 )
-from pipeline.files import hash_file, write_json
+from pipeline.files import hash_file
 from pipeline.processes import owner_name
 from pipeline.settings import load_config
 from pipeline.stores import copies
-from pipeline.stores.objects import ObjectPath
+from pipeline.stores.object_store import ObjectStore
 from pipeline.stores.patience import PATIENCE
+from pipeline.stores.sealed import write_json
 from stages.train_student.settings import TrainConfig
 from tests.helpers import run
 from tests.object_store import capture_into, put_cache
@@ -77,7 +79,7 @@ def test_capture_into_the_store_commits_each_partition_once_whatever_fails(serve
     assert server.met() == [2, 2, 1]
     assert verify_cache(url).problems == []
     assert_equal_caches(url, local)
-    assert len(list((url / SHARDS).iterdir())) == len(list((url / COMMITS).iterdir()))
+    assert len((url / SHARDS).names()) == len((url / COMMITS).names())
     assert [path for path in copies.copies_folder().iterdir() if path.name.endswith(".partial")] == []
 
 
@@ -87,7 +89,7 @@ def test_what_a_killed_writer_left_on_this_machine_goes(url, local):
     dead, alive = (copies.copies_folder() / f"00001-0123abcd-{place}.{pid}.arrow.partial" for pid in (2**22 + 1, 1))
     for path in (dead, alive):
         path.touch()
-    assert remove_leftovers(url) == 1
+    assert CacheFolder(url).remove_leftovers() == 1
     assert not dead.exists()
     assert alive.exists()
 
@@ -104,7 +106,7 @@ def test_copies_keep_to_their_limit_and_the_longest_unused_goes_first(url, local
         if partition:
             open_cache(url)[starts[0]]
         names = {path.name for path in copies.copies_folder().iterdir()}
-        assert copies.copy_name(url / SHARDS / cache.commits[0].file, cache.commits[0].xxh3_128) in names
+        assert copies.copy_name(str(url / SHARDS / cache.commits[0].file), cache.commits[0].xxh3_128) in names
         kept = [path for path in copies.copies_folder().iterdir() if not path.name.startswith(".")]
         assert sum(path.stat().st_size for path in kept) <= float(os.environ[copies.COPIES_GB]) * 1e9
 
@@ -113,7 +115,7 @@ def test_damaged_copy_is_fetched_again(url, local):
     put_cache(local, url)
     commit = open_cache(url).commits[0]
     open_cache(url)[0]
-    copy = copies.copies_folder() / copies.copy_name(url / SHARDS / commit.file, commit.xxh3_128)
+    copy = copies.copies_folder() / copies.copy_name(str(url / SHARDS / commit.file), commit.xxh3_128)
     damaged = bytearray(copy.read_bytes())
     damaged[len(damaged) // 2] ^= 1
     copy.write_bytes(damaged)
@@ -126,7 +128,7 @@ def test_faults_of_a_part_do_not_harm_a_large_upload(server, tmp_path, url, kind
     contents = np.random.default_rng(0).bytes(12 << 20)  # three parts
     (tmp_path / "file").write_bytes(contents)
     server.fail((kind, "PUT", "large", 2), (kind, "POST", "large", 1))
-    (url / "large").upload(tmp_path / "file")
+    (url / "large").publish(tmp_path / "file")
     assert server.met() == [2, 1]
     server.fail(("cut", "GET", "large", 1))
     (url / "large").download(tmp_path / "copy", len(contents))
@@ -135,7 +137,7 @@ def test_faults_of_a_part_do_not_harm_a_large_upload(server, tmp_path, url, kind
 
 def test_urls_are_settings_only_where_they_can_be(tmp_path):
     config = load_config(TrainConfig, None, {"student": "s", "cache": "s3://bucket/a/b/", "out": "o"})
-    assert config.cache == ObjectPath("s3://bucket/a/b")
+    assert config.cache == ObjectStore("s3://bucket/a/b")
     with pytest.raises(ConfigError, match=r"out is s3://bucket/o; this must be a path on this machine"):
         load_config(TrainConfig, None, {"student": "s", "cache": "c", "out": "s3://bucket/o"})
     with pytest.raises(ConfigError, match=r"ftp://host/a: not the URL of an object store; expected s3://"):

@@ -13,12 +13,12 @@ from pipeline.cache.reader import open_cache
 from pipeline.cache.verify import verify_cache
 from pipeline.corpus import Corpus
 from pipeline.errors import PartitionsFailedError, StorageError
-from pipeline.files import list_names
 from pipeline.runs.failures import forget_failures, list_failures, read_failure
 from pipeline.runs.leases import LEASES, Leases, list_leases
-from pipeline.runs.notes import notes_in
+from pipeline.runs.notes import Notes
 from pipeline.runs.presence import WORKERS, Presence
 from pipeline.runs.rank import Rank
+from pipeline.stores.numbered import list_names
 from pipeline.stores.patience import PATIENCE
 from tests.helpers import run, wait_until
 from tests.object_store import end_of_store_worker, start_store_worker
@@ -63,7 +63,7 @@ def place(request, tmp_path):
 
 
 def test_notes_are_made_once_renewed_while_they_are_there_replaced_and_removed(place):
-    ours, theirs = notes_in(place / LEASES), notes_in(place / LEASES)
+    ours, theirs = Notes(place / LEASES), Notes(place / LEASES)
     assert ours.create("1.1", "ours")
     assert not theirs.create("1.1", "theirs")
     assert ours.read("1.1").text == "ours"
@@ -85,7 +85,7 @@ def test_leases_have_one_holder_and_pass_on_by_generations(place):
     assert ours.acquire(7)
     assert not ours.acquire(7)
     assert not theirs.acquire(7)
-    now = notes_in(place / LEASES).read("00007.1").time
+    now = Notes(place / LEASES).read("00007.1").time
     assert not theirs.expired(7, 1, now + 4)
     assert theirs.expired(7, 1, now + 6)
     assert theirs.acquire(7, 2)
@@ -99,7 +99,7 @@ def test_leases_have_one_holder_and_pass_on_by_generations(place):
 
 def test_renewal_never_takes_a_lease_back_that_others_have_taken(url):
     """In a store a renewal is a write: it must not be one over the lease of the next holder."""
-    ours, theirs = notes_in(url / LEASES), notes_in(url / LEASES)
+    ours, theirs = Notes(url / LEASES), Notes(url / LEASES)
     assert ours.create("1.1", "ours")
     theirs.remove("1.1")
     assert theirs.create("1.1", "theirs")
@@ -177,8 +177,8 @@ def test_beats_that_the_store_refuses_are_left_out(server, url):
         server.fail(("deny", "PUT", "/leases/", 10_000), ("deny", "PUT", "/workers/", 10_000))
         wait_until(lambda: min(server.met()) >= 2)
         server.fail()
-        renewed = notes_in(url / LEASES).read("00005.1").time
-        wait_until(lambda: notes_in(url / LEASES).read("00005.1").time > renewed)
+        renewed = Notes(url / LEASES).read("00005.1").time
+        wait_until(lambda: Notes(url / LEASES).read("00005.1").time > renewed)
 
 
 def test_capture_goes_on_while_beats_fail(server, cache, rows):

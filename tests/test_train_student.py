@@ -19,8 +19,8 @@ from pipeline import open_cache
 from pipeline.cache.commits import COMMITS
 from pipeline.cache.manifest import MANIFEST
 from pipeline.errors import CacheIncompleteError, CacheMismatchError, ConfigError, PipelineError
-from pipeline.files import read_json, write_json
 from pipeline.settings import resolved
+from pipeline.stores.sealed import read_json, write_json
 from stages.cache_logits.draws import reduce_rows
 from stages.cache_logits.engine import unpack
 from stages.cache_logits.reduction import Reduction

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.cache.folder import open_folder
+from pipeline.cache.folder import CacheFolder
 from pipeline.cache.manifest import CacheManifest
 from pipeline.cache.partitions import plan_partitions
 from pipeline.corpus import TOKENIZER, Corpus, TokenSequence
 from pipeline.errors import PipelineError
 from pipeline.progress import Reporter
 from pipeline.runs.rank import Rank
-from pipeline.stores.objects import Location
+from pipeline.stores.store import Store
 from pipeline.targets import SparseTargets
 from stages.cache_logits.engine import Engine, Request
 from stages.cache_logits.worker import work
@@ -38,10 +38,10 @@ def tiny_corpus(folder: Path, count: int) -> Path:
     )
 
 
-def new_cache(folder: Location, corpus: Path) -> Location:
+def new_cache(folder: Store, corpus: Path) -> Store:
     """A plan with one sequence a partition."""
     rows = Corpus(corpus)
-    open_folder(folder, fake_manifest(rows, partitions=plan_partitions(rows.lengths()[0], 1)), corpus / TOKENIZER)
+    CacheFolder.begin(folder, fake_manifest(rows, partitions=plan_partitions(rows.lengths()[0], 1)), corpus / TOKENIZER)
     return folder
 
 
@@ -60,7 +60,7 @@ class UnevenEngine(FakeEngine):
 
 
 def run_worker(
-    folder: Location,
+    folder: Store,
     corpus: Path,
     rank: Rank = ALONE,
     make_engine: Callable[[CacheManifest], Engine] = FakeEngine,

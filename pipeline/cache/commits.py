@@ -5,30 +5,18 @@ the shard and its checksum. The first record of a partition wins; a shard withou
 never read.
 """
 
-import os
+import re
 import secrets
-from contextlib import closing
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from collections import defaultdict
+from dataclasses import dataclass
 
 from pipeline.documents import Count, FileName, Hash
 from pipeline.errors import CacheCorruptError
-from pipeline.files import (
-    PARTIAL,
-    hash_file,
-    list_names,
-    numbers_in,
-    publish,
-    read_document,
-    remove_partials,
-    write_json,
-)
-from pipeline.formats.containers import CONTAINERS, structure_of
-from pipeline.formats.layout import ShardLayout
-from pipeline.processes import owner_is_dead, owner_name
-from pipeline.stores.copies import copies_folder
-from pipeline.stores.objects import Location, ObjectPath
+from pipeline.formats.layout import ShardCounts
+from pipeline.processes import owner_name
+from pipeline.stores.numbered import list_names, numbers_in
+from pipeline.stores.sealed import read_document
+from pipeline.stores.store import Store
 
 COMMITS = "commits"
 SHARDS = "shards"
@@ -51,46 +39,23 @@ class ShardCommit:
     statistics: dict[str, float | list[float]]
     """Sums over the targets, and what the capture took."""
 
-
-def partial_shard_path(folder: Location, partition: int, suffix: str) -> Path:
-    """Where an attempt at the shard of a partition is written until it is whole; no two attempts share a name."""
-    place = copies_folder() if isinstance(folder, ObjectPath) else folder / SHARDS
-    return place / f"{partition:05d}-{secrets.token_hex(4)}-{owner_name()}{suffix}{PARTIAL}"
-
-
-def commit_shard(
-    folder: Location, partition: int, partial: Path, layout: ShardLayout, statistics: dict[str, Any]
-) -> ShardCommit | None:
-    """Publish a closed shard and its record; None if another process has committed the partition before."""
-    final = folder / SHARDS / partial.name.removesuffix(PARTIAL)
-    (container,) = (kind for kind in CONTAINERS.values() if final.name.endswith(kind.suffix))
-    with closing(container.open(partial, layout)) as shard:
-        structure = structure_of(partial, shard)
-    commit = ShardCommit(
-        partition=partition,
-        file=final.name,
-        bytes=partial.stat().st_size,
-        xxh3_128=hash_file(partial),
-        structure=structure,
-        num_sequences=layout.num_sequences,
-        num_tokens=layout.num_tokens,
-        num_documents=layout.num_documents,
-        num_targets=layout.num_targets,
-        statistics=statistics,
-    )
-    publish(partial, final)
-    if write_json(commit_path(folder, partition), asdict(commit), first_wins=True):
-        return commit
-    final.unlink(missing_ok=True)  # a repair may have been here
-    return None
+    @property
+    def counts(self) -> ShardCounts:
+        """What the shard holds."""
+        return ShardCounts(
+            num_sequences=self.num_sequences,
+            num_tokens=self.num_tokens,
+            num_documents=self.num_documents,
+            num_targets=self.num_targets,
+        )
 
 
-def commit_path(folder: Location, partition: int) -> Location:
+def commit_path(folder: Store, partition: int) -> Store:
     """The record of a partition."""
     return folder / COMMITS / f"{partition:05d}.json"
 
 
-def read_commit(folder: Location, partition: int) -> ShardCommit | None:
+def read_commit(folder: Store, partition: int) -> ShardCommit | None:
     """The record of a partition; None if it is not done. Raises CacheCorruptError if it is damaged."""
     path = commit_path(folder, partition)
     try:
@@ -102,42 +67,31 @@ def read_commit(folder: Location, partition: int) -> ShardCommit | None:
     return commit
 
 
-def list_commits(folder: Location) -> set[int]:
+def list_commits(folder: Store) -> set[int]:
     """The partitions that are done, from one listing."""
     return {partition for (partition,) in numbers_in(list_names(folder / COMMITS), r"(\d{5,15})\.json")}
 
 
-def is_committed(folder: Location, partition: int) -> bool:
+def is_committed(folder: Store, partition: int) -> bool:
     """True if the partition has a record."""
     return commit_path(folder, partition).is_file()
 
 
-def remove_leftovers(folder: Location) -> int:
-    """Delete what dead processes of this host left behind; returns how many files went."""
-    if isinstance(folder, ObjectPath):  # what they have uploaded, `pipeline verify --repair` deletes
-        dead = [path for path in copies_folder().glob(f"*{PARTIAL}") if owner_is_dead(_owner(path.name))]
-        for path in dead:
-            path.unlink(missing_ok=True)
-        return len(dead)
-    num_partials = sum(remove_partials(folder / name) for name in ("", COMMITS))
-    shards: dict[int, list[str]] = {}
+def new_shard_name(partition: int, suffix: str) -> str:
+    """A name for an attempt at the shard of a partition; no two attempts share one."""
+    return f"{partition:05d}-{secrets.token_hex(4)}-{owner_name()}{suffix}"
+
+
+def owner_of_shard(name: str) -> str:
+    """The owner in a name by `new_shard_name`, whatever its suffix: it ends with the numbers of namespace and process."""
+    found = re.match(r"\d{5,15}-[0-9a-f]+-(.+\.\d+\.\d+)\.[a-z]", name, re.ASCII)
+    return found[1] if found else ""
+
+
+def list_shards(folder: Store) -> dict[int, list[str]]:
+    """Names of the shards that were published for every partition, committed or not, from one listing."""
+    shards: dict[int, list[str]] = defaultdict(list)
     for name in list_names(folder / SHARDS):
         for (partition,) in numbers_in([name], r"(\d{5,15})-.*"):
-            shards.setdefault(partition, []).append(name)
-    done = list_commits(folder)
-    removed = [name for name in os.listdir(folder / SHARDS) if name.endswith(PARTIAL)]
-    for partition, names in shards.items():
-        if partition not in done:
-            removed += names
-        elif len(names) > 1:  # a single one is what the record names; reading thousands of records takes long
-            winner = read_commit(folder, partition)
-            removed += [name for name in names if winner is not None and name != winner.file]
-    removed = [name for name in removed if owner_is_dead(_owner(name))]
-    for name in removed:
-        (folder / SHARDS / name).unlink(missing_ok=True)
-    return len(removed) + num_partials
-
-
-def _owner(name: str) -> str:
-    owner = name.removesuffix(PARTIAL).split("-", 2)[-1]
-    return owner.removesuffix(".arrow").removesuffix(".zarr.zip")
+            shards[partition].append(name)
+    return shards

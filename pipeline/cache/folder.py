@@ -1,99 +1,159 @@
-"""The folder of a cache: it comes into being in one step, with its manifest and its tokenizer."""
+"""The folder of a cache, finished or not: it comes into being in one step, and is filled shard by shard."""
 
-import shutil
+import contextlib
 import tempfile
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-from pipeline.cache.commits import COMMITS, SHARDS
+from pipeline.cache.commits import (
+    COMMITS,
+    SHARDS,
+    ShardCommit,
+    commit_path,
+    list_commits,
+    list_shards,
+    new_shard_name,
+    owner_of_shard,
+    read_commit,
+)
 from pipeline.cache.manifest import MANIFEST, TOKENIZER, CacheManifest
+from pipeline.cache.shard import StoredShard
+from pipeline.documents import short
 from pipeline.errors import CacheMismatchError
-from pipeline.files import remove_partials, remove_tree, replacing
-from pipeline.runs.events import EVENTS
-from pipeline.runs.failures import FAILURES
-from pipeline.runs.leases import LEASES
-from pipeline.runs.presence import WORKERS
-from pipeline.stores.copies import local_folder
-from pipeline.stores.objects import Location, ObjectPath
-
-PLACES = (SHARDS, COMMITS, LEASES, FAILURES, WORKERS, EVENTS)
-"""Folders of a run."""
+from pipeline.files import PARTIAL, hash_file, naming, remove_partials
+from pipeline.formats.containers import CONTAINERS, structure_of
+from pipeline.formats.layout import ShardCounts
+from pipeline.processes import owner_is_dead
+from pipeline.stores.places import store_of
+from pipeline.stores.sealed import write_json
+from pipeline.stores.store import Store
 
 
-def open_folder(folder: Location, manifest: CacheManifest, tokenizer: Location) -> None:
-    """Make the cache's folder, or check that it holds this very cache; raises CacheError.
+class CacheFolder:
+    """What is there of a cache: its manifest, and the partitions that are done."""
 
-    `tokenizer` is copied into it, again if `pipeline verify --repair` has dropped the copy.
-    """
-    with tempfile.TemporaryDirectory() as scratch:
-        source = local_folder(tokenizer, Path(scratch) / TOKENIZER)
-        if isinstance(folder, ObjectPath):
-            _open_prefix(folder, manifest, source)
+    def __init__(self, folder: str | Path | Store) -> None:
+        """Raises CacheError if no cache is there, or its manifest is damaged."""
+        self.folder = store_of(folder)
+        self.manifest = CacheManifest.read(self.folder)
+
+    @classmethod
+    def begin(cls, folder: str | Path | Store, manifest: CacheManifest, tokenizer: Path | Store) -> "CacheFolder":
+        """Make the cache's folder, or check that it holds this very cache; raises CacheError.
+
+        `tokenizer` is copied into it, again if `pipeline verify --repair` has dropped the copy.
+        """
+        place = store_of(folder)
+        with tempfile.TemporaryDirectory() as scratch:
+            source = store_of(tokenizer).as_folder(Path(scratch) / TOKENIZER)
+            if not (place / MANIFEST).is_file():
+                _require_free(place)
+                place.build(lambda new: _fill(new, manifest, source))
+            found = cls(place)
+            found.manifest.require_equal(manifest, place)
+            if not (place / TOKENIZER).is_dir():
+                (place / TOKENIZER).build(lambda new: _copy(source, new))
+        return found
+
+    def done(self) -> set[int]:
+        """The partitions that are committed, from one listing."""
+        return list_commits(self.folder)
+
+    def todo(self) -> list[int]:
+        """The partitions that are not committed, from one listing."""
+        done = self.done()
+        return [partition for partition in range(self.manifest.num_partitions) if partition not in done]
+
+    def committed(self) -> Iterator[StoredShard]:
+        """The shards of the partitions that are done; reads every record."""
+        for partition in range(self.manifest.num_partitions):
+            commit = read_commit(self.folder, partition)
+            if commit is not None:
+                yield StoredShard.of(self.folder, self.manifest, commit)
+
+    @contextlib.contextmanager
+    def new_shard(self, partition: int) -> Iterator[Path]:
+        """Where an attempt at the shard of a partition is written; what `commit` has not published is gone at the end."""
+        name = new_shard_name(partition, CONTAINERS[self.manifest.container].suffix)
+        partial = (self.folder / SHARDS).workshop() / (name + PARTIAL)
+        try:
+            with naming(partial):
+                yield partial
+        finally:
+            partial.unlink(missing_ok=True)
+
+    def commit(
+        self, partition: int, partial: Path, counts: ShardCounts, statistics: dict[str, Any]
+    ) -> ShardCommit | None:
+        """Publish a closed shard and its record; None if another process has committed the partition before."""
+        final = self.folder / SHARDS / partial.name.removesuffix(PARTIAL)
+        with closing(CONTAINERS[self.manifest.container].open(partial, self.manifest.layout(counts))) as shard:
+            structure = structure_of(partial, shard)
+        commit = ShardCommit(
+            partition=partition,
+            file=final.name,
+            bytes=partial.stat().st_size,
+            xxh3_128=hash_file(partial),
+            structure=structure,
+            statistics=statistics,
+            **asdict(counts),
+        )
+        final.publish(partial)
+        if write_json(commit_path(self.folder, partition), asdict(commit), first_wins=True):
+            return commit
+        final.unlink(missing_ok=True)  # a repair may have been here
+        return None
+
+    def remove_leftovers(self) -> int:
+        """Delete what dead processes of this host left behind; returns how many files went."""
+        workshop = (self.folder / SHARDS).workshop()
+        left = [path for path in workshop.glob(f"*{PARTIAL}") if owner_is_dead(owner_of_shard(path.name))]
+        for path in left:
+            path.unlink(missing_ok=True)
+        local = self.folder.path  # what they have published elsewhere, `pipeline verify --repair` deletes
+        if local is None:
+            return len(left)
+        return len(left) + self._remove_uncommitted() + sum(remove_partials(local / name) for name in ("", COMMITS))
+
+    def _remove_uncommitted(self) -> int:
+        done, removed = self.done(), []
+        for partition, names in list_shards(self.folder).items():
+            if partition not in done:
+                removed += names
+            elif len(names) > 1:  # a single one is what the record names; reading thousands of records takes long
+                winner = read_commit(self.folder, partition)
+                removed += [name for name in names if winner is not None and name != winner.file]
+        removed = [name for name in removed if owner_is_dead(owner_of_shard(name))]
+        for name in removed:
+            (self.folder / SHARDS / name).unlink(missing_ok=True)
+        return len(removed)
+
+
+def _require_free(place: Store) -> None:
+    """Raise CacheMismatchError if something else is there."""
+    foreign = [name for name in place.names() if name != TOKENIZER or place.path is not None]
+    if (foreign or place.is_file()) and not (place / MANIFEST).is_file():  # another process may just have made it
+        what = f"holds no cache but {short(foreign[0])}" if foreign else "is a file"
+        raise CacheMismatchError(f"{place}: {what}; choose another --out or empty it.")
+
+
+def _fill(folder: Store, manifest: CacheManifest, tokenizer: Path) -> None:
+    """Everything that a cache begins with; its manifest declares it."""
+    for name in (SHARDS, COMMITS):
+        (folder / name).mkdir()
+    (folder / TOKENIZER).mkdir()
+    _copy(tokenizer, folder / TOKENIZER)
+    manifest.write(folder)
+
+
+def _copy(source: Path, target: Store) -> None:
+    """Copy the files of a folder, and of those in it where a store has folders."""
+    for path in sorted(source.iterdir()):
+        if path.is_dir():
+            (target / path.name).mkdir(exist_ok=True)
+            _copy(path, target / path.name)
         else:
-            _open_folder(folder, manifest, source)
-
-
-def make_places(folder: Location) -> None:
-    """Make the folders of a run; an object store needs none."""
-    if isinstance(folder, Path):
-        for name in PLACES:
-            (folder / name).mkdir(exist_ok=True)
-
-
-def _open_prefix(folder: ObjectPath, manifest: CacheManifest, tokenizer: Path) -> None:
-    """In an object store the manifest comes last, and nothing is written before it but the tokenizer."""
-    if not (folder / MANIFEST).is_file():
-        if foreign := {path.name for path in folder.iterdir()} - {TOKENIZER}:
-            raise CacheMismatchError(f"{folder}: holds no cache but {min(foreign)}; choose another --out or empty it.")
-        _upload(tokenizer, folder / TOKENIZER)
-        manifest.write(folder)
-    CacheManifest.read(folder).require_equal(manifest, folder)
-    if not (folder / TOKENIZER).is_dir():
-        _upload(tokenizer, folder / TOKENIZER)
-
-
-def _upload(source: Path, target: ObjectPath) -> None:
-    for path in source.iterdir():
-        (target / path.name).write_bytes(path.read_bytes())
-
-
-def _open_folder(folder: Path, manifest: CacheManifest, tokenizer: Path) -> None:
-    is_free = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
-    if not is_free and not (folder / MANIFEST).is_file():  # in this order: another process may just have made it
-        raise CacheMismatchError(f"{folder}: exists and holds no cache; choose another --out or empty it.")
-    if is_free:
-        _create(folder, manifest, tokenizer)
-    CacheManifest.read(folder).require_equal(manifest, folder)
-    if not (folder / TOKENIZER).is_dir():
-        _restore(tokenizer, folder / TOKENIZER)
-
-
-def _create(folder: Path, manifest: CacheManifest, tokenizer: Path) -> None:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    remove_partials(folder.parent, folder.name)
-    try:
-        with replacing(folder) as partial:
-            remove_tree(partial)
-            partial.mkdir()
-            make_places(partial)
-            _copy(tokenizer, partial / TOKENIZER)
-            manifest.write(partial)
-    except OSError:
-        if not (folder / MANIFEST).is_file():  # no other process has made it meanwhile
-            raise
-
-
-def _restore(source: Path, final: Path) -> None:
-    try:
-        with replacing(final) as partial:
-            _copy(source, partial)
-    except OSError:
-        if not final.is_dir():  # no other process has put it back meanwhile
-            raise
-
-
-def _copy(source: Path, target: Path) -> None:
-    """Copy the files of a folder; an error is the system's, where that of shutil is a list of them."""
-    target.mkdir(exist_ok=True)
-    for path in sorted(source.rglob("*")):
-        copy = target / path.relative_to(source)
-        copy.mkdir(exist_ok=True) if path.is_dir() else shutil.copyfile(path, copy)
+            (target / path.name).write(path.read_bytes(), lasting=False)

@@ -25,13 +25,13 @@ import xxhash
 
 from pipeline.cache.commits import COMMITS, ShardCommit, read_commit
 from pipeline.cache.manifest import MANIFEST, CacheManifest
-from pipeline.documents import Count, document_of
+from pipeline.documents import Count, document_of, parse_json
 from pipeline.errors import CacheCorruptError, CacheIncompleteError
-from pipeline.files import PARTIAL, hash_file, parse_json, publish
+from pipeline.files import PARTIAL, hash_file, publish
 from pipeline.ipc import stream_batches
 from pipeline.parallel import map_in_threads
 from pipeline.processes import owner_is_dead, owner_name
-from pipeline.stores.objects import Location, ObjectPath
+from pipeline.stores.store import Store
 
 INDEX = "index.arrow"
 SEAL_BYTES = 16
@@ -50,7 +50,7 @@ SCHEMA = pa.schema(
 class CommitIndex(Sequence[ShardCommit]):
     """The commit records of a complete cache, in the order of the partitions; each is made when asked for."""
 
-    def __init__(self, table: pa.Table, where: Location) -> None:
+    def __init__(self, table: pa.Table, where: str) -> None:
         self._table, self._where = table.combine_chunks(), where
 
     def __len__(self) -> int:
@@ -71,17 +71,18 @@ class CommitIndex(Sequence[ShardCommit]):
         return self._table.column(name).to_numpy()
 
 
-def open_index(folder: Location, manifest: CacheManifest) -> CommitIndex:
+def open_index(folder: Store, manifest: CacheManifest) -> CommitIndex:
     """The records of the complete cache in `folder`; raises CacheIncompleteError if partitions are missing."""
-    if isinstance(folder, ObjectPath):
-        return CommitIndex(_collect(folder, manifest, REQUESTS), folder / COMMITS)
-    path, stamp = folder / INDEX, _stamp(folder)
+    local = folder.path
+    if local is None:
+        return CommitIndex(_collect(folder, manifest, REQUESTS), str(folder / COMMITS))
+    path, stamp = local / INDEX, _stamp(local)
     table = _read(path, stamp)
     if table is None or table.num_rows != manifest.num_partitions:
         table = _collect(folder, manifest, workers=1)
         with contextlib.suppress(OSError):  # a read-only folder or a full disk: the records serve as well
             _write(path, table, stamp)
-    return CommitIndex(table, path)
+    return CommitIndex(table, str(path))
 
 
 def _stamp(folder: Path) -> str:
@@ -111,7 +112,7 @@ def _read(path: Path, stamp: str) -> pa.Table | None:
         return None
 
 
-def _collect(folder: Location, manifest: CacheManifest, workers: int) -> pa.Table:
+def _collect(folder: Store, manifest: CacheManifest, workers: int) -> pa.Table:
     commits = map_in_threads(lambda partition: read_commit(folder, partition), range(manifest.num_partitions), workers)
     missing = [partition for partition, commit in enumerate(commits) if commit is None]
     if missing:

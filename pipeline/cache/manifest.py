@@ -12,18 +12,21 @@ two stages. `identity` is what must be equal for two runs to write into one fold
       tokenizer/              the tokenizer that made the ids
 """
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from itertools import pairwise
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from msgspec import Meta
 
 from pipeline.documents import Count, FileName, Hash, Temperature, Text, Width, document_of, short
 from pipeline.errors import CacheCorruptError, CacheIncompleteError, CacheMismatchError
-from pipeline.files import read_json, write_json
 from pipeline.formats.grid import WARMEST
-from pipeline.formats.layout import ALIGNMENT, ShardLayout
-from pipeline.stores.objects import Location
+from pipeline.formats.layout import ALIGNMENT, ShardCounts, ShardLayout
+from pipeline.stores.places import store_of
+from pipeline.stores.sealed import read_json, write_json
+from pipeline.stores.store import Store
+from pipeline.targets import TargetSpec
 from pipeline.tokenizer import TokenizerIdentity
 
 FORMAT = "sparse-target-cache"
@@ -102,18 +105,14 @@ class CacheManifest:
     def num_partitions(self) -> int:
         return len(self.partitions) - 1
 
-    def layout(self, *, num_sequences: int, num_tokens: int, num_documents: int, num_targets: int) -> ShardLayout:
+    @property
+    def spec(self) -> TargetSpec:
+        """What the cache keeps of every position."""
+        return TargetSpec(**{field.name: getattr(self, field.name) for field in fields(TargetSpec)})
+
+    def layout(self, counts: ShardCounts) -> ShardLayout:
         """The layout of a shard of this cache."""
-        return ShardLayout(
-            num_sequences=num_sequences,
-            num_tokens=num_tokens,
-            num_documents=num_documents,
-            num_targets=num_targets,
-            top_k=self.top_k,
-            num_draws=self.tail_samples,
-            temperatures=self.temperatures,
-            max_kl_error=self.max_kl_error,
-        )
+        return ShardLayout(counts=counts, spec=self.spec)
 
     def identity(self) -> dict[str, Any]:
         """The entries that decide what is in the cache, flat."""
@@ -132,23 +131,23 @@ class CacheManifest:
         """The entries of `target_identity` that differ, with both values: this manifest's first."""
         return _differences(self.target_identity(), other.target_identity())
 
-    def require_equal(self, requested: "CacheManifest", folder: Location) -> None:
+    def require_equal(self, requested: "CacheManifest", folder: Store) -> None:
         """Raise CacheMismatchError, naming every difference, unless both describe the same targets."""
         different = _differences(self.identity(), requested.identity())
         if different:
             found = "; ".join(f"{name} is {short(old)}, now {short(new)}" for name, (old, new) in different.items())
             raise CacheMismatchError(f"{folder}: holds a cache made by other settings: {found}; choose another --out.")
 
-    def write(self, folder: Location) -> bool:
+    def write(self, folder: Store) -> bool:
         """Publish the manifest and then its copy; False if another process was first."""
         document = {"format": FORMAT, "format_version": FORMAT_VERSION, "alignment": ALIGNMENT, **asdict(self)}
         won = write_json(folder / MANIFEST, document, first_wins=True)
         return won and write_json(folder / COPY, document)
 
     @classmethod
-    def read(cls, folder: Location) -> "CacheManifest":
+    def read(cls, folder: str | Path | Store) -> "CacheManifest":
         """The manifest of the cache in `folder`; raises CacheError."""
-        path = folder / MANIFEST
+        path = store_of(folder) / MANIFEST
         if not path.is_file():
             raise CacheIncompleteError(
                 f"{folder}: no cache there ({MANIFEST} is missing); run `pipeline cache-logits`."

@@ -1,17 +1,16 @@
 """Dropping what `verify_cache` found damaged, so that the next `pipeline cache-logits` makes it again."""
 
 import contextlib
-from collections import defaultdict
 
-from pipeline.cache.commits import COMMITS, SHARDS, commit_path, read_commit
+from pipeline.cache.commits import COMMITS, SHARDS, commit_path, list_shards, read_commit
 from pipeline.cache.manifest import COPY, MANIFEST, TOKENIZER
 from pipeline.cache.verify import VerifyReport
 from pipeline.errors import CacheCorruptError
-from pipeline.files import list_names, numbers_in, read_json, remove_tree, sync_folder, write_json
-from pipeline.stores.objects import Location
+from pipeline.stores.sealed import read_json, write_json
+from pipeline.stores.store import Store
 
 
-def repair_manifest(folder: Location) -> bool:
+def repair_manifest(folder: Store) -> bool:
     """Make a damaged or lost manifest again from its copy, or the copy from it; True if there is a manifest then."""
     found = {}
     for name in (MANIFEST, COPY):
@@ -22,39 +21,29 @@ def repair_manifest(folder: Location) -> bool:
     return bool(found)
 
 
-def repair_cache(folder: Location, report: VerifyReport) -> None:
+def repair_cache(folder: Store, report: VerifyReport) -> None:
     """Drop the damaged partitions, and the tokenizer if it is damaged; delete shards that no record names.
 
     A shard goes before its record: until the record is gone, no other process takes the partition, and
     a repair that is killed between the two leaves a missing shard, which the next one finds.
     """
-    shards = _published(folder)
+    shards = list_shards(folder)
     for partition in range(report.num_partitions):
-        for path in _useless(folder, partition, shards[partition], report):
-            path.unlink(missing_ok=True)
-    if (folder / SHARDS).is_dir():
-        sync_folder(folder / SHARDS)
+        for name in _useless(folder, partition, shards[partition], report):
+            (folder / SHARDS / name).unlink(missing_ok=True)
+    (folder / SHARDS).sync()
     for partition in report.damaged:
         commit_path(folder, partition).unlink(missing_ok=True)
-    if (folder / COMMITS).is_dir():
-        sync_folder(folder / COMMITS)
+    (folder / COMMITS).sync()
     if report.tokenizer_damaged:
-        remove_tree(folder / TOKENIZER)
+        (folder / TOKENIZER).remove_tree()
 
 
-def _useless(folder: Location, partition: int, shards: list[Location], report: VerifyReport) -> list[Location]:
+def _useless(folder: Store, partition: int, shards: list[str], report: VerifyReport) -> list[str]:
     """Of the shards of a partition, those to drop; none of a missing one, whose writer may be about to commit."""
     if partition in report.damaged:
         return shards
     if partition in report.missing or len(shards) == 1:
         return []
     commit = read_commit(folder, partition)
-    return [path for path in shards if commit is not None and path.name != commit.file]
-
-
-def _published(folder: Location) -> dict[int, list[Location]]:
-    shards: dict[int, list[Location]] = defaultdict(list)
-    for name in sorted(list_names(folder / SHARDS)):
-        for (partition,) in numbers_in([name], r"(\d{5,15})-.*"):
-            shards[partition].append(folder / SHARDS / name)
-    return shards
+    return [name for name in shards if commit is not None and name != commit.file]

@@ -3,14 +3,14 @@
 from dataclasses import dataclass
 
 from pipeline.settings import Settings, required, setting
-from pipeline.stores.objects import Location
+from pipeline.stores.store import Store
 
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyConfig(Settings):
     """Settings of `pipeline verify`."""
 
-    cache: Location = required("Folder or URL that `pipeline cache-logits` wrote to.", argument=True)
+    cache: Store = required("Folder or URL that `pipeline cache-logits` wrote to.", argument=True)
     repair: bool = setting(
         False, "Drop what is damaged: the next run of the same `pipeline cache-logits` computes that alone."
     )

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from pipeline.cache.commits import ShardCommit
-from pipeline.formats.layout import ShardLayout
+from pipeline.cache.sequence import StoredSequence
+from pipeline.formats.layout import ShardLayout, targets_of
 from pipeline.targets import SparseTargets, reconstruction_errors
 
 
@@ -17,24 +18,22 @@ class TargetStatistics:
     def __init__(self, layout: ShardLayout) -> None:
         self._started = time.time()
         self._layout = layout
-        self._sums = np.zeros((3, len(layout.temperatures)))
-        self._kl = np.zeros(len(layout.temperatures))
-        self._largest = np.zeros(len(layout.temperatures))
+        self._sums = np.zeros((3, len(layout.spec.temperatures)))
+        self._kl = np.zeros(len(layout.spec.temperatures))
+        self._largest = np.zeros(len(layout.spec.temperatures))
         self._copied: dict[str, int] = defaultdict(int)
         self._sources: dict[str, ShardCommit] = {}
 
-    def add(self, targets: SparseTargets, stored: SparseTargets) -> None:
-        """Count the targets of one sequence, and what their stored form has lost."""
-        kl, errors = reconstruction_errors(targets, stored)
-        self._sum(targets)
+    def add(self, sequence: StoredSequence) -> None:
+        """Count the targets of one sequence, and what their stored form has lost: a copy has lost it before."""
+        self._sum(sequence.targets)
+        if (source := sequence.source) is not None:
+            self._copied[source.xxh3_128] += len(sequence.targets)
+            self._sources[source.xxh3_128] = source
+            return
+        kl, errors = reconstruction_errors(sequence.targets, targets_of(sequence.columns, self._layout))
         self._kl += kl.sum(axis=0, dtype=np.float64)
         self._largest = np.maximum(self._largest, errors.max(axis=0, initial=0))
-
-    def add_copy(self, stored: SparseTargets, source: ShardCommit) -> None:
-        """Count the targets of one sequence that are copied as the shard `source` has them."""
-        self._sum(stored)
-        self._copied[source.xxh3_128] += len(stored)
-        self._sources[source.xxh3_128] = source
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values: sums and means a temperature, seconds from the first sequence to the last.
@@ -42,14 +41,14 @@ class TargetStatistics:
         Of copied sequences the errors are bounds: the exact targets are not there to measure them by. Raises
         RuntimeError if the stored targets break the cache's promise.
         """
-        bound, total = self._layout.max_kl_error, self._kl.copy()
+        bound, total = self._layout.spec.max_kl_error, self._kl.copy()
         for checksum, num_targets in self._copied.items():
             recorded, of_targets = self._sources[checksum].statistics, self._sources[checksum].num_targets
             mean, largest = (self._recorded(recorded, name) for name in ("mean_kl_error", "max_probability_error"))
             # No sequence is above the bound, and no part of a shard has lost more than the whole.
             total += np.minimum(bound * num_targets, mean * of_targets)
             self._largest = np.maximum(self._largest, largest)
-        kl = total / max(1, self._layout.num_targets)
+        kl = total / max(1, self._layout.counts.num_targets)
         if (kl > bound * 1.001 + 1e-9).any():
             raise RuntimeError(f"rounding cost {kl.tolist()} nats; the bound is {bound}: a bug of the codec")
         names = ("sum_entropy", "sum_tail_mass", "sum_label_logprob")
@@ -66,6 +65,6 @@ class TargetStatistics:
         return values if sound else np.ones_like(self._largest)
 
     def _sum(self, targets: SparseTargets) -> None:
-        for index, temperature in enumerate(self._layout.temperatures):
+        for index, temperature in enumerate(self._layout.spec.temperatures):
             values = (targets.entropy(temperature), targets.tail_mass(temperature), targets.label_logprobs(temperature))
             self._sums[:, index] += [value.sum(dtype=np.float64) for value in values]

@@ -4,18 +4,20 @@ import functools
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 
 from pipeline.cache.commits import SHARDS, ShardCommit, commit_path, read_commit
-from pipeline.cache.manifest import COPY, MANIFEST, TOKENIZER, CacheManifest
-from pipeline.cache.reader import layout_of_commit, open_shard
+from pipeline.cache.folder import CacheFolder
+from pipeline.cache.manifest import COPY, MANIFEST, TOKENIZER
+from pipeline.cache.shard import StoredShard
 from pipeline.cpu import available_cores
 from pipeline.errors import CacheCorruptError, CacheError
-from pipeline.files import hash_folder, read_small
 from pipeline.formats.layout import ShardLayout, targets_of
 from pipeline.parallel import in_threads
-from pipeline.stores.objects import Location
+from pipeline.stores.sealed import read_small
+from pipeline.stores.store import Store
 from pipeline.targets import COLUMNS, SparseTargets
 
 BLOCK_TARGETS = 4096
@@ -51,16 +53,17 @@ class _Outcome:
 
 
 def verify_cache(
-    folder: Location, progress: Callable[[int], None] = lambda tokens: None, workers: int | None = None
+    folder: str | Path | Store, progress: Callable[[int], None] = lambda tokens: None, workers: int | None = None
 ) -> VerifyReport:
     """Check every partition of the cache; each problem names its file. Raises CacheError without a manifest.
 
     Shards are read once, by as many threads as there are cores: hashing, decoding and checking all
     let the others run.
     """
-    manifest = CacheManifest.read(folder)
+    cache = CacheFolder(folder)
+    folder, manifest = cache.folder, cache.manifest
     report = VerifyReport(num_partitions=manifest.num_partitions)
-    verify = functools.partial(_verify_partition, folder, manifest)
+    verify = functools.partial(_verify_partition, cache)
     outcomes: dict[int, _Outcome] = {}
     for outcome in in_threads(verify, range(manifest.num_partitions), workers or available_cores()):
         outcomes[outcome.partition] = outcome
@@ -70,7 +73,7 @@ def verify_cache(
     for partition, problem in _duplicates(folder, [outcomes[part] for part in sorted(outcomes)]):
         report.problems.append(problem)
         report.damaged.append(partition)
-    hashes = hash_folder(folder / TOKENIZER) if manifest.tokenizer_files else {}
+    hashes = (folder / TOKENIZER).hashes() if manifest.tokenizer_files else {}
     for name, wanted in manifest.tokenizer_files.items():
         if hashes.get(name) != wanted:
             report.problems.append(f"{folder / TOKENIZER / name}: missing, or its checksum is not the manifest's.")
@@ -84,7 +87,7 @@ def verify_cache(
     return report
 
 
-def _equals_manifest(copy: Location, manifest: Location) -> bool:
+def _equals_manifest(copy: Store, manifest: Store) -> bool:
     try:
         return read_small(copy, CacheCorruptError) == read_small(manifest, CacheCorruptError)
     except FileNotFoundError:
@@ -104,37 +107,37 @@ def _add(report: VerifyReport, outcome: _Outcome) -> None:
         report.bytes += outcome.commit.bytes
 
 
-def _verify_partition(folder: Location, manifest: CacheManifest, partition: int) -> _Outcome:
-    record = commit_path(folder, partition)
+def _verify_partition(cache: CacheFolder, partition: int) -> _Outcome:
+    record, manifest = commit_path(cache.folder, partition), cache.manifest
     try:
-        commit = read_commit(folder, partition)
+        commit = read_commit(cache.folder, partition)
         if commit is None:
             problem = f"{record}: missing; partition {partition} is not captured yet."
             return _Outcome(partition, problem=problem, missing=True)
         expected = manifest.partitions[partition + 1] - manifest.partitions[partition]
         if commit.num_sequences != expected:
             raise CacheCorruptError(f"{record}: {commit.num_sequences} sequences of {expected}.")
-        return _Outcome(partition, commit, _verify_shard(folder, manifest, commit))
+        stored = StoredShard.of(cache.folder, manifest, commit)
+        return _Outcome(partition, commit, _verify_shard(stored, manifest.vocab_size))
     except CacheError as problem:
         return _Outcome(partition, problem=str(problem))
 
 
-def _verify_shard(folder: Location, manifest: CacheManifest, commit: ShardCommit) -> np.ndarray:
+def _verify_shard(stored: StoredShard, vocab_size: int) -> np.ndarray:
     """The keys of a sound shard; raises CacheCorruptError."""
-    layout = layout_of_commit(manifest, commit)
+    commit = stored.commit
     step = max(1, BLOCK_TARGETS * commit.num_sequences // max(commit.num_targets, 1))
     keys = []
-    with closing(open_shard(folder, manifest, commit, check=True)) as shard:
+    with closing(stored.open(check=True)) as shard:
         for start in range(0, commit.num_sequences, step):
             columns = shard.columns(start, min(start + step, commit.num_sequences))
-            for problem in _contradictions(columns, layout, manifest.vocab_size):
-                where = folder / SHARDS / commit.file
-                raise CacheCorruptError(f"{where}: {problem}; `pipeline verify --repair` drops the shard.")
+            for problem in _contradictions(columns, stored.layout, vocab_size):
+                raise CacheCorruptError(f"{stored.place}: {problem}; `pipeline verify --repair` drops the shard.")
             keys.append(np.array(columns["key"]))
     return np.concatenate(keys)
 
 
-def _duplicates(folder: Location, outcomes: list[_Outcome]) -> Iterator[tuple[int, str]]:
+def _duplicates(folder: Store, outcomes: list[_Outcome]) -> Iterator[tuple[int, str]]:
     """Partitions that hold a sequence of an earlier one, each once."""
     keys = np.concatenate([outcome.keys for outcome in outcomes]).view(np.uint64)
     partitions = np.repeat([outcome.partition for outcome in outcomes], [len(outcome.keys) for outcome in outcomes])

@@ -32,8 +32,8 @@ def arrow_schema(layout: ShardLayout) -> pa.Schema:
             value = pa.list_(pa.field("item", value, nullable=False), shape[1])
         fields.append(pa.field(name, pa.list_(pa.field("item", value, nullable=False)), nullable=False))
     metadata = {
-        "temperatures": ",".join(map(repr, layout.temperatures)),
-        "max_kl_error": repr(layout.max_kl_error),
+        "temperatures": ",".join(map(repr, layout.spec.temperatures)),
+        "max_kl_error": repr(layout.spec.max_kl_error),
         "alignment": ALIGNMENT,
     }
     return pa.schema(fields, metadata=FORMAT | metadata)

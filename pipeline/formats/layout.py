@@ -8,6 +8,7 @@ whatever a container does to them, what comes out is what went in.
 Shape suffixes: S sequences, D documents, M tokens, N targets, K entries, T temperatures.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +17,7 @@ import xxhash
 from pipeline.corpus import TokenSequence, target_positions
 from pipeline.errors import CacheCorruptError
 from pipeline.formats.codec import is_lossless, round_targets
-from pipeline.targets import COLUMNS, SparseTargets, logsumexps_of
+from pipeline.targets import COLUMNS, SparseTargets, TargetSpec, logsumexps_of
 
 ALIGNMENT = "targets[j] is the teacher's distribution of token target_positions[j] + 1"
 
@@ -54,39 +55,53 @@ class CachedSequence:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ShardLayout:
-    """Sizes of a shard, known before the teacher runs, and how its values are rounded."""
+class ShardCounts:
+    """Sizes of a shard, known before the teacher runs."""
 
     num_sequences: int
     num_tokens: int
     num_documents: int
     num_targets: int
-    top_k: int
-    num_draws: int
-    temperatures: tuple[float, ...]
-    max_kl_error: float
-    """Nats; 0 is lossless."""
+
+    @classmethod
+    def of(cls, sequences: Sequence[TokenSequence]) -> "ShardCounts":
+        """Of a shard that holds these sequences."""
+        return cls(
+            num_sequences=len(sequences),
+            num_tokens=sum(len(sequence.token_ids) for sequence in sequences),
+            num_documents=sum(len(sequence.document_lengths) for sequence in sequences),
+            num_targets=sum(len(sequence.target_positions) for sequence in sequences),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardLayout:
+    """How much a shard holds, and what of every position."""
+
+    counts: ShardCounts
+    spec: TargetSpec
 
     def columns(self) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
         """Every column's stored dtype and shape; a column without width is not stored."""
-        temperatures = len(self.temperatures)
+        counts, spec = self.counts, self.spec
+        temperatures = len(spec.temperatures)
         shapes = {
-            "key": (self.num_sequences, 16),
-            "checksum": (self.num_sequences,),
-            "num_tokens": (self.num_sequences,),
-            "num_documents": (self.num_sequences,),
-            "num_targets": (self.num_sequences,),
-            "document_lengths": (self.num_documents,),
-            "token_ids": (self.num_tokens,),
-            "loss_mask": (self.num_tokens,),
-            "ids": (self.num_targets, self.top_k),
-            "logits": (self.num_targets, self.top_k),
-            "levels": (self.num_targets,),
-            "logsumexps": (self.num_targets, temperatures),
-            "tail_logprobs": (self.num_targets, temperatures),
-            "entropies": (self.num_targets, temperatures),
-            "label_logits": (self.num_targets,),
-            "draws": (self.num_targets, self.num_draws),
+            "key": (counts.num_sequences, 16),
+            "checksum": (counts.num_sequences,),
+            "num_tokens": (counts.num_sequences,),
+            "num_documents": (counts.num_sequences,),
+            "num_targets": (counts.num_sequences,),
+            "document_lengths": (counts.num_documents,),
+            "token_ids": (counts.num_tokens,),
+            "loss_mask": (counts.num_tokens,),
+            "ids": (counts.num_targets, spec.top_k),
+            "logits": (counts.num_targets, spec.top_k),
+            "levels": (counts.num_targets,),
+            "logsumexps": (counts.num_targets, temperatures),
+            "tail_logprobs": (counts.num_targets, temperatures),
+            "entropies": (counts.num_targets, temperatures),
+            "label_logits": (counts.num_targets,),
+            "draws": (counts.num_targets, spec.tail_samples),
         }
         absent = {"logsumexps"} if self.on_grid else {"levels"}
         stored = {name: shape for name, shape in shapes.items() if 0 not in shape[1:] and name not in absent}
@@ -100,7 +115,7 @@ class ShardLayout:
     @property
     def on_grid(self) -> bool:
         """Whether logits lie on the grid of `pipeline.formats.grid`; logsumexps then follow from logits and tails."""
-        return self.top_k > 0 and not is_lossless(self.max_kl_error)
+        return self.spec.top_k > 0 and not is_lossless(self.spec.max_kl_error)
 
     def ragged(self) -> dict[str, str]:
         """The stored columns of which a sequence has several rows, and the column that counts them."""
@@ -115,11 +130,12 @@ _DTYPES = {"key": np.uint8, "checksum": np.uint64, "loss_mask": np.bool_, "level
 
 def encode(layout: ShardLayout, sequence: TokenSequence, targets: SparseTargets) -> dict[str, np.ndarray]:
     """The stored columns of one sequence, rounded as far as the layout's bound allows."""
-    expected = (len(sequence.target_positions), layout.top_k, layout.num_draws, layout.temperatures)
+    spec = layout.spec
+    expected = (len(sequence.target_positions), spec.top_k, spec.tail_samples, spec.temperatures)
     found = (len(targets), targets.top_k, targets.draws.shape[1], targets.temperatures)
     assert found == expected, f"targets of (N, K, D, temperatures) {found} for a sequence of {expected}"
     labels = sequence.token_ids[sequence.target_positions + 1]
-    rounded, levels = round_targets(targets, labels, layout.max_kl_error)
+    rounded, levels = round_targets(targets, labels, spec.max_kl_error)
     columns = {
         "key": np.frombuffer(sequence.key, np.uint8)[None],
         "num_tokens": np.array([len(sequence.token_ids)]),
@@ -172,8 +188,8 @@ def targets_of(columns: dict[str, np.ndarray], layout: ShardLayout) -> SparseTar
     values = {name: columns[name] for name in COLUMNS if name in columns}
     values |= {name: np.zeros((num_targets, 0), dtype) for name, dtype in empty.items() if name not in columns}
     if layout.on_grid:
-        values["logsumexps"] = logsumexps_of(values["logits"], values["tail_logprobs"], layout.temperatures)
-    return SparseTargets(temperatures=layout.temperatures, **values)
+        values["logsumexps"] = logsumexps_of(values["logits"], values["tail_logprobs"], layout.spec.temperatures)
+    return SparseTargets(temperatures=layout.spec.temperatures, **values)
 
 
 def _without_checksum(layout: ShardLayout) -> list[tuple[str, tuple[np.dtype, tuple[int, ...]]]]:

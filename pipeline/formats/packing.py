@@ -57,11 +57,11 @@ MODEL = ("vocabulary", "table_tokens", "table_sizes", "table_entries")
 
 def array_specs(layout: ShardLayout) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
     """Dtype and shape of every array of a shard but those of its model."""
-    num_targets, temperatures = layout.num_targets, len(layout.temperatures)
+    num_targets, temperatures = layout.counts.num_targets, len(layout.spec.temperatures)
     packed = {
-        "codes": (np.uint32, (num_targets, layout.top_k)),
+        "codes": (np.uint32, (num_targets, layout.spec.top_k)),
         "modes": (np.uint16, (num_targets,)),
-        "steps": (np.uint16, (num_targets, layout.top_k - 1)),
+        "steps": (np.uint16, (num_targets, layout.spec.top_k - 1)),
         "tails": (np.uint16, (num_targets, temperatures)),
         "nats": (np.uint16, (num_targets, temperatures)),
         "label_steps": (np.uint16, (num_targets,)),
@@ -90,7 +90,7 @@ class Packer:
         """Add the stored columns of one or more sequences."""
         previous, labels = neighbours(columns)
         arrays = dict(columns)
-        if self._layout.top_k:
+        if self._layout.spec.top_k:
             arrays["previous"] = previous
         if self._layout.on_grid:
             arrays |= _pack_values(columns, labels, self._layout)
@@ -102,7 +102,7 @@ class Packer:
     def arrays(self, block_rows: int) -> tuple[Arrays, Callable[[], Iterator[Arrays]]]:
         """All arrays but `codes` and `modes`, and a function that gives those in blocks of rows."""
         whole = {name: np.concatenate(self._pending.pop(name)) for name in list(self._pending)}
-        if not self._layout.top_k:
+        if not self._layout.spec.top_k:
             return whole, lambda: iter(())
         ids, previous = whole.pop("ids"), whole.pop("previous")
         levels = whole.pop("levels", np.zeros(len(ids), np.uint8))
@@ -125,7 +125,7 @@ class Packer:
 def unpack(arrays: Arrays, model: ContextModel, layout: ShardLayout) -> Arrays:
     """The columns of the sequences whose arrays are given; an IndexError or ValueError if they make no sense."""
     columns = dict(arrays)
-    if not layout.top_k:
+    if not layout.spec.top_k:
         return columns
     previous, labels = neighbours(arrays)
     codes, modes = columns.pop("codes"), columns.pop("modes")
@@ -134,7 +134,7 @@ def unpack(arrays: Arrays, model: ContextModel, layout: ShardLayout) -> Arrays:
         return columns
     columns["levels"] = (modes >> 1).astype(np.uint8)
     steps = columns.pop("steps", np.zeros((len(codes), 0), np.uint16))
-    grid, codes = grid_of(layout.temperatures), codes.view(np.int32)
+    grid, codes = grid_of(layout.spec.temperatures), codes.view(np.int32)
     blocks = [
         _unpack_entries(codes[rows], modes[rows], steps[rows], previous[rows], model, grid)
         for rows in row_blocks(max(1, len(codes)))
@@ -192,7 +192,7 @@ def _inside(steps_NJ: np.ndarray) -> np.ndarray:
 
 
 def _pack_values(columns: Arrays, labels: np.ndarray, layout: ShardLayout) -> Arrays:
-    grid = grid_of(layout.temperatures)
+    grid = grid_of(layout.spec.temperatures)
     places = grid.exact_places(columns["logits"], columns["levels"])
     stored = (columns["ids"] == labels[:, None]).any(axis=1)
     return {

@@ -54,7 +54,7 @@ class ZarrShardWriter:
 
     def close(self) -> None:
         """Learn the shard's model, write all arrays and the zip directory."""
-        block_rows = chunk_shape("codes", (0, self._layout.top_k))[0] * CHUNKS_IN_BUNDLE
+        block_rows = chunk_shape("codes", (0, self._layout.spec.top_k))[0] * CHUNKS_IN_BUNDLE
         arrays, blocks = self._packer.arrays(block_rows)
         attributes = _attributes(self._layout) | {"previous_tables": int(arrays.pop("previous_tables", 0))}
         specs = {name: (values.dtype, values.shape) for name, values in arrays.items()}
@@ -95,10 +95,10 @@ class ZarrShard:
             self._previous_tables = attributes.pop("previous_tables")
             if attributes != _attributes(layout):
                 raise CacheCorruptError(f"{path}: its attributes are not the manifest's; it belongs to another cache.")
-            if layout.num_sequences * OF_A_SEQUENCE > len(self._archive.contents):
-                raise ValueError(f"{layout.num_sequences} keys and checksums do not fit the file")
+            if layout.counts.num_sequences * OF_A_SEQUENCE > len(self._archive.contents):
+                raise ValueError(f"{layout.counts.num_sequences} keys and checksums do not fit the file")
             self._arrays = {name: self._array(name, *spec) for name, spec in array_specs(layout).items()}
-            model = {name: self._array(name, np.dtype(np.uint32)) for name in MODEL} if layout.top_k else {}
+            model = {name: self._array(name, np.dtype(np.uint32)) for name in MODEL} if layout.spec.top_k else {}
             self._model_arrays, self._model = model, None
             self._heads = {name: self._arrays[name][:] for name in _OF_SEQUENCES}
             counts = {name: values for name, values in self._heads.items() if name.startswith("num_")}
@@ -114,7 +114,7 @@ class ZarrShard:
     def columns(self, start: int, stop: int) -> dict[str, np.ndarray]:
         """The stored columns of sequences `start` to `stop`."""
         with self._damage_is_named():
-            if self._model is None and self._layout.top_k:
+            if self._model is None and self._layout.spec.top_k:
                 arrays = {name: array[:] for name, array in self._model_arrays.items()}
                 self._model = model_of(arrays, self._previous_tables)
             found = {name: values[start:stop] for name, values in self._heads.items()}
@@ -229,7 +229,11 @@ def _pcodec_is_meant() -> Iterator[None]:
 
 
 def _attributes(layout: ShardLayout) -> dict[str, Any]:
-    named = {"temperatures": list(layout.temperatures), "max_kl_error": layout.max_kl_error, "alignment": ALIGNMENT}
+    named = {
+        "temperatures": list(layout.spec.temperatures),
+        "max_kl_error": layout.spec.max_kl_error,
+        "alignment": ALIGNMENT,
+    }
     return FORMAT | named
 
 

@@ -9,7 +9,7 @@ from pipeline.documents import short
 from pipeline.errors import ConfigError
 from pipeline.launch.settings import LAUNCHERS, SubmitConfig
 from pipeline.progress import Reporter
-from pipeline.stores.objects import Location
+from pipeline.stores.store import Store
 
 PIPELINE, TORCHRUN = ("-P", "-m", "pipeline.cli"), ("-P", "-m", "torch.distributed.run")
 """What follows `python`. -P: a user's own pipeline.py or stages/ in the working directory is not taken for ours."""
@@ -20,7 +20,7 @@ class Job:
     """What is to be launched: any number of workers on one cache and, if the settings name one, a training after."""
 
     submit: SubmitConfig
-    cache: Location
+    cache: Store
     """Where the capture writes to; raises ConfigError if no script could name it."""
     devices_per_worker: int
     """GPUs of a worker, unless the submission says otherwise."""
@@ -39,7 +39,8 @@ class Job:
         if self.launcher.in_containers:
             parent = Path.cwd()
         else:
-            parent = self.cache.parent if isinstance(self.cache, Path) else self.submit.cache_logits.absolute().parent
+            local = self.cache.path
+            parent = (self.submit.cache_logits.absolute() if local is None else local).parent
         return parent / f"{self.name}.jobs"
 
     @property

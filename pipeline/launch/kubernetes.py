@@ -54,7 +54,7 @@ def launch(job: Job, reporter: Reporter) -> None:
 
 def write_manifests(job: Job) -> None:
     """Write submit.sh and what it applies."""
-    if isinstance(job.cache, Path) and not job.cache.is_absolute():
+    if (local := job.cache.path) is not None and not local.is_absolute():
         raise ConfigError(f"out is {job.cache}; give the absolute path that it has in the containers.")
     for path in filter(None, (job.submit.cache_logits, job.submit.train_student)):
         for name, value in yaml.safe_load(path.read_text(encoding="utf-8")).items():

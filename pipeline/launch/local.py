@@ -13,7 +13,6 @@ from pipeline.processes import Child, last_lines
 from pipeline.progress import Reporter
 from pipeline.runs.notes import PATIENCE_S
 from pipeline.runs.status import StatusReader, describe
-from pipeline.stores.objects import Location, ObjectPath
 
 POLL_S = 0.2
 SAY_INTERVAL_S = 60.0
@@ -47,7 +46,7 @@ def require_whole(job: Job, reporter: Reporter) -> None:
 class _Pool:
     def __init__(self, job: Job, reporter: Reporter) -> None:
         self._job, self._reporter = job, reporter
-        self._hasty = _hasty(job.cache)
+        self._hasty = job.cache.hasty(PATIENCE_S)
         self._num_done = 0
         self._children: dict[int, Child] = {}
         self._fruitless: dict[int, int] = {}
@@ -140,10 +139,6 @@ class _Pool:
         with contextlib.suppress(StorageSilentError):
             self._num_done = len(list_commits(self._hasty))
         return self._num_done
-
-
-def _hasty(cache: Location) -> Location:
-    return ObjectPath(str(cache), PATIENCE_S) if isinstance(cache, ObjectPath) else cache
 
 
 def _devices(worker: int, count: int) -> list[str]:

@@ -3,17 +3,17 @@
 import dataclasses
 import functools
 
-from pipeline.cache.commits import ShardCommit, read_commit, remove_leftovers
-from pipeline.cache.folder import open_folder
+from pipeline.cache.folder import CacheFolder
 from pipeline.cache.manifest import TOKENIZER, CacheManifest
 from pipeline.cache.reader import open_cache
+from pipeline.cache.shard import StoredShard
 from pipeline.cpu import available_cores
 from pipeline.errors import ConfigError
 from pipeline.lifecycle.copying import copy_shard
 from pipeline.lifecycle.settings import ConvertConfig
 from pipeline.parallel import in_processes
 from pipeline.progress import Reporter
-from pipeline.stores.objects import Location
+from pipeline.stores.store import Store
 
 
 def convert_cache(config: ConvertConfig, reporter: Reporter | None = None) -> CacheManifest:
@@ -27,14 +27,14 @@ def convert_cache(config: ConvertConfig, reporter: Reporter | None = None) -> Ca
     if source.manifest.container == config.format:
         raise ConfigError(f"{config.cache}: is a cache of {config.format} shards already; there is nothing to convert.")
     manifest = dataclasses.replace(source.manifest, container=config.format)
-    open_folder(config.out, manifest, config.cache / TOKENIZER)
-    remove_leftovers(config.out)
-    todo = [part for part in range(manifest.num_partitions) if read_commit(config.out, part) is None]
+    new = CacheFolder.begin(config.out, manifest, config.cache / TOKENIZER)
+    new.remove_leftovers()
+    todo = new.todo()
     reporter.log(f"{config.out}: {len(todo)} of {manifest.num_partitions} shards to convert to {config.format}.")
-    convert = functools.partial(_convert, config.cache, config.out)
-    commits = [source.commits[part] for part in todo]
-    with reporter.progress("convert", sum(commit.num_tokens for commit in commits)) as progress:
-        for num_tokens in in_processes(convert, commits, config.workers or available_cores()):
+    convert = functools.partial(_convert, config.out)
+    shards = [source.shard(part) for part in todo]
+    with reporter.progress("convert", sum(shard.commit.num_tokens for shard in shards)) as progress:
+        for num_tokens in in_processes(convert, shards, config.workers or available_cores()):
             progress.advance(num_tokens)
     reporter.log(
         f"{config.out}: complete, {manifest.num_sequences:,} sequences; every shard was read back and is equal."
@@ -42,6 +42,6 @@ def convert_cache(config: ConvertConfig, reporter: Reporter | None = None) -> Ca
     return manifest
 
 
-def _convert(source: Location, out: Location, commit: ShardCommit) -> int:
-    copy_shard(source, commit, out, commit.partition)
-    return commit.num_tokens
+def _convert(out: Store, shard: StoredShard) -> int:
+    copy_shard(shard, CacheFolder(out), shard.commit.partition)
+    return shard.commit.num_tokens

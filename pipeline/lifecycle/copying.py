@@ -12,14 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.cache.commits import ShardCommit, commit_shard, partial_shard_path
-from pipeline.cache.manifest import CacheManifest
-from pipeline.cache.reader import layout_of_commit, open_shard, shard_file
+from pipeline.cache.folder import CacheFolder
+from pipeline.cache.sequence import StoredSequence
+from pipeline.cache.shard import StoredShard
 from pipeline.cache.statistics import TargetStatistics
 from pipeline.errors import CacheCorruptError
-from pipeline.files import hash_file, naming
+from pipeline.files import hash_file
 from pipeline.formats.containers import CONTAINERS, Container, Shard
-from pipeline.formats.layout import RAGGED, ShardLayout, decode
+from pipeline.formats.layout import RAGGED, ShardCounts, ShardLayout
 
 BLOCK_TARGETS = 65_536
 """Targets that are held at a time."""
@@ -27,33 +27,29 @@ BLOCK_TARGETS = 65_536
 Columns = dict[str, np.ndarray]
 
 
-def copy_shard(source: Path, commit: ShardCommit, folder: Path, partition: int, rows: np.ndarray | None = None) -> None:
-    """Commit a copy of a shard of `source` as `partition` of the cache in `folder`, unless another process was faster.
+def copy_shard(source: StoredShard, into: CacheFolder, partition: int, rows: np.ndarray | None = None) -> None:
+    """Commit a copy of a shard as `partition` of another cache, unless another process was faster.
 
     With `rows`, rising numbers of the shard's sequences, those alone are copied.
     """
-    theirs, name = CacheManifest.read(source), CacheManifest.read(folder).container
-    original = shard_file(source, commit)
-    layout, statistics = layout_of_commit(theirs, commit), commit.statistics
-    partial = partial_shard_path(folder, partition, CONTAINERS[name].suffix)
-    try:
-        with naming(partial):
-            if rows is None and name == theirs.container:
-                _copy_file(original, partial, commit.xxh3_128)
-            else:
-                with closing(open_shard(source, theirs, commit)) as shard:
-                    if rows is not None:
-                        layout, statistics = _measure(shard, layout, rows, commit)
-                    _write(shard, rows, partial, layout, CONTAINERS[name])
-                    _compare(shard, rows, partial, layout, CONTAINERS[name])
-            commit_shard(folder, partition, partial, layout, statistics)
-    finally:
-        partial.unlink(missing_ok=True)
+    original, container = source.file(), CONTAINERS[into.manifest.container]
+    counts, statistics = source.layout.counts, source.commit.statistics
+    with into.new_shard(partition) as partial:
+        if rows is None and source.container == into.manifest.container:
+            _copy_file(original, partial, source.commit.xxh3_128)
+        else:
+            with closing(source.open()) as shard:
+                if rows is not None:
+                    counts, statistics = _measure(shard, source, rows)
+                layout = dataclasses.replace(source.layout, counts=counts)
+                _write(shard, rows, partial, layout, container)
+                _compare(shard, rows, partial, layout, container)
+        into.commit(partition, partial, counts, statistics)
 
 
 def sequences_of_shard(shard: Shard, layout: ShardLayout, rows: np.ndarray | None = None) -> Iterator[Columns]:
     """The stored columns of every sequence of a shard, or of `rows`, in order; a block of them is held at a time."""
-    step = max(1, BLOCK_TARGETS * len(shard) // max(layout.num_targets, 1))
+    step = max(1, BLOCK_TARGETS * len(shard) // max(layout.counts.num_targets, 1))
     wanted = np.arange(len(shard)) if rows is None else rows
     for start in range(0, len(shard), step):
         inside = wanted[np.searchsorted(wanted, start) : np.searchsorted(wanted, start + step)]
@@ -77,17 +73,16 @@ def _copy_file(source: Path, partial: Path, checksum: str) -> None:
         raise CacheCorruptError(f"{partial}: has another checksum than {source}; one of the disks is at fault.")
 
 
-def _measure(
-    shard: Shard, layout: ShardLayout, rows: np.ndarray, commit: ShardCommit
-) -> tuple[ShardLayout, dict[str, Any]]:
-    """The layout and the statistics of some sequences of a shard."""
+def _measure(shard: Shard, source: StoredShard, rows: np.ndarray) -> tuple[ShardCounts, dict[str, Any]]:
+    """How much some sequences of a shard are, and their statistics."""
     heads = shard.heads()
     sums = {name: int(heads[name][rows].sum()) for name in ("num_tokens", "num_documents", "num_targets")}
-    part = dataclasses.replace(layout, num_sequences=len(rows), **sums)
-    statistics = TargetStatistics(part)
-    for columns in sequences_of_shard(shard, layout, rows):
-        statistics.add_copy(decode(columns, layout, commit.file).targets, commit)
-    return part, statistics.to_dict()
+    counts = ShardCounts(num_sequences=len(rows), **sums)
+    statistics = TargetStatistics(ShardLayout(counts=counts, spec=source.spec))
+    for row, columns in zip(rows, sequences_of_shard(shard, source.layout, rows)):
+        targets = source.decode(columns, row).targets
+        statistics.add(StoredSequence(columns=columns, targets=targets, source=source.commit))
+    return counts, statistics.to_dict()
 
 
 def _write(shard: Shard, rows: np.ndarray | None, partial: Path, layout: ShardLayout, container: Container) -> None:

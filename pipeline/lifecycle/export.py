@@ -10,19 +10,20 @@ from contextlib import closing
 import pyarrow.parquet as pq
 import xxhash
 
-from pipeline.cache.commits import SHARDS, ShardCommit
 from pipeline.cache.manifest import CacheManifest
-from pipeline.cache.reader import layout_of_commit, open_cache, open_shard
+from pipeline.cache.reader import open_cache
+from pipeline.cache.shard import StoredShard
 from pipeline.cpu import available_cores
 from pipeline.documents import short
 from pipeline.errors import CacheMismatchError, ConfigError, PipelineError
-from pipeline.files import canonical_json, is_vacant, read_json, remove_partials, replacing, write_json
-from pipeline.formats.layout import ALIGNMENT, decode
+from pipeline.files import canonical_json, is_vacant, remove_partials, replacing
+from pipeline.formats.layout import ALIGNMENT
 from pipeline.lifecycle.copying import sequences_of_shard
 from pipeline.lifecycle.exported import ExportLayout, Row
 from pipeline.lifecycle.settings import EXPORT_LAYOUTS, ExportConfig
 from pipeline.parallel import in_processes
 from pipeline.progress import Reporter
+from pipeline.stores.sealed import read_json, write_json
 from pipeline.targets import column_of
 
 RECORD = ".export.json"
@@ -38,10 +39,11 @@ def export_cache(config: ExportConfig, reporter: Reporter | None = None) -> None
     if cache.manifest.top_k == 0:
         raise ConfigError(f"{config.cache}: holds draws alone (top_k is 0); an export needs a top k.")
     _open_folder(config, cache.manifest)
-    todo = [commit for commit in cache.commits if not (config.out / file_name(commit.partition)).is_file()]
-    reporter.log(f"{config.out}: {len(todo)} of {len(cache.commits)} files to write, columns of {config.layout!r}.")
+    shards = cache.shards()
+    todo = [shard for shard in shards if not (config.out / file_name(shard.commit.partition)).is_file()]
+    reporter.log(f"{config.out}: {len(todo)} of {len(shards)} files to write, columns of {config.layout!r}.")
     write = functools.partial(_write_file, config)
-    with reporter.progress("export", sum(commit.num_tokens for commit in todo)) as progress:
+    with reporter.progress("export", sum(shard.commit.num_tokens for shard in todo)) as progress:
         for num_tokens in in_processes(write, todo, config.workers or available_cores()):
             progress.advance(num_tokens)
     reporter.log(f"{config.out}: complete, {cache.manifest.num_targets:,} targets at T={config.temperature:g}.")
@@ -68,17 +70,16 @@ def _open_folder(config: ExportConfig, manifest: CacheManifest) -> None:
         raise CacheMismatchError(f"{config.out}: holds another export: {changes}; choose another --out.")
 
 
-def _write_file(config: ExportConfig, commit: ShardCommit) -> int:
+def _write_file(config: ExportConfig, shard: StoredShard) -> int:
     """Write one file; returns its tokens."""
-    manifest = CacheManifest.read(config.cache)
     layout: ExportLayout = EXPORT_LAYOUTS[config.layout]
     metadata = {"temperature": repr(config.temperature), "alignment": ALIGNMENT, "columns": config.layout}
     schema = layout.schema.with_metadata(metadata)
-    final = config.out / file_name(commit.partition)
+    final = config.out / file_name(shard.commit.partition)
     with replacing(final) as partial, pq.ParquetWriter(partial, schema, compression="zstd") as writer:
-        for rows in _row_groups(_rows(config, manifest, commit)):
+        for rows in _row_groups(_rows(config, shard)):
             writer.write_table(layout.table(rows, schema))
-    return commit.num_tokens
+    return shard.commit.num_tokens
 
 
 def _row_groups(rows: Iterator[Row]) -> Iterator[list[Row]]:
@@ -94,9 +95,7 @@ def _row_groups(rows: Iterator[Row]) -> Iterator[list[Row]]:
         yield group
 
 
-def _rows(config: ExportConfig, manifest: CacheManifest, commit: ShardCommit) -> Iterator[Row]:
-    layout = layout_of_commit(manifest, commit)
-    where = str(config.cache / SHARDS / commit.file)
-    with closing(open_shard(config.cache, manifest, commit)) as shard:
-        for columns in sequences_of_shard(shard, layout):
-            yield from EXPORT_LAYOUTS[config.layout].rows(decode(columns, layout, where), config.temperature)
+def _rows(config: ExportConfig, stored: StoredShard) -> Iterator[Row]:
+    with closing(stored.open()) as shard:
+        for row, columns in enumerate(sequences_of_shard(shard, stored.layout)):
+            yield from EXPORT_LAYOUTS[config.layout].rows(stored.decode(columns, row), config.temperature)

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 import xxhash
 
-from pipeline.cache.commits import ShardCommit, read_commit, remove_leftovers
-from pipeline.cache.folder import open_folder
+from pipeline.cache.folder import CacheFolder
 from pipeline.cache.manifest import TOKENIZER, CacheManifest
-from pipeline.cache.reader import Cache, open_cache, open_shard
+from pipeline.cache.reader import Cache, open_cache
+from pipeline.cache.shard import StoredShard
 from pipeline.corpus import comparable_keys
 from pipeline.cpu import available_cores
 from pipeline.documents import short
@@ -26,15 +26,14 @@ from pipeline.lifecycle.settings import MergeConfig
 from pipeline.parallel import in_processes, map_in_threads
 from pipeline.progress import Reporter
 from pipeline.settings import resolved
-from pipeline.stores.objects import Location
+from pipeline.stores.store import Store
 
 
 @dataclass(frozen=True)
 class _Piece:
     """What becomes one partition of the new cache."""
 
-    source: Location
-    commit: ShardCommit
+    shard: StoredShard
     rows: np.ndarray | None
     """Numbers of the sequences that are taken; None takes all."""
     num_sequences: int
@@ -54,9 +53,9 @@ def merge_caches(config: MergeConfig, reporter: Reporter | None = None) -> Cache
         _require_same_targets(caches[0], cache)
     pieces = _plan(caches)
     manifest = _manifest(config, caches, pieces)
-    open_folder(config.out, manifest, config.caches[0] / TOKENIZER)
-    remove_leftovers(config.out)
-    todo = [part for part in range(len(pieces)) if read_commit(config.out, part) is None]
+    new = CacheFolder.begin(config.out, manifest, config.caches[0] / TOKENIZER)
+    new.remove_leftovers()
+    todo = new.todo()
     twice = sum(len(cache) for cache in caches) - manifest.num_sequences
     reporter.log(
         f"{config.out}: {manifest.num_sequences:,} sequences; {twice:,} are in more than one cache and stored once; "
@@ -70,9 +69,9 @@ def merge_caches(config: MergeConfig, reporter: Reporter | None = None) -> Cache
     return manifest
 
 
-def _copy(task: tuple[_Piece, Location, int]) -> int:
+def _copy(task: tuple[_Piece, Store, int]) -> int:
     piece, out, partition = task
-    copy_shard(piece.source, piece.commit, out, partition, piece.rows)
+    copy_shard(piece.shard, CacheFolder(out), partition, piece.rows)
     return piece.num_tokens
 
 
@@ -88,27 +87,26 @@ def _require_same_targets(first: Cache, other: Cache) -> None:
 
 def _plan(caches: Sequence[Cache]) -> list[_Piece]:
     """The partitions of the new cache; the same caches give the same."""
-    shards = [(cache, commit) for cache in caches for commit in cache.commits]
+    shards = [shard for cache in caches for shard in cache.shards()]
     heads = _all_heads(shards)
     keys = np.concatenate([head["key"] for head in heads])
     _, firsts = np.unique(comparable_keys(keys), return_index=True)
     is_first = np.zeros(len(keys), bool)
     is_first[firsts] = True
     pieces, start = [], 0
-    for (cache, commit), head in zip(shards, heads):
-        kept = is_first[start : start + commit.num_sequences]
-        start += commit.num_sequences
+    for shard, head in zip(shards, heads):
+        kept = is_first[start : start + shard.commit.num_sequences]
+        start += shard.commit.num_sequences
         if kept.any():
             sums = [int(head[name][kept].sum()) for name in ("num_tokens", "num_targets")]
             rows = None if kept.all() else np.flatnonzero(kept)
-            pieces.append(_Piece(cache.folder, commit, rows, int(kept.sum()), *sums))
+            pieces.append(_Piece(shard, rows, int(kept.sum()), *sums))
     return pieces
 
 
-def _all_heads(shards: Sequence[tuple[Cache, ShardCommit]]) -> list[dict[str, np.ndarray]]:
-    def read(of: tuple[Cache, ShardCommit]) -> dict[str, np.ndarray]:
-        cache, commit = of
-        with closing(open_shard(cache.folder, cache.manifest, commit)) as shard:
+def _all_heads(shards: Sequence[StoredShard]) -> list[dict[str, np.ndarray]]:
+    def read(stored: StoredShard) -> dict[str, np.ndarray]:
+        with closing(stored.open()) as shard:
             return {name: np.array(values) for name, values in shard.heads().items()}
 
     return map_in_threads(read, shards, available_cores())

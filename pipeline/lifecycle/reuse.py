@@ -5,25 +5,22 @@ the same in any corpus, order and shard. They are copied as they are stored, and
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass, fields
-from pathlib import Path
 
 import numpy as np
 
-from pipeline.cache.commits import SHARDS, ShardCommit, read_commit
+from pipeline.cache.folder import CacheFolder
 from pipeline.cache.manifest import CacheManifest
-from pipeline.cache.reader import layout_of_commit, open_shard
-from pipeline.corpus import Corpus, TokenSequence, comparable_keys
+from pipeline.cache.sequence import StoredSequence
+from pipeline.cache.shard import StoredShard
+from pipeline.corpus import Corpus, comparable_keys
 from pipeline.cpu import available_cores
 from pipeline.documents import short
 from pipeline.errors import CacheCorruptError, CacheMismatchError
 from pipeline.formats.containers import Shard
-from pipeline.formats.layout import decode
 from pipeline.parallel import map_in_threads
-from pipeline.stores.objects import Location
-from pipeline.targets import SparseTargets
+from pipeline.stores.store import Store
 
 OPEN_SHARDS = 16
 """Shards of earlier caches that are kept open at the same time."""
@@ -42,61 +39,18 @@ REASONS = {
 """Why nothing of a cache can be reused, by what differs in its identity."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class CopiedTargets(SparseTargets):
-    """The targets of a sequence as an earlier cache stores them."""
-
-    columns: dict[str, np.ndarray]
-    """The sequence's stored columns, to be written as they are."""
-    source: ShardCommit
-    """The shard that they come from."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class KnownSequence(TokenSequence):
-    """A row of a corpus whose targets are known."""
-
-    load: Callable[[], CopiedTargets]
-    """Reads them; raises CacheCorruptError."""
-
-
-class GrownCorpus(Corpus):
-    """A corpus some of whose rows are in earlier caches: `rows` yields those as KnownSequence."""
-
-    def __init__(self, folder: Path, known: "KnownTargets") -> None:
-        super().__init__(folder)
-        self._known = known
-
-    def rows(self, start: int = 0, stop: int | None = None) -> Iterator[TokenSequence]:
-        """Sequences `start` to `stop`, in order."""
-        for sequence in super().rows(start, stop):
-            place = self._known.find(np.frombuffer(sequence.key, np.uint8)[None])[0]
-            if place < 0:
-                yield sequence
-            else:
-                columns = {name: getattr(sequence, name) for name in ("token_ids", "loss_mask", "document_lengths")}
-                yield KnownSequence(**columns, load=lambda place=place, key=sequence.key: self._known.load(place, key))
-
-    def num_known_tokens(self) -> int:
-        """Tokens of the rows that are known."""
-        is_known = self._known.find(self.keys()) >= 0
-        return int(self.lengths()[0][is_known].sum())
-
-
 class KnownTargets:
     """The committed shards of earlier caches, finished or not, by the keys of their sequences.
 
-    Keeps 24 bytes of memory a sequence. Not for several threads at once.
+    Keeps 24 bytes of memory a sequence. `load` is not for several threads at once.
     """
 
-    def __init__(self, folders: Sequence[Location], wanted: CacheManifest) -> None:
+    def __init__(self, folders: Sequence[Store], wanted: CacheManifest) -> None:
         """Raises CacheMismatchError, with the reason, if a cache holds other targets than are `wanted`."""
-        self._shards: list[tuple[Location, CacheManifest, ShardCommit]] = []
-        for folder in folders:
-            manifest = CacheManifest.read(folder)
-            _require_reusable(folder, manifest, wanted)
-            commits = (read_commit(folder, partition) for partition in range(manifest.num_partitions))
-            self._shards += [(folder, manifest, commit) for commit in commits if commit is not None]
+        self._shards: list[StoredShard] = []
+        for cache in map(CacheFolder, folders):
+            _require_reusable(cache, wanted)
+            self._shards += cache.committed()
         self._open: OrderedDict[int, Shard] = OrderedDict()
         parts = map_in_threads(_keys, self._shards, available_cores())
         self._starts = np.cumsum([0, *map(len, parts)])
@@ -112,40 +66,48 @@ class KnownTargets:
         index = np.searchsorted(self._sorted, wanted).clip(max=len(self._sorted) - 1)
         return np.where(self._sorted[index] == wanted, self._order[index], -1)
 
-    def load(self, place: int, key: bytes) -> CopiedTargets:
-        """The targets at a place that `find` returned for `key`."""
-        index = int(np.searchsorted(self._starts, place, side="right")) - 1
-        folder, manifest, commit = self._shards[index]
-        row = int(place - self._starts[index])
-        where = f"{folder / SHARDS / commit.file}: sequence {row}"
-        columns = self._shard(index).columns(row, row + 1)
-        sequence = decode(columns, layout_of_commit(manifest, commit), where)
-        if sequence.key != key:
-            raise CacheCorruptError(f"{where} has not the key that it had when the run began.")
-        values = {field.name: getattr(sequence.targets, field.name) for field in fields(SparseTargets)}
-        return CopiedTargets(columns=columns, source=commit, **values)
+    def find_one(self, key: bytes) -> int | None:
+        """Where the sequence of a key is; None if it is not known."""
+        place = int(self.find(np.frombuffer(key, np.uint8)[None])[0])
+        return None if place < 0 else place
 
-    def _shard(self, index: int) -> Shard:
+    def num_tokens_of(self, corpus: Corpus) -> int:
+        """Tokens of the rows of a corpus that are known."""
+        is_known = self.find(corpus.keys()) >= 0
+        return int(corpus.lengths()[0][is_known].sum())
+
+    def load(self, place: int, key: bytes) -> StoredSequence:
+        """The sequence at a place that `find` returned for `key`; raises CacheCorruptError."""
+        index = int(np.searchsorted(self._starts, place, side="right")) - 1
+        stored, row = self._shards[index], int(place - self._starts[index])
+        columns = self._opened(index).columns(row, row + 1)
+        sequence = stored.decode(columns, row)
+        if sequence.key != key:
+            raise CacheCorruptError(f"{stored.where(row)} has not the key that it had when the run began.")
+        return StoredSequence(columns=columns, targets=sequence.targets, source=stored.commit)
+
+    def _opened(self, index: int) -> Shard:
         if index not in self._open:
             if len(self._open) >= OPEN_SHARDS:
                 self._open.popitem(last=False)[1].close()
-            self._open[index] = open_shard(*self._shards[index])
+            self._open[index] = self._shards[index].open()
         self._open.move_to_end(index)
         return self._open[index]
 
 
-def _keys(place: tuple[Location, CacheManifest, ShardCommit]) -> np.ndarray:
-    with closing(open_shard(*place)) as shard:
+def _keys(stored: StoredShard) -> np.ndarray:
+    with closing(stored.open()) as shard:
         return np.array(shard.heads()["key"])  # a damaged one only hides its sequence
 
 
-def _require_reusable(folder: Location, manifest: CacheManifest, wanted: CacheManifest) -> None:
-    different = wanted.target_differences(manifest)
+def _require_reusable(cache: CacheFolder, wanted: CacheManifest) -> None:
+    different = wanted.target_differences(cache.manifest)
     if different:
         reasons = [
-            f"{name} is {short(theirs, quoted=False)}, now {short(ours, quoted=False)} ({REASONS.get(name.partition('.')[0], 'other targets')})"
+            f"{name} is {short(theirs, quoted=False)}, now {short(ours, quoted=False)} "
+            f"({REASONS.get(name.partition('.')[0], 'other targets')})"
             for name, (ours, theirs) in different.items()
         ]
         raise CacheMismatchError(
-            f"{folder}: nothing of it can be reused: {'; '.join(reasons)}; leave out --reuse, or ask for the same."
+            f"{cache.folder}: nothing of it can be reused: {'; '.join(reasons)}; leave out --reuse, or ask for the same."
         )

@@ -7,7 +7,7 @@ from typing import Any
 from pipeline.errors import ConfigError
 from pipeline.formats.containers import CONTAINERS
 from pipeline.settings import Settings, required, setting
-from pipeline.stores.objects import Location
+from pipeline.stores.store import Store
 from pipeline.tables import Table
 
 EXPORT_LAYOUTS: Table[Any] = Table(
@@ -20,9 +20,9 @@ EXPORT_LAYOUTS: Table[Any] = Table(
 class ConvertConfig(Settings):
     """Settings of `pipeline convert`."""
 
-    cache: Location = required("Folder or URL of a finished cache.", argument=True)
+    cache: Store = required("Folder or URL of a finished cache.", argument=True)
     format: str = required("Container of the new shards.", choices=CONTAINERS.names)
-    out: Location = required("Folder or URL to write the new cache to.")
+    out: Store = required("Folder or URL to write the new cache to.")
     workers: int | None = setting(None, "Shards that are converted at the same time; none takes one a core.")
 
     def check(self) -> None:
@@ -33,10 +33,10 @@ class ConvertConfig(Settings):
 class MergeConfig(Settings):
     """Settings of `pipeline merge`."""
 
-    caches: tuple[Location, ...] = required(
+    caches: tuple[Store, ...] = required(
         "Folders or URLs of two or more finished caches of one teacher.", argument=True
     )
-    out: Location = required("Folder or URL to write the new cache to.")
+    out: Store = required("Folder or URL to write the new cache to.")
     format: str | None = setting(
         None, "Container of the new shards; none takes the first cache's.", choices=CONTAINERS.names
     )
@@ -52,7 +52,7 @@ class MergeConfig(Settings):
 class ExportConfig(Settings):
     """Settings of `pipeline export`."""
 
-    cache: Location = required("Folder or URL of a finished cache.", argument=True)
+    cache: Store = required("Folder or URL of a finished cache.", argument=True)
     out: Path = required("Folder to write the files to.")
     to: str = setting("parquet", "Kind of file.", choices=("parquet",))
     layout: str = setting(

@@ -16,7 +16,7 @@ from pipeline.runs.failures import Failure, list_failures, record_failure
 from pipeline.runs.leases import list_leases
 from pipeline.runs.presence import Presence
 from pipeline.runs.rank import Rank
-from pipeline.stores.objects import Location
+from pipeline.stores.store import Store
 
 SUSPECT_GENERATION = 3
 """From this generation of its lease on, two workers have vanished with a partition."""
@@ -40,7 +40,7 @@ class Claims:
 
     def __init__(
         self,
-        folder: Location,
+        folder: Store,
         num_partitions: int,
         rank: Rank,
         presence: Presence,

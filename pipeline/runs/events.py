@@ -8,26 +8,18 @@ once that is large; a killed worker takes with it what it did since its last bea
 A line that cannot be written is left out, and one that is torn is skipped by the reader.
 """
 
-import contextlib
 import json
-import os
-import threading
-import time
 from datetime import UTC, datetime
-from pathlib import Path
-from typing import Any, Protocol, TypedDict
+from typing import Any, TypedDict
 
 import msgspec
 
 from pipeline.documents import Count, Text
-from pipeline.files import list_names
 from pipeline.parallel import in_threads
-from pipeline.runs.notes import NOT_WRITTEN, PATIENCE_S
-from pipeline.stores.objects import Location, ObjectPath
+from pipeline.stores.numbered import list_names
+from pipeline.stores.store import Store
 
 EVENTS = "events"
-OBJECT_BYTES = 256 << 10
-"""An object of this size grows no more."""
 READERS = 16
 """Logs that are read at the same time."""
 READ_BYTES = 1 << 20
@@ -40,11 +32,9 @@ SHOWN_APART = ("time", "worker", "owner", "what")
 class EventLog:
     """The events of one worker."""
 
-    def __init__(self, folder: Location, worker: int, owner: str) -> None:
+    def __init__(self, folder: Store, worker: int, owner: str) -> None:
         self._who = {"worker": worker, "owner": owner}
-        stem = f"{worker:04d}-{owner}"
-        place = folder / EVENTS
-        self._lines: _Lines = _Objects(place, stem) if isinstance(place, ObjectPath) else _File(place / f"{stem}.jsonl")
+        self._lines = (folder / EVENTS / f"{worker:04d}-{owner}.jsonl").log()
 
     def note(self, what: str, **details: Any) -> None:
         """Something has happened just now."""
@@ -61,91 +51,12 @@ class EventLog:
         self._lines.close()
 
 
-class _Lines(Protocol):
-    def append(self, line: bytes) -> None: ...
-
-    def flush(self) -> None: ...
-
-    def close(self) -> None: ...
-
-
-class _File:
-    """One write a line, at the end of the file wherever that is."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._lock = threading.Lock()
-        self._descriptor: int | None = None
-        self._torn = False
-
-    def append(self, line: bytes) -> None:
-        with self._lock, contextlib.suppress(OSError):
-            if self._descriptor is None:
-                self._descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-                self._torn = os.fstat(self._descriptor).st_size > 0  # perhaps, by an earlier life of that name
-            line = b"\n" + line if self._torn else line
-            self._torn = True
-            self._torn = os.write(self._descriptor, line) < len(line)
-
-    def flush(self) -> None:
-        pass
-
-    def close(self) -> None:
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
-
-
-class _Objects:
-    """Objects that are written again as they grow, named by the time of their first event."""
-
-    def __init__(self, folder: ObjectPath, stem: str) -> None:
-        self._folder, self._stem = ObjectPath(str(folder), PATIENCE_S), stem
-        self._lock = threading.Lock()
-        self._lines: list[bytes] = []
-        self._num_written = 0
-        self._name = ""
-
-    def append(self, line: bytes) -> None:
-        with self._lock:
-            self._name = self._name or f"{self._stem}.{time.time_ns() // 1_000_000}.jsonl"
-            self._lines.append(line)
-
-    def flush(self) -> None:
-        with self._lock:
-            name, lines = self._name, list(self._lines)
-        if len(lines) == self._num_written:
-            return
-        contents = b"".join(lines)
-        with contextlib.suppress(*NOT_WRITTEN):
-            (self._folder / name).write_bytes(contents)
-            self._num_written = len(lines)
-            if len(contents) >= OBJECT_BYTES:
-                with self._lock:
-                    self._lines, self._num_written = self._lines[len(lines) :], 0
-                    self._name = f"{self._stem}.{time.time_ns() // 1_000_000}.jsonl"
-
-    def close(self) -> None:
-        pass
-
-
-def read_events(folder: Location, count: int) -> list[dict[str, Any]]:
+def read_events(folder: Store, count: int) -> list[dict[str, Any]]:
     """The last `count` (1 or more) events of all workers by their own clocks, the oldest first."""
     place = folder / EVENTS
-    contents = in_threads(lambda name: _end_of(place / name), list_names(place), READERS)
+    contents = in_threads(lambda name: (place / name).read_end(READ_BYTES), list_names(place), READERS)
     events = [event for lines in contents for line in lines.splitlines() if (event := _event(line)) is not None]
     return sorted(events, key=lambda event: event["time"])[-count:]
-
-
-def _end_of(path: Location) -> bytes:
-    """The last READ_BYTES of a log in a folder; an object that holds more is none of ours."""
-    if isinstance(path, ObjectPath):
-        return path.read_bytes(at_most=READ_BYTES) or b""
-    if not path.is_file():
-        return b""
-    with path.open("rb") as file:
-        file.seek(max(file.seek(0, os.SEEK_END) - READ_BYTES, 0))
-        return file.read(READ_BYTES)
 
 
 def _event(line: bytes) -> dict[str, Any] | None:

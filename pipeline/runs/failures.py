@@ -9,8 +9,9 @@ from dataclasses import asdict, dataclass
 
 from pipeline.documents import Count, Text
 from pipeline.errors import CacheCorruptError
-from pipeline.files import list_names, numbers_in, read_document, write_json
-from pipeline.stores.objects import Location
+from pipeline.stores.numbered import list_names, numbers_in
+from pipeline.stores.sealed import read_document, write_json
+from pipeline.stores.store import Store
 
 FAILURES = "failures"
 
@@ -27,12 +28,12 @@ class Failure:
     """Nothing else was in hand: the partition itself is to blame, or the machine."""
 
 
-def record_failure(folder: Location, failure: Failure, ordinal: int) -> None:
+def record_failure(folder: Store, failure: Failure, ordinal: int) -> None:
     """Note a failure; of several workers that note the same ordinal one wins."""
     write_json(_path(folder, failure.partition, ordinal), asdict(failure), first_wins=True)
 
 
-def list_failures(folder: Location) -> dict[int, int]:
+def list_failures(folder: Store) -> dict[int, int]:
     """How often each partition that ever failed has failed, from one listing."""
     failures: dict[int, int] = {}
     for partition, ordinal in numbers_in(list_names(folder / FAILURES), r"(\d{5,15})\.(\d{1,9})\.json"):
@@ -40,17 +41,17 @@ def list_failures(folder: Location) -> dict[int, int]:
     return failures
 
 
-def read_failure(folder: Location, partition: int, ordinal: int) -> Failure:
+def read_failure(folder: Store, partition: int, ordinal: int) -> Failure:
     """A failure that `list_failures` has counted."""
     return read_document(_path(folder, partition, ordinal), Failure, CacheCorruptError)
 
 
-def forget_failures(folder: Location) -> None:
+def forget_failures(folder: Store) -> None:
     """Let every partition be tried again."""
     for name in list_names(folder / FAILURES):
         with contextlib.suppress(FileNotFoundError):
             (folder / FAILURES / name).unlink()
 
 
-def _path(folder: Location, partition: int, ordinal: int) -> Location:
+def _path(folder: Store, partition: int, ordinal: int) -> Store:
     return folder / FAILURES / f"{partition:05d}.{ordinal}.json"

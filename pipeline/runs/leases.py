@@ -8,10 +8,10 @@ nothing to rename or to undo. A generation above 1 tells how often workers vanis
 Ages are differences of times that the file server or the store has set, so the clocks of the workers do not matter.
 """
 
-from pipeline.files import numbers_in
 from pipeline.processes import owner_is_dead
-from pipeline.runs.notes import Note, notes_in
-from pipeline.stores.objects import Location
+from pipeline.runs.notes import Note, Notes
+from pipeline.stores.numbered import numbers_in
+from pipeline.stores.store import Store
 
 LEASES = "leases"
 
@@ -19,8 +19,8 @@ LEASES = "leases"
 class Leases:
     """The leases of one worker, and a view of those of all."""
 
-    def __init__(self, folder: Location, owner: str, lease_s: float) -> None:
-        self._notes = notes_in(folder / LEASES)
+    def __init__(self, folder: Store, owner: str, lease_s: float) -> None:
+        self._notes = Notes(folder / LEASES)
         self._owner = owner
         self._lease_s = lease_s
         self._held: dict[int, int] = {}
@@ -64,21 +64,21 @@ def lease_name(partition: int, generation: int) -> str:
     return f"{partition:05d}.{generation}"
 
 
-def list_leases(folder: Location) -> dict[int, int]:
+def list_leases(folder: Store) -> dict[int, int]:
     """The newest generation of every leased partition, from one listing."""
     leases: dict[int, int] = {}
-    for partition, generation in numbers_in(notes_in(folder / LEASES).names(), r"(\d{5,15})\.(\d{1,3})"):
+    for partition, generation in numbers_in(Notes(folder / LEASES).names(), r"(\d{5,15})\.(\d{1,3})"):
         leases[partition] = max(generation, leases.get(partition, 0))
     return leases
 
 
-def read_lease(folder: Location, partition: int, generation: int) -> Note | None:
+def read_lease(folder: Store, partition: int, generation: int) -> Note | None:
     """A lease, whose text is its owner and whose time that of its last renewal; None if it is gone."""
-    return notes_in(folder / LEASES).read(lease_name(partition, generation))
+    return Notes(folder / LEASES).read(lease_name(partition, generation))
 
 
-def remove_leases(folder: Location) -> None:
+def remove_leases(folder: Store) -> None:
     """Remove what vanished workers have left of their leases, once nothing is left to lease."""
-    notes = notes_in(folder / LEASES)
+    notes = Notes(folder / LEASES)
     for name in notes.names():
         notes.remove(name)

@@ -17,11 +17,12 @@ from typing import Any
 
 from pipeline.documents import Count, Finite, Text
 from pipeline.processes import owner_is_dead, owner_name
+from pipeline.redaction import without_secrets
 from pipeline.runs.events import EventLog
 from pipeline.runs.leases import Leases
-from pipeline.runs.notes import NOT_WRITTEN, notes_in
+from pipeline.runs.notes import NOT_WRITTEN, Notes
 from pipeline.runs.rank import Rank
-from pipeline.stores.objects import Location, without_secrets
+from pipeline.stores.store import Store
 
 WORKERS = "workers"
 RECORD_NAME = re.compile(r"[0-9]{4,}-.*\.json")
@@ -63,13 +64,13 @@ class WorkerRecord:
 class Presence:
     """A context in which this worker beats: renews its leases and replaces its record."""
 
-    def __init__(self, folder: Location, rank: Rank, lease_s: float, owner: str | None = None) -> None:
+    def __init__(self, folder: Store, rank: Rank, lease_s: float, owner: str | None = None) -> None:
         self.owner = owner or owner_name()
         self.lease_s = lease_s
         self.leases = Leases(folder, self.owner, lease_s)
         self.events = EventLog(folder, rank.worker, self.owner)
         self._rank = rank
-        self._notes = notes_in(folder / WORKERS)
+        self._notes = Notes(folder / WORKERS)
         self._name = f"{rank.worker:04d}-{self.owner}.json"
         self._state, self._reason, self._said = "loading", "", ""
         self._num_partitions, self._num_tokens, self._bytes = 0, 0, 0

@@ -3,14 +3,14 @@
 from dataclasses import dataclass
 
 from pipeline.settings import Settings, required, setting
-from pipeline.stores.objects import Location
+from pipeline.stores.store import Store
 
 
 @dataclass(frozen=True, kw_only=True)
 class StatusConfig(Settings):
     """Settings of `pipeline status`."""
 
-    cache: Location = required("Folder or URL that `pipeline cache-logits` writes to.", argument=True)
+    cache: Store = required("Folder or URL that `pipeline cache-logits` writes to.", argument=True)
     watch: bool = setting(False, "Show it again and again until nothing is left to do.")
     json: bool = setting(False, "One JSON document instead of text.")
     events: int = setting(0, "The last so many events of all workers too.")

@@ -9,23 +9,25 @@ import statistics
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from pipeline.cache.commits import commit_path, list_commits, read_commit
 from pipeline.cache.manifest import MANIFEST, CacheManifest
-from pipeline.documents import Count, Finite, document_of, entry_of, printable
+from pipeline.documents import document_of, parse_json, printable
 from pipeline.errors import CacheCorruptError
 from pipeline.exit_codes import DONE, INCOMPLETE, SET_ASIDE
-from pipeline.files import parse_json
 from pipeline.parallel import in_threads, map_in_threads
 from pipeline.processes import owner_is_dead, owner_name
 from pipeline.progress import duration
 from pipeline.runs.events import describe_event, read_events
 from pipeline.runs.failures import list_failures, read_failure
 from pipeline.runs.leases import list_leases, read_lease
-from pipeline.runs.notes import NOT_WRITTEN, Note, notes_in
+from pipeline.runs.notes import NOT_WRITTEN, Note, Notes
 from pipeline.runs.presence import BEATS_A_LEASE, ENDED, RECORD_NAME, WORKERS, WorkerRecord
-from pipeline.stores.objects import Location
+from pipeline.runs.terms import read_terms
+from pipeline.stores.places import store_of
+from pipeline.stores.store import Store
 
 EXIT_CODES = {"complete": DONE, "incomplete": INCOMPLETE, "failed": SET_ASIDE}
 """Of `pipeline status`. Failed: all that is left was set aside, and waits for a person."""
@@ -87,23 +89,22 @@ class RunStatus:
 class StatusReader:
     """Reads the status of one run again and again; what cannot change is read once."""
 
-    def __init__(self, folder: Location) -> None:
-        self.folder = folder
-        self.manifest = CacheManifest.read(folder)
-        self._records = notes_in(folder / WORKERS)
-        self._max_failures = self._setting("max_failures", Count, 3)
-        self._lease_s = self._setting("lease_s", Finite, 180.0)
+    def __init__(self, folder: str | Path | Store) -> None:
+        self.folder = store_of(folder)
+        self.manifest = CacheManifest.read(self.folder)
+        self._records = Notes(self.folder / WORKERS)
         self._commits: dict[int, tuple[int, int, float]] = {}
 
     def read(self, num_events: int = 0) -> RunStatus:
         """The status now, with the last so many events. Raises CacheCorruptError if a record is damaged."""
         manifest, now = self.manifest, self._server_time()
+        self._terms = read_terms(self.folder, manifest)
         planned = set(range(manifest.num_partitions))
         leases = {part: generation for part, generation in list_leases(self.folder).items() if part in planned}
         done = list_commits(self.folder) & planned
         commits = self._read_commits(done)
         failures = {part: count for part, count in list_failures(self.folder).items() if part in planned - done}
-        aside = {part: count for part, count in failures.items() if count >= self._max_failures}
+        aside = {part: count for part, count in failures.items() if count >= self._terms.max_failures}
         running, orphaned = self._leases({part: leases[part] for part in leases if part not in done}, now)
         workers = self._workers(now)
         tokens = sum(commit[0] for commit in commits)
@@ -128,10 +129,6 @@ class StatusReader:
             events=read_events(self.folder, num_events) if num_events else [],
         )
 
-    def _setting(self, name: str, kind: Any, default: Any) -> Any:
-        where = f"{self.folder / MANIFEST}: settings"
-        return entry_of(self.manifest.settings, name, kind, default, where, CacheCorruptError)
-
     def _server_time(self) -> float:
         """The clock of the file server or the store; where nothing can be written, this machine's."""
         probe = f".clock-{owner_name()}"
@@ -148,7 +145,7 @@ class StatusReader:
 
         def read(partition: int) -> tuple[int, tuple[int, int, float]] | None:
             with contextlib.suppress(FileNotFoundError):  # `verify --repair` may take a record away
-                written = commit_path(self.folder, partition).stat().st_mtime
+                written = commit_path(self.folder, partition).changed_at()
                 commit = read_commit(self.folder, partition)
                 return None if commit is None else (partition, (commit.num_tokens, commit.bytes, written))
             return None
@@ -159,7 +156,7 @@ class StatusReader:
     def _speed_so_far(self, commits: list[tuple[int, int, float]], now: float | None) -> float:
         """Tokens over the time since the plan was made, until the last commit or, if work goes on, until now."""
         end = now if now is not None else max((written for *_, written in commits), default=0.0)
-        seconds = end - (self.folder / MANIFEST).stat().st_mtime
+        seconds = end - (self.folder / MANIFEST).changed_at()
         return sum(commit[0] for commit in commits) / seconds if commits and seconds > 0 else 0.0
 
     def _leases(self, leases: dict[int, int], now: float) -> tuple[dict[int, float], dict[int, float]]:
@@ -169,7 +166,7 @@ class StatusReader:
         for (partition, _), lease in zip(newest, found):
             if lease is not None:
                 age = round(max(now - lease.time, 0.0), 1)
-                (orphaned if age > self._lease_s or owner_is_dead(lease.text) else running)[partition] = age
+                (orphaned if age > self._terms.lease_s or owner_is_dead(lease.text) else running)[partition] = age
         return running, orphaned
 
     def _reasons(self, failures: dict[int, int]) -> dict[int, str]:

@@ -1,6 +1,5 @@
 """Copies on this machine of what lies in an object store: shards, in limited room."""
 
-import contextlib
 import errno
 import fcntl
 import hashlib
@@ -12,10 +11,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from pipeline.documents import is_file_name, short
 from pipeline.errors import StorageError
-from pipeline.files import read_small
-from pipeline.stores.objects import Location, ObjectPath, at_home
+from pipeline.files import at_home
 from pipeline.stores.patience import number_of_environment
 
 COPIES, COPIES_GB = "LOGIT_CACHE_DIR", "LOGIT_CACHE_GB"
@@ -30,6 +27,9 @@ DOWNLOAD = ".download-"
 ABANDONED_S = 86_400.0
 """After so long, a download was killed."""
 
+Download = Callable[[Path, int], None]
+"""Writes an object of so many bytes into a file; raises ValueError if it has another size."""
+
 
 def copies_folder() -> Path:
     """The folder for local copies of shards, made if need be."""
@@ -39,15 +39,15 @@ def copies_folder() -> Path:
     return folder
 
 
-def copy_name(path: ObjectPath, checksum: str) -> str:
+def copy_name(url: str, checksum: str) -> str:
     """Name of the copy of an object: ours, whatever a record claims the checksum to be.
 
     Two objects never share a copy. xxh3 does not withstand intent: a stranger can make a file of any given hash.
     """
-    return hashlib.sha256(f"{path} {checksum}".encode()).hexdigest()[:32]
+    return hashlib.sha256(f"{url} {checksum}".encode()).hexdigest()[:32]
 
 
-def local_copy(path: ObjectPath, checksum: str, num_bytes: int, is_whole: Callable[[Path], bool]) -> Path:
+def local_copy(url: str, checksum: str, num_bytes: int, is_whole: Callable[[Path], bool], download: Download) -> Path:
     """A file of this machine with the contents of an object of a size, whose hash is `checksum`.
 
     The copy is kept for the next time, under `copy_name`; those used longest ago make room. Raises
@@ -55,10 +55,10 @@ def local_copy(path: ObjectPath, checksum: str, num_bytes: int, is_whole: Callab
     StorageError where this machine cannot hold it.
     """
     folder = copies_folder()
-    copy = folder / copy_name(path, checksum)
+    copy = folder / copy_name(url, checksum)
     for _ in range(2):
         try:
-            return _kept_or_fetched(path, copy, num_bytes, is_whole)
+            return _kept_or_fetched(url, copy, num_bytes, is_whole, download)
         except OSError as exc:
             if exc.errno is None:  # the store has no such object
                 raise
@@ -67,10 +67,12 @@ def local_copy(path: ObjectPath, checksum: str, num_bytes: int, is_whole: Callab
                 copies_folder()
             elif exc.errno not in (errno.ENOSPC, errno.EDQUOT) or not _make_room(copy, num_bytes):
                 break
-    raise StorageError(f"{folder}: no copy of {path}: {problem}; make room there, or name another folder in {COPIES}.")
+    raise StorageError(f"{folder}: no copy of {url}: {problem}; make room there, or name another folder in {COPIES}.")
 
 
-def _kept_or_fetched(path: ObjectPath, copy: Path, num_bytes: int, is_whole: Callable[[Path], bool]) -> Path:
+def _kept_or_fetched(
+    url: str, copy: Path, num_bytes: int, is_whole: Callable[[Path], bool], download: Download
+) -> Path:
     with (copy.parent / f".lock-{copy.name[:2]}").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # the ranks of one machine download a shard once
         for _ in range(2):
@@ -78,36 +80,13 @@ def _kept_or_fetched(path: ObjectPath, copy: Path, num_bytes: int, is_whole: Cal
                 os.utime(copy)
                 return copy
             with tempfile.TemporaryDirectory(dir=copy.parent, prefix=DOWNLOAD) as scratch:
-                path.download(Path(scratch) / copy.name, num_bytes)
+                download(Path(scratch) / copy.name, num_bytes)
                 os.replace(Path(scratch) / copy.name, copy)
             _make_room(copy)
         if is_whole(copy):
             return copy
         copy.unlink(missing_ok=True)
-    raise ValueError(f"{path}: its bytes are not those of the checksum of its record")
-
-
-def local_folder(folder: Location, scratch: Path) -> Path:
-    """`folder` itself, or a copy of its files in `scratch`."""
-    if isinstance(folder, Path):
-        return folder
-    scratch.mkdir(parents=True, exist_ok=True)
-    for path in folder.iterdir():
-        if not is_file_name(path.name) or path.parent != folder:
-            raise StorageError(f"{folder}: holds an object of name {short(path.name)}; expected plain files.")
-        with contextlib.suppress(FileNotFoundError):  # a folder
-            (scratch / path.name).write_bytes(read_small(path, StorageError))
-    return scratch
-
-
-def kept_copy(folder: ObjectPath) -> Path:
-    """A copy of a folder of small files that lives as long as this process."""
-    scratch = tempfile.TemporaryDirectory()
-    _kept.append(scratch)
-    return local_folder(folder, Path(scratch.name))
-
-
-_kept: list[tempfile.TemporaryDirectory] = []
+    raise ValueError(f"{url}: its bytes are not those of the checksum of its record")
 
 
 def _make_room(newest: Path, num_bytes: int = 0) -> bool:

@@ -18,6 +18,7 @@ from typing import TypeVar
 
 from pipeline.errors import ConfigError, StorageError, StorageSilentError
 from pipeline.progress import duration
+from pipeline.stopping import interrupted
 
 PATIENCE = "LOGIT_CACHE_PATIENCE_S"
 """Environment variable: seconds for which a store that does not answer is waited for."""
@@ -100,14 +101,6 @@ class _Silence:
 
 
 _silences: dict[str, _Silence] = defaultdict(_Silence)
-_interrupted = threading.Event()
-
-
-def stop_waiting() -> None:
-    """Let every request fail that waits now: this command is about to leave."""
-    global _interrupted
-    waiting, _interrupted = _interrupted, threading.Event()
-    waiting.set()
 
 
 def ask(
@@ -137,7 +130,7 @@ class _Waiting:
 
     def __init__(self, store: str, describe: Callable[[BaseException], str], at_most_s: float | None) -> None:
         self._store, self._describe = store, describe
-        self._silence, self._interrupted = _silences[store], _interrupted
+        self._silence, self._interrupted = _silences[store], interrupted()
         self._limit_s = patience_s() if at_most_s is None else min(at_most_s, patience_s())
         if at_most_s is not None and self._silence.said:
             self._limit_s = 0.0

@@ -10,13 +10,12 @@ from pipeline.cache.reader import Cache, open_cache
 from pipeline.corpus import TokenSequence
 from pipeline.documents import short
 from pipeline.errors import CacheMismatchError, ConfigError
-from pipeline.formats.layout import CachedSequence, encode, targets_of
+from pipeline.formats.layout import CachedSequence, ShardCounts, targets_of
 from pipeline.progress import Reporter
 from pipeline.settings import load_config
-from pipeline.targets import SparseTargets
 from stages.cache_logits.comparison import Difference, differences
 from stages.cache_logits.engines import ENGINES
-from stages.cache_logits.scoring import score_sequences
+from stages.cache_logits.scoring import ScoredRow, score_rows
 from stages.cache_logits.settings import AuditConfig, CacheConfig
 from stages.cache_logits.teacher import read_teacher
 from stages.cache_logits.vllm_engine import notes, require_vllm
@@ -77,10 +76,13 @@ def audit_cache(config: AuditConfig, reporter: Reporter | None = None) -> AuditR
         engine = ENGINES[capture.engine](teacher, capture, cache.manifest.sequence_length)
     found: list[tuple[str, Difference]] = []
     with closing(engine), reporter.progress("audit", len(indexes), "sequences") as progress:
-        scored = score_sequences(engine, (token_sequence(cache[int(index)]) for index in indexes))
-        for index, (sequence, targets) in zip(indexes, scored, strict=True):
-            found += _compare(cache, int(index), sequence, targets, report)
+        waiting = iter(indexes)
+
+        def compare(row: ScoredRow) -> None:
+            found.extend(_compare(cache, int(next(waiting)), row, report))
             progress.advance(1)
+
+        score_rows(engine, (ScoredRow(token_sequence(cache[int(index)])) for index in indexes), compare)
     report.problems += [
         f"{where}: {worst}, {report.allowed:.5f} apart is allowed; on average the sequence is {worst.mean:.5f} apart"
         for where, worst in found
@@ -102,21 +104,14 @@ def token_sequence(cached: CachedSequence) -> TokenSequence:
     )
 
 
-def _compare(
-    cache: Cache, index: int, sequence: TokenSequence, wanted: SparseTargets, report: AuditReport
-) -> list[tuple[str, Difference]]:
-    """What tells a cached sequence from `wanted`, with its name."""
-    manifest, cached = cache.manifest, cache[index]
+def _compare(cache: Cache, index: int, row: ScoredRow, report: AuditReport) -> list[tuple[str, Difference]]:
+    """What tells a cached sequence from the same scored again, with its name."""
+    manifest, cached, sequence, wanted = cache.manifest, cache[index], row.sequence, row.scored()
     where = f"{cache.folder}: sequence {index} ({cached.key.hex()})"
     if sequence.key != cached.key:
         report.problems.append(f"{where}: its key is not that of its tokens, mask and documents.")
-    layout = manifest.layout(
-        num_sequences=1,
-        num_tokens=len(sequence.token_ids),
-        num_documents=len(sequence.document_lengths),
-        num_targets=len(wanted),
-    )
-    rounded = targets_of(encode(layout, sequence, wanted), layout)
+    layout = manifest.layout(ShardCounts.of([sequence]))
+    rounded = targets_of(row.store(layout).columns, layout)
     found = []
     for temperature in manifest.temperatures:
         lost = [difference.value for difference in differences(rounded, wanted, temperature)]

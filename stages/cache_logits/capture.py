@@ -1,29 +1,28 @@
-"""The worker's loop: corpus rows through the engine to committed shards.
+"""Corpus rows through the engine to committed shards.
 
-The engine runs in the caller's thread and is never drained between partitions. A second thread
-encodes, writes and commits; the queue between them is bounded, and an error on either side stops
-the other and reaches the caller.
+The engine runs in the caller's thread and is never drained between partitions. A second thread encodes (or
+copies what an earlier cache knows), writes and commits; the queue between them is bounded, and an error on either
+side stops the other and reaches the caller.
 """
 
-import queue
+import itertools
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from pipeline.cache.commits import ShardCommit, commit_shard, partial_shard_path
-from pipeline.cache.manifest import CacheManifest
+from pipeline.cache.commits import ShardCommit
+from pipeline.cache.folder import CacheFolder
 from pipeline.cache.statistics import TargetStatistics
 from pipeline.corpus import Corpus, TokenSequence
 from pipeline.errors import CorpusError
-from pipeline.files import naming
-from pipeline.formats.containers import CONTAINERS, ShardWriter
-from pipeline.formats.layout import ShardLayout, encode, targets_of
-from pipeline.lifecycle.reuse import CopiedTargets
-from pipeline.stores.objects import Location
+from pipeline.formats.containers import CONTAINERS
+from pipeline.formats.layout import ShardCounts, ShardLayout
+from pipeline.handover import Handover
+from pipeline.lifecycle.reuse import KnownTargets
 from pipeline.targets import SparseTargets
-from stages.cache_logits.engine import Engine, Request
-from stages.cache_logits.scoring import Row
+from stages.cache_logits.engine import Engine
+from stages.cache_logits.scoring import Row, row_of, score_rows
 
 QUEUE_SEQUENCES = 256
 """Finished sequences that may wait for the writer."""
@@ -38,58 +37,38 @@ def _raise(partition: int, error: CorpusError) -> None:
 def capture(
     engine: Engine,
     corpus: Corpus,
-    manifest: CacheManifest,
-    folder: Location,
+    cache: CacheFolder,
     partitions: Iterable[int],
-    on_sequence: Callable[[TokenSequence, SparseTargets], None] = lambda sequence, targets: None,
+    known: KnownTargets | None = None,
+    *,
+    on_sequence: Callable[[TokenSequence, SparseTargets | None], None] = lambda sequence, targets: None,
     on_commit: _OnCommit = lambda partition, commit: None,
     on_unreadable: Callable[[int, CorpusError], None] = _raise,
 ) -> None:
-    """Score the partitions and commit each as soon as its last sequence is there.
+    """Score the partitions and commit each as soon as its last sequence is there; what is `known` is copied.
 
-    A partition is drawn from `partitions` when the engine has room for it, not before. `on_commit` is
-    called in the writer's thread once a partition is committed, with None if another process was
-    faster; `on_unreadable` gets a partition whose rows cannot be read, and the rest goes on.
+    A partition is drawn from `partitions` when the engine has room for it, not before. `on_sequence` gets no targets of
+    a sequence that was known. `on_commit` is called in the writer's thread once a partition is committed, with None if
+    another process was faster; `on_unreadable` gets a partition whose rows cannot be read, and the rest goes on.
     """
-    rows: deque[Row] = deque()
-    with _Writer(folder, manifest, on_commit) as writer:
+    with _Writer(cache, on_commit) as writer:
 
-        def hand_over() -> None:
-            """Give the writer the sequences at the front that are whole."""
-            while rows and (whole := rows[0].targets()) is not None:
-                done = rows.popleft()
-                writer.put(done.sequence, whole)
-                on_sequence(done.sequence, whole)
+        def rows() -> Iterator[Row]:
+            for partition in partitions:
+                try:
+                    sequences = _read_rows(corpus, *cache.manifest.partitions[partition : partition + 2])
+                except CorpusError as error:
+                    on_unreadable(partition, error)
+                    continue
+                writer.begin(partition, cache.manifest.layout(ShardCounts.of(sequences)))
+                for sequence in sequences:
+                    yield row_of(sequence, known)
 
-        requests = _requests(corpus, manifest, partitions, rows, writer, hand_over, on_unreadable)
-        for (row, document), targets in engine.score(requests):
-            row.answer(document, targets)
-            hand_over()
-        if rows:
-            raise RuntimeError(f"the engine ended with {len(rows)} sequences unanswered")
+        def hand_over(row: Row) -> None:
+            writer.put(row)
+            on_sequence(row.sequence, row.scored())
 
-
-def _requests(
-    corpus: Corpus,
-    manifest: CacheManifest,
-    partitions: Iterable[int],
-    rows: deque[Row],
-    writer: "_Writer",
-    hand_over: Callable[[], None],
-    on_unreadable: Callable[[int, CorpusError], None],
-) -> Iterator[Request]:
-    """One request a document that has targets; registers rows and announces shards on the way."""
-    for partition in partitions:
-        try:
-            sequences = _read_rows(corpus, manifest.partitions[partition], manifest.partitions[partition + 1])
-        except CorpusError as error:
-            on_unreadable(partition, error)
-            continue
-        writer.begin(partition, _layout(manifest, sequences))
-        for sequence in sequences:
-            rows.append(Row(sequence))
-            yield from rows[-1].requests()
-            hand_over()  # a known sequence is whole at once
+        score_rows(engine, rows(), hand_over)
 
 
 def _read_rows(corpus: Corpus, start: int, stop: int) -> list[TokenSequence]:
@@ -100,21 +79,12 @@ def _read_rows(corpus: Corpus, start: int, stop: int) -> list[TokenSequence]:
     return sequences
 
 
-def _layout(manifest: CacheManifest, sequences: Sequence[TokenSequence]) -> ShardLayout:
-    return manifest.layout(
-        num_sequences=len(sequences),
-        num_tokens=sum(len(sequence.token_ids) for sequence in sequences),
-        num_documents=sum(len(sequence.document_lengths) for sequence in sequences),
-        num_targets=sum(len(sequence.target_positions) for sequence in sequences),
-    )
-
-
 class _Writer:
-    """Encodes and commits shards in a thread of its own, in the order in which they were begun."""
+    """Stores rows and commits shards in a thread of its own, in the order in which the shards were begun."""
 
-    def __init__(self, folder: Location, manifest: CacheManifest, on_commit: _OnCommit) -> None:
-        self._folder, self._manifest, self._on_commit = folder, manifest, on_commit
-        self._queue: queue.Queue[Any] = queue.Queue(maxsize=QUEUE_SEQUENCES)
+    def __init__(self, cache: CacheFolder, on_commit: _OnCommit) -> None:
+        self._cache, self._on_commit = cache, on_commit
+        self._rows: Handover[Row] = Handover(QUEUE_SEQUENCES)
         self._layouts: deque[tuple[int, ShardLayout]] = deque()
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="shard-writer", daemon=True)
@@ -124,7 +94,7 @@ class _Writer:
         return self
 
     def __exit__(self, exc_type: type | None, exc: BaseException | None, traceback: Any) -> None:
-        self._offer(None)  # after what is queued: shards that are whole are committed, whatever has happened
+        self._rows.end()  # after what is queued: shards that are whole are committed, whatever has happened
         self._thread.join()
         if exc_type is None and self._failure is not None:
             raise self._failure
@@ -133,63 +103,38 @@ class _Writer:
         """Announce the next shard."""
         self._layouts.append((partition, layout))
 
-    def put(self, sequence: TokenSequence, targets: SparseTargets) -> None:
-        """Hand over the next sequence; raises what the thread has met."""
-        self._offer((sequence, targets))
-        if self._failure is not None:
+    def put(self, row: Row) -> None:
+        """Hand over the next row; raises what the thread has met."""
+        if not self._rows.put(row) and self._failure is not None:
             raise self._failure
 
-    def _offer(self, item: Any) -> None:
-        while self._thread.is_alive():
-            try:
-                return self._queue.put(item, timeout=0.1)
-            except queue.Full:
-                continue
-
     def _run(self) -> None:
+        rows = iter(self._rows)
         try:
-            while self._write_shard():
-                pass
+            for first in rows:
+                partition, layout = self._layouts.popleft()
+                rest = itertools.islice(rows, layout.counts.num_sequences - 1)
+                self._write_shard(partition, layout, itertools.chain([first], rest))
         except BaseException as exc:
             self._failure = exc
-
-    def _write_shard(self) -> bool:
-        """Write one shard from the queue; False at the end."""
-        item = self._queue.get()
-        if item is None:
-            return False
-        partition, layout = self._layouts.popleft()
-        container = CONTAINERS[self._manifest.container]
-        path = partial_shard_path(self._folder, partition, container.suffix)
-        try:
-            with naming(path):
-                writer = container.create(path, layout)
-                try:
-                    statistics = self._fill(writer, layout, item)
-                finally:
-                    writer.discard()
-                if statistics is None:
-                    return False
-                commit = commit_shard(self._folder, partition, path, layout, statistics.to_dict())
-            self._on_commit(partition, commit)
         finally:
-            path.unlink(missing_ok=True)
-        return True
+            self._rows.stop()
 
-    def _fill(self, writer: ShardWriter, layout: ShardLayout, item: Any) -> TargetStatistics | None:
-        """Write `item` and the rest of its shard's sequences; None if there are no more."""
-        statistics = TargetStatistics(layout)
-        for remaining in reversed(range(layout.num_sequences)):
-            sequence, targets = item
-            if isinstance(targets, CopiedTargets):
-                columns = targets.columns
-                statistics.add_copy(targets, targets.source)
-            else:
-                columns = encode(layout, sequence, targets)
-                statistics.add(targets, targets_of(columns, layout))
-            writer.append(columns)
-            item = self._queue.get() if remaining else None
-            if remaining and item is None:
-                return None
-        writer.close()
-        return statistics
+    def _write_shard(self, partition: int, layout: ShardLayout, rows: Iterator[Row]) -> None:
+        """Write and commit a shard, unless its rows end before they are all there."""
+        container, statistics, num_written = CONTAINERS[self._cache.manifest.container], TargetStatistics(layout), 0
+        with self._cache.new_shard(partition) as path:
+            writer = container.create(path, layout)
+            try:
+                for row in rows:
+                    stored = row.store(layout)
+                    statistics.add(stored)
+                    writer.append(stored.columns)
+                    num_written += 1
+                if num_written < layout.counts.num_sequences:
+                    return
+                writer.close()
+            finally:
+                writer.discard()
+            commit = self._cache.commit(partition, path, layout.counts, statistics.to_dict())
+        self._on_commit(partition, commit)

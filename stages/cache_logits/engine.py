@@ -56,8 +56,8 @@ class NoEngine:
 
 def reduction_of(config: CacheConfig) -> Reduction:
     """What a run's settings keep of a row."""
-    draw_temperature = config.resolved_draw_temperature if config.tail_samples else None
-    return Reduction(config.top_k, config.temperatures, config.tail_samples, draw_temperature)
+    spec = config.spec
+    return Reduction(spec.top_k, spec.temperatures, spec.tail_samples, spec.draw_temperature)
 
 
 def unpack(rows_NW: np.ndarray, reduction: Reduction) -> SparseTargets:

@@ -2,21 +2,20 @@
 
 import functools
 import importlib.metadata
-import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass
 
-from pipeline.cache.folder import open_folder
+from pipeline.cache.folder import CacheFolder
 from pipeline.cache.manifest import MANIFEST, CacheManifest
 from pipeline.cache.partitions import plan_partitions
 from pipeline.corpus import END_TOKEN_IDS, TOKENIZER, Corpus
 from pipeline.corpus import MANIFEST as CORPUS_MANIFEST
 from pipeline.documents import Count, entry_of
 from pipeline.errors import CorpusError
-from pipeline.files import hash_folder
-from pipeline.lifecycle.reuse import GrownCorpus, KnownTargets
+from pipeline.formats.layout import ShardCounts
+from pipeline.lifecycle.reuse import KnownTargets
 from pipeline.settings import resolved
+from pipeline.stores.places import store_of
 from stages.cache_logits.settings import CacheConfig
 from stages.cache_logits.teacher import Teacher, read_teacher
 
@@ -29,9 +28,11 @@ class Plan:
 
     corpus: Corpus
     teacher: Teacher
-    manifest: CacheManifest
+    cache: CacheFolder
+    known: KnownTargets | None
+    """What earlier caches hold, if some were named."""
     num_known_tokens: int
-    """Tokens of sequences that are copied from earlier caches."""
+    """Tokens of sequences that are copied from them."""
 
 
 def plan_cache(config: CacheConfig, check: Callable[[Teacher], None] = lambda teacher: None) -> Plan:
@@ -50,23 +51,24 @@ def plan_cache(config: CacheConfig, check: Callable[[Teacher], None] = lambda te
     check(teacher)
     partitions = planned.partitions if planned else plan_partitions(corpus.lengths()[0], config.shard_tokens)
     manifest = _manifest(config, corpus, teacher, partitions, recorded if planned else largest_id())
-    num_known_tokens = 0
-    if config.reuse:
-        corpus = GrownCorpus(config.corpus, KnownTargets(config.reuse, manifest))
-        num_known_tokens = corpus.num_known_tokens()
-    open_folder(config.out, manifest, config.corpus / TOKENIZER)
-    return Plan(corpus, teacher, manifest, num_known_tokens)
+    known = KnownTargets(config.reuse, manifest) if config.reuse else None
+    num_known_tokens = known.num_tokens_of(corpus) if known is not None else 0
+    cache = CacheFolder.begin(config.out, manifest, config.corpus / TOKENIZER)
+    return Plan(corpus, teacher, cache, known, num_known_tokens)
 
 
 def announcement(config: CacheConfig, manifest: CacheManifest, num_todo: int) -> str:
     """What is about to be spent: partitions, and bytes where the container's size is known beforehand."""
     layout = manifest.layout(
-        num_sequences=manifest.num_sequences,
-        num_tokens=manifest.num_tokens,
-        num_documents=manifest.num_sequences,
-        num_targets=manifest.num_targets,
+        ShardCounts(
+            num_sequences=manifest.num_sequences,
+            num_tokens=manifest.num_tokens,
+            num_documents=manifest.num_sequences,
+            num_targets=manifest.num_targets,
+        )
     )
-    free = f", {shutil.disk_usage(config.out).free / 1e9:,.0f} GB are free" if isinstance(config.out, Path) else ""
+    room = config.out.free_bytes()
+    free = "" if room is None else f", {room / 1e9:,.0f} GB are free"
     size = f"{layout.num_bytes / 1e9:,.2f} GB" + (" before compression" if config.format == "zarr" else "")
     return (
         f"{config.out}: {num_todo} of {manifest.num_partitions} partitions to capture; "
@@ -91,11 +93,7 @@ def _manifest(
         tokenizer=corpus.manifest.tokenizer,
         vocab_size=teacher.vocab_size,
         padded_vocab_size=teacher.padded_vocab_size,
-        top_k=config.top_k,
-        temperatures=config.temperatures,
-        tail_samples=config.tail_samples,
-        draw_temperature=config.resolved_draw_temperature if config.tail_samples else None,
-        max_kl_error=config.max_kl_error,
+        **asdict(config.spec),
         container=config.format,
         corpus=corpus.manifest.fingerprint,
         packing=corpus.manifest.packing,
@@ -106,7 +104,7 @@ def _manifest(
         settings=resolved(config),
         software=_versions(),
         chat_template=corpus.manifest.settings.get("chat_template"),
-        tokenizer_files=hash_folder(config.corpus / TOKENIZER),
+        tokenizer_files=store_of(config.corpus / TOKENIZER).hashes(),
         largest_token_id=largest_token_id,
         end_token_ids=_end_token_ids(corpus),
     )

@@ -1,10 +1,10 @@
 """The command `pipeline cache-logits`, from its settings to a finished cache."""
 
-from pipeline.cache.commits import list_commits, remove_leftovers
 from pipeline.cache.manifest import CacheManifest
 from pipeline.progress import Reporter
 from pipeline.runs.failures import forget_failures
 from pipeline.runs.rank import Rank, rank_from_environment
+from pipeline.runs.terms import RunTerms
 from stages.cache_logits.engine import NoEngine
 from stages.cache_logits.engines import ENGINES
 from stages.cache_logits.planning import announcement, plan_cache
@@ -23,7 +23,7 @@ def cache_logits(config: CacheConfig, reporter: Reporter | None = None) -> Cache
     reporter = reporter or Reporter()
     rank = rank_from_environment() if config.worker_from_env else Rank(config.worker, config.workers)
     plan = plan_cache(config, require_vllm if config.engine == "vllm" else lambda teacher: None)
-    manifest = plan.manifest
+    manifest = plan.cache.manifest
     for note in plan.teacher.notes:
         reporter.note(note)
     engine_class = ENGINES[config.engine]
@@ -35,20 +35,19 @@ def cache_logits(config: CacheConfig, reporter: Reporter | None = None) -> Cache
         engine_class = engine_class if num_new else NoEngine
     if config.retry_failed:
         forget_failures(config.out)
-    todo = manifest.num_partitions - len(list_commits(config.out))
+    todo = len(plan.cache.todo())
     if todo:
-        remove_leftovers(config.out)
+        plan.cache.remove_leftovers()
         reporter.log(announcement(config, manifest, todo))
         for note in notes(plan.teacher) if config.engine == "vllm" else ():
             reporter.note(note)
         work(
-            config.out,
+            plan.cache,
             plan.corpus,
-            manifest,
+            plan.known,
             lambda: engine_class(plan.teacher, config, plan.corpus.manifest.sequence_length),
             rank=rank,
-            lease_s=config.lease_s,
-            max_failures=config.max_failures,
+            terms=RunTerms(max_failures=config.max_failures, lease_s=config.lease_s),
             stall_s=config.stall_s,
             reporter=reporter,
         )

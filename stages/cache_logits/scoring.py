@@ -1,30 +1,58 @@
-"""Whole sequences through an engine: one request a document, one answer a sequence."""
+"""Whole sequences through an engine: one request a document, one answer a sequence, in order."""
 
 from collections import deque
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 import numpy as np
 
+from pipeline.cache.sequence import StoredSequence
 from pipeline.corpus import TokenSequence
 from pipeline.errors import EngineError
-from pipeline.lifecycle.reuse import KnownSequence
+from pipeline.formats.layout import ShardLayout
+from pipeline.lifecycle.reuse import KnownTargets
 from pipeline.targets import SparseTargets, concatenate, improper
 from stages.cache_logits.engine import Engine, Request
 
 
-@dataclass(eq=False)
-class Row:
-    """A sequence in flight: its documents come back one by one."""
+class Row(Protocol):
+    """A sequence on its way into a shard."""
 
     sequence: TokenSequence
-    documents: list[SparseTargets | None] = field(default_factory=list)
 
     def requests(self) -> Iterator[Request]:
-        """One request a document that has targets, none of a known sequence; its key is this row and the document's
-        place in it."""
-        documents = [] if isinstance(self.sequence, KnownSequence) else list(documents_of(self.sequence))
-        self.documents = [None] * len(documents)
+        """What an engine has to score of it; the key of a request is this row and the document's place in it."""
+
+    def answer(self, document: int, targets: SparseTargets) -> None:
+        """Take the targets of a document."""
+
+    def is_whole(self) -> bool:
+        """Whether every document is answered."""
+
+    def scored(self) -> SparseTargets | None:
+        """The targets of the whole sequence, once it is whole; None if no engine was asked."""
+
+    def store(self, layout: ShardLayout) -> StoredSequence:
+        """The sequence as a shard keeps it."""
+
+
+AnyRow = TypeVar("AnyRow", bound=Row)
+
+
+class ScoredRow:
+    """A sequence in flight: its documents come back one by one."""
+
+    def __init__(self, sequence: TokenSequence) -> None:
+        self.sequence = sequence
+        self._documents: list[SparseTargets | None] = []
+        self._num_open = 0
+        self._targets: SparseTargets | None = None
+
+    def requests(self) -> Iterator[Request]:
+        """One request a document that has targets."""
+        documents = list(documents_of(self.sequence))
+        self._documents, self._num_open = [None] * len(documents), len(documents)
         for index, document in enumerate(documents):
             yield Request((self, index), *document)
 
@@ -37,33 +65,80 @@ class Row:
                 f"{problem}; a body in float16 overflows where bfloat16 or float32 (--dtype) does not, and a damaged "
                 "checkpoint does everywhere."
             )
-        self.documents[document] = targets
+        self._documents[document] = targets
+        self._num_open -= 1
 
-    def targets(self) -> SparseTargets | None:
-        """The targets of the whole sequence once every document is there; read from its cache if it is known."""
-        if isinstance(self.sequence, KnownSequence):
-            return self.sequence.load()
-        parts = [part for part in self.documents if part is not None]
-        return concatenate(parts) if len(parts) == len(self.documents) else None
+    def is_whole(self) -> bool:
+        """Whether every document is answered."""
+        return self._num_open == 0
+
+    def scored(self) -> SparseTargets:
+        """The targets of the whole sequence."""
+        if self._targets is None:
+            self._targets = concatenate([part for part in self._documents if part is not None])
+        return self._targets
+
+    def store(self, layout: ShardLayout) -> StoredSequence:
+        """The sequence, encoded."""
+        return StoredSequence.encoded(self.sequence, self.scored(), layout)
 
 
-def score_sequences(
-    engine: Engine, sequences: Iterable[TokenSequence]
-) -> Iterator[tuple[TokenSequence, SparseTargets]]:
-    """Every sequence with its targets, in order."""
-    rows: deque[Row] = deque()
+@dataclass(frozen=True, eq=False)
+class KnownRow:
+    """A sequence whose targets an earlier cache holds."""
+
+    sequence: TokenSequence
+    known: KnownTargets
+    place: int
+
+    def requests(self) -> Iterator[Request]:
+        """None."""
+        yield from ()
+
+    def answer(self, document: int, targets: SparseTargets) -> None:
+        """Never called."""
+        raise AssertionError("nothing was asked of this sequence")
+
+    def is_whole(self) -> bool:
+        """It is."""
+        return True
+
+    def scored(self) -> None:
+        """None: no engine was asked."""
+
+    def store(self, layout: ShardLayout) -> StoredSequence:
+        """The sequence as the earlier cache has it; raises CacheCorruptError."""
+        return self.known.load(self.place, self.sequence.key)
+
+
+def row_of(sequence: TokenSequence, known: KnownTargets | None) -> Row:
+    """The row of a sequence, which is scored unless an earlier cache knows it."""
+    place = known.find_one(sequence.key) if known is not None else None
+    return ScoredRow(sequence) if known is None or place is None else KnownRow(sequence, known, place)
+
+
+def score_rows(engine: Engine, rows: Iterable[AnyRow], on_whole: Callable[[AnyRow], None]) -> None:
+    """Every row to `on_whole` as soon as it and those before it are whole.
+
+    Rows are drawn when the engine has room for their requests, and not before.
+    """
+    pending: deque[AnyRow] = deque()
+
+    def hand_over() -> None:
+        while pending and pending[0].is_whole():
+            on_whole(pending.popleft())
 
     def requests() -> Iterator[Request]:
-        for sequence in sequences:
-            rows.append(Row(sequence))
-            yield from rows[-1].requests()
+        for row in rows:
+            pending.append(row)
+            yield from row.requests()
+            hand_over()  # of a known row nothing was asked
 
     for (row, document), targets in engine.score(requests()):
         row.answer(document, targets)
-        while rows and (whole := rows[0].targets()) is not None:
-            yield rows.popleft().sequence, whole
-    if rows:
-        raise RuntimeError(f"the engine ended with {len(rows)} sequences unanswered")
+        hand_over()
+    if pending:
+        raise RuntimeError(f"the engine ended with {len(pending)} sequences unanswered")
 
 
 def documents_of(sequence: TokenSequence) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:

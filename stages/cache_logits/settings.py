@@ -7,7 +7,8 @@ from pipeline.errors import ConfigError
 from pipeline.formats.containers import CONTAINERS
 from pipeline.formats.grid import WARMEST
 from pipeline.settings import COMPUTED_IN, Settings, required, setting
-from pipeline.stores.objects import Location
+from pipeline.stores.store import Store
+from pipeline.targets import TargetSpec
 from stages.cache_logits.engines import ENGINES
 
 
@@ -17,7 +18,7 @@ class CacheConfig(Settings):
 
     teacher: Path = required("Folder of the teacher: config.json, weights, tokenizer.")
     corpus: Path = required("Folder that `pipeline prepare` wrote.")
-    out: Location = required("Folder or URL to write the cache to.")
+    out: Store = required("Folder or URL to write the cache to.")
     top_k: int = setting(64, "Largest probabilities kept for each position.")
     temperatures: tuple[float, ...] = setting(
         (1.0, 2.0), "A temperature T at which targets are exact; repeatable.", flag="--temperature"
@@ -35,7 +36,7 @@ class CacheConfig(Settings):
         words={"lossless": 0.0},
     )
     shard_tokens: int = setting(1_048_576, "Tokens in one shard: the work that a crash can lose.")
-    reuse: tuple[Location, ...] = setting(
+    reuse: tuple[Store, ...] = setting(
         (),
         "A cache by the same teacher and settings, finished or not: sequences that it holds are copied instead of "
         "scored; repeatable.",
@@ -99,16 +100,23 @@ class CacheConfig(Settings):
             raise ConfigError(f"gpu_memory_utilization is {self.gpu_memory_utilization}; it must lie in (0, 1].")
 
     @property
-    def resolved_draw_temperature(self) -> float:
-        """The temperature of the draws."""
-        return max(self.temperatures) if self.draw_temperature is None else self.draw_temperature
+    def spec(self) -> TargetSpec:
+        """What is kept of every position."""
+        warmest = max(self.temperatures) if self.draw_temperature is None else self.draw_temperature
+        return TargetSpec(
+            top_k=self.top_k,
+            temperatures=self.temperatures,
+            tail_samples=self.tail_samples,
+            draw_temperature=warmest if self.tail_samples else None,
+            max_kl_error=self.max_kl_error,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class AuditConfig(Settings):
     """Settings of `pipeline audit`. What is not given is as it was in the capture."""
 
-    cache: Location = required("Folder or URL of a finished cache.", argument=True)
+    cache: Store = required("Folder or URL of a finished cache.", argument=True)
     teacher: Path = required("Folder of the teacher that made it.")
     fraction: float = setting(0.001, "Share of the sequences that are scored again, 0 to 1.")
     sequences: int = setting(8, "Sequences that are scored again at least.")

@@ -7,20 +7,20 @@ from contextlib import closing
 
 import numpy as np
 
-from pipeline.cache.commits import ShardCommit, list_commits
-from pipeline.cache.folder import make_places
-from pipeline.cache.manifest import CacheManifest
+from pipeline.cache.commits import ShardCommit
+from pipeline.cache.folder import CacheFolder
 from pipeline.corpus import Corpus, TokenSequence
 from pipeline.drain import Drain
 from pipeline.errors import MENDABLE, CorpusError, Drained, EngineError, PartitionsFailedError, PipelineError
-from pipeline.lifecycle.reuse import CopiedTargets
+from pipeline.lifecycle.reuse import KnownTargets
 from pipeline.progress import Progress, Rate, Reporter, duration
 from pipeline.runs.claims import Claims
 from pipeline.runs.failures import read_failure
 from pipeline.runs.leases import remove_leases
 from pipeline.runs.presence import Presence, one_line
 from pipeline.runs.rank import Rank
-from pipeline.stores.objects import Location
+from pipeline.runs.terms import RunTerms, begin_run
+from pipeline.stores.store import Store
 from pipeline.targets import SparseTargets
 from pipeline.watchdog import Watchdog, end_process
 from stages.cache_logits.capture import capture
@@ -32,14 +32,13 @@ BAD_MACHINE = 3
 
 
 def work(
-    folder: Location,
+    cache: CacheFolder,
     corpus: Corpus,
-    manifest: CacheManifest,
+    known: KnownTargets | None,
     make_engine: Callable[[], Engine],
     *,
     rank: Rank,
-    lease_s: float,
-    max_failures: int,
+    terms: RunTerms,
     stall_s: float,
     reporter: Reporter,
 ) -> None:
@@ -49,13 +48,14 @@ def work(
     aside are committed. The engine is made when there is something to do, and made anew after a failure. One that
     hangs ends the process (watchdog.py).
     """
-    make_places(folder)
-    with Presence(folder, rank, lease_s) as presence, Drain(presence.leases.release_all) as drain:
-        claims = Claims(folder, manifest.num_partitions, rank, presence, drain, max_failures=max_failures)
-        todo = manifest.num_partitions - len(list_commits(folder))
+    folder, manifest = cache.folder, cache.manifest
+    begin_run(folder, terms)
+    with Presence(folder, rank, terms.lease_s) as presence, Drain(presence.leases.release_all) as drain:
+        claims = Claims(folder, manifest.num_partitions, rank, presence, drain, max_failures=terms.max_failures)
+        todo = manifest.num_partitions - len(cache.done())
         share = manifest.num_tokens * todo // manifest.num_partitions // rank.workers
         with reporter.progress("cache-logits", share) as progress:
-            worker = _Worker(folder, corpus, manifest, claims, presence, drain, reporter, progress)
+            worker = _Worker(cache, corpus, known, claims, presence, drain, reporter, progress)
             with closing(Watchdog(stall_s, functools.partial(_give_up, folder, presence, reporter))) as watchdog:
                 worker.run(watchdog, make_engine)
         if drain.requested and claims.unsettled():
@@ -86,19 +86,19 @@ class _Tally:
 class _Worker:
     def __init__(
         self,
-        folder: Location,
+        cache: CacheFolder,
         corpus: Corpus,
-        manifest: CacheManifest,
+        known: KnownTargets | None,
         claims: Claims,
         presence: Presence,
         drain: Drain,
         reporter: Reporter,
         progress: Progress,
     ) -> None:
-        self._folder, self._corpus, self._manifest = folder, corpus, manifest
+        self._cache, self._corpus, self._known = cache, corpus, known
         self._claims, self._presence, self._drain = claims, presence, drain
         self._reporter, self._progress = reporter, progress
-        self._tally = _Tally(manifest.temperatures[-1])
+        self._tally = _Tally(cache.manifest.temperatures[-1])
         self._bytes = 0
         self._rate = Rate()
         self._start = contextlib.ExitStack()
@@ -132,12 +132,12 @@ class _Worker:
         capture(
             engine,
             self._corpus,
-            self._manifest,
-            self._folder,
+            self._cache,
             self._claims.stream(),
-            self._on_sequence,
-            self._on_commit,
-            self._on_unreadable,
+            self._known,
+            on_sequence=self._on_sequence,
+            on_commit=self._on_commit,
+            on_unreadable=self._on_unreadable,
         )
 
     def _blame(self, exc: Exception) -> None:
@@ -145,23 +145,22 @@ class _Worker:
         if isinstance(exc, PipelineError) or (isinstance(exc, OSError) and exc.errno in MENDABLE):
             raise exc
         held, reason = self._presence.leases.held, one_line(exc)
-        self._reporter.note(f"{self._folder}: partitions {_some(held)} failed: {reason}")
+        self._reporter.note(f"{self._cache.folder}: partitions {_some(held)} failed: {reason}")
         self._claims.fail(reason)
         if all(earlier.isdisjoint(held) for earlier in self._blamed):
             self._blamed.append(set(held))
         if len(self._blamed) == BAD_MACHINE:
             raise exc
 
-    def _on_sequence(self, sequence: TokenSequence, targets: SparseTargets) -> None:
+    def _on_sequence(self, sequence: TokenSequence, targets: SparseTargets | None) -> None:
         num_tokens = len(sequence.token_ids)
         self._presence.advance(num_tokens)
-        note = self._tally.note(targets, self._bytes)
-        if isinstance(targets, CopiedTargets):
+        if targets is None:  # it was known
             self._progress.recall(num_tokens)
         else:
             self._start.close()
             self._rate.add(num_tokens)
-            self._progress.advance(num_tokens, note)
+            self._progress.advance(num_tokens, self._tally.note(targets, self._bytes))
         if self._drain.requested and not self._announced:
             self._announce_drain()
 
@@ -169,7 +168,8 @@ class _Worker:
         self._announced = True
         self._presence.say("draining")
         held = self._presence.leases.held
-        tokens = self._manifest.num_tokens / self._manifest.num_partitions * len(held)
+        manifest = self._cache.manifest
+        tokens = manifest.num_tokens / manifest.num_partitions * len(held)
         rate = self._rate.lately()
         at_most = f", {duration(tokens / rate)} at most" if rate else ""
         self._reporter.log(f"draining: {len(held)} partitions in hand{at_most}; again to drop them")
@@ -182,18 +182,18 @@ class _Worker:
             self._presence.committed(commit.bytes)
 
     def _on_unreadable(self, partition: int, error: CorpusError) -> None:
-        self._reporter.note(f"{self._folder}: partition {partition} is set aside: {error}")
+        self._reporter.note(f"{self._cache.folder}: partition {partition} is set aside: {error}")
         self._claims.reject(partition, one_line(error))
 
 
-def _give_up(folder: Location, presence: Presence, reporter: Reporter, line: str) -> None:
+def _give_up(folder: Store, presence: Presence, reporter: Reporter, line: str) -> None:
     """End this process, whose engine hangs: others may have its partitions, which are blamed for nothing."""
     problem = EngineError(f"{folder}: {line}")
     reporter.note(f"error: {problem}")
     end_process(functools.partial(presence.__exit__, EngineError, problem, None))
 
 
-def _what_failed(folder: Location, failures: dict[int, int]) -> str:
+def _what_failed(folder: Store, failures: dict[int, int]) -> str:
     partition, ordinal = next(iter(failures.items()))
     reason = read_failure(folder, partition, ordinal).reason
     return (

@@ -10,8 +10,8 @@ import torch
 
 from pipeline.cache.reader import Cache, open_cache
 from pipeline.errors import PipelineError
-from pipeline.files import read_json
 from pipeline.formats.layout import CachedSequence
+from pipeline.stores.sealed import read_json
 from stages.demo.recipe import DemoRecipe
 
 STUDENTS: dict[str, float | None] = {"distilled": None, "hard-labels": 0.0}

@@ -18,10 +18,11 @@ import xxhash
 
 from pipeline.documents import Finite
 from pipeline.errors import PipelineError
-from pipeline.files import canonical_json, read_document, read_json, write_json
+from pipeline.files import canonical_json
 from pipeline.launch.job import PIPELINE
 from pipeline.processes import following
 from pipeline.progress import Reporter, duration
+from pipeline.stores.sealed import read_document, read_json, write_json
 from stages.demo.recipe import DemoRecipe, student_config
 from stages.demo.report import write_report
 from stages.demo.results import STUDENTS, read_results

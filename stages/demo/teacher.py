@@ -27,8 +27,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from pipeline.documents import Finite, entry_of
 from pipeline.errors import CorpusError
-from pipeline.files import canonical_json, hash_file, read_json, remove_partials, replacing, write_json
+from pipeline.files import canonical_json, hash_file, remove_partials, replacing
 from pipeline.progress import Progress, Reporter, duration
+from pipeline.stores.sealed import read_json, write_json
 from pipeline.tokenizer import load_tokenizer, save_tokenizer
 from stages.demo.muon import Muon
 from stages.demo.recipe import DemoRecipe, teacher_config

@@ -14,7 +14,7 @@ from typing import Any
 
 from pipeline.corpus import Corpus
 from pipeline.errors import CorpusError
-from pipeline.formats.layout import ShardLayout
+from pipeline.formats.layout import ShardCounts, ShardLayout
 from pipeline.models import read_model, text_body
 from pipeline.progress import duration
 from pipeline.settings import load_config
@@ -277,16 +277,13 @@ def _cost(
 
 def _storage(config: EstimateConfig, cache: CacheConfig, amount: Amount, seconds: float) -> Storage:
     num_sequences = max(1, amount.num_tokens // amount.sequence_length)
-    layout = ShardLayout(
+    counts = ShardCounts(
         num_sequences=num_sequences,
         num_tokens=amount.num_tokens,
         num_documents=num_sequences,
         num_targets=amount.num_targets,
-        top_k=cache.top_k,
-        num_draws=cache.tail_samples,
-        temperatures=cache.temperatures,
-        max_kl_error=cache.max_kl_error,
     )
+    layout = ShardLayout(counts=counts, spec=cache.spec)
     size = layout.num_bytes
     if cache.format == "zarr":
         entry, rest = ARCHIVE["grid" if layout.on_grid else "lossless"]

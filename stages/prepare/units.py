@@ -21,7 +21,9 @@ import xxhash
 from pipeline.corpus import MANIFEST, PARTITIONS, CorpusPartition
 from pipeline.documents import Count, Hash, short
 from pipeline.errors import ConfigError, CorpusError
-from pipeline.files import PARTIAL, held, numbers_in, read_document, read_json, replacing, write_json
+from pipeline.files import PARTIAL, held, replacing
+from pipeline.stores.numbered import numbers_in
+from pipeline.stores.sealed import read_document, read_json, write_json
 from stages.prepare.inputs import InputFile, same_files
 
 UNITS = "units"

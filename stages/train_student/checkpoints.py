@@ -18,7 +18,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from pipeline.documents import Count, printable
 from pipeline.errors import PipelineError, fault_of_machine
-from pipeline.files import read_document, sync_file, write_json
+from pipeline.files import sync_file
+from pipeline.stores.sealed import read_document, write_json
 
 MARK = "whole.json"
 WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"

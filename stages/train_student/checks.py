@@ -9,8 +9,9 @@ from typing import Any
 from pipeline.cache.manifest import CacheManifest
 from pipeline.documents import short
 from pipeline.errors import CacheMismatchError, ConfigError, PipelineError
-from pipeline.files import held, is_vacant, read_json, write_json
+from pipeline.files import held, is_vacant
 from pipeline.settings import resolved
+from pipeline.stores.sealed import read_json, write_json
 from pipeline.targets import column_of
 from pipeline.weights import hash_config, hash_weights
 from stages.train_student.ranks import rank

@@ -10,8 +10,8 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 from pipeline.progress import Reporter
-from pipeline.stores.objects import Location
 from pipeline.stores.patience import patience_s
+from pipeline.stores.store import Store
 from pipeline.watchdog import Watchdog, end_process
 from stages.train_student.dataset import CacheDataset, Collate
 from stages.train_student.sampler import StreamSampler
@@ -91,7 +91,7 @@ class BatchLoader:
         return self._watchdog.watching("reading a batch of the cache") if self._watchdog else nullcontext()
 
 
-def watch_reading(cache: Location, stall_s: float, reporter: Reporter) -> Watchdog:
+def watch_reading(cache: Store, stall_s: float, reporter: Reporter) -> Watchdog:
     """What ends this rank once `cache` cannot be read for so long, or as long as a silent store is waited for; the other
     ranks and the launcher see its end."""
 

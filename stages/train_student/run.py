@@ -16,9 +16,9 @@ from pipeline.cpu import slow_products
 from pipeline.documents import document_of
 from pipeline.drain import Drain
 from pipeline.errors import Drained, PipelineError
-from pipeline.files import read_json, write_json
 from pipeline.hidden import first_forward
 from pipeline.progress import Reporter
+from pipeline.stores.sealed import read_json, write_json
 from pipeline.tokenizer import load_tokenizer
 from pipeline.watchdog import Watchdog
 from stages.train_student.agreement import first_rows, require_agreement

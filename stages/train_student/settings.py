@@ -5,7 +5,7 @@ from pathlib import Path
 
 from pipeline.errors import ConfigError
 from pipeline.settings import COMPUTED_IN, Settings, required, setting
-from pipeline.stores.objects import Location
+from pipeline.stores.store import Store
 
 TAILS = ("ghost", "hybrid", "sampled", "zero", "renormalise", "uniform")
 DIVERGENCES = ("forward", "reverse", "js")
@@ -20,7 +20,7 @@ class TrainConfig(Settings):
     """Settings of `pipeline train-student`."""
 
     student: Path = required("Folder of the student, or a config.json for one that starts from random weights.")
-    cache: Location = required("Folder or URL that `pipeline cache-logits` wrote to.")
+    cache: Store = required("Folder or URL that `pipeline cache-logits` wrote to.")
     out: Path = required("Folder for checkpoints, logs and the finished student.")
     alpha: float = setting(0.5, "Weight of the distillation term; 0 trains from the labels alone.")
     temperature: float = setting(2.0, "Temperature T of the distillation term; the cache must hold it.")
@@ -39,7 +39,7 @@ class TrainConfig(Settings):
     divergence: str = setting(
         "forward", "Forward KL, reverse KL or Jensen-Shannon; the last two with the ghost tail.", choices=DIVERGENCES
     )
-    eval_cache: Location | None = setting(None, "A held-out cache to evaluate on.")
+    eval_cache: Store | None = setting(None, "A held-out cache to evaluate on.")
     epochs: float = setting(1.0, "Passes over the cache; --max-steps takes precedence.")
     max_steps: int | None = setting(None, "Optimizer steps to train for.")
     batch_size: int = setting(8, "Sequences in a micro-batch, for each device.")

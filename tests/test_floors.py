@@ -1,6 +1,7 @@
 """The house has floors: what stands on one knows only what is below it, or beside it in its own room."""
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -101,3 +102,10 @@ def test_no_module_imports_itself_in_a_circle():
 
     for name in sorted(targets):
         visit(name, ())
+
+
+def test_floors_are_those_of_the_document():
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    rows = re.search(r"\| floor.*?\n\n", text, re.DOTALL)[0].splitlines()[2:]
+    written = [sorted(re.findall(r"`([a-z_.]+)`", row)) for row in reversed(rows) if row]
+    assert written == [sorted(room.removeprefix("pipeline.") for room in floor) for floor in FLOORS]

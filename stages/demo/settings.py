@@ -12,6 +12,6 @@ from stages.cache_logits.engines import ENGINES
 class DemoConfig(Settings):
     """Settings of `pipeline demo`."""
 
-    work: Path = setting(Path("data/demo"), "Folder for everything that the demo makes; finished steps are reused.")
+    work: Path = setting(Path("data/demo"), "Folder for everything that the demo makes; finished commands are reused.")
     engine: str = setting("vllm", "What runs the teacher.", choices=ENGINES.names)
     format: str = setting("arrow", "Container of the shards.", choices=CONTAINERS.names)

@@ -1,6 +1,6 @@
-"""The run: unit after unit, each committed before the next begins, so that a killed run goes on where it was.
+"""The command `pipeline prepare`: unit after unit, each committed before the next, so that a killed one goes on there.
 
-The same inputs, settings and tokenizer give the same partitions, interrupted or not.
+The same inputs, settings and tokenizer give the same files, interrupted or not.
 """
 
 import shutil

@@ -19,6 +19,7 @@ slow: install-slow
 lint: install
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
 
 install: $(INSTALLED)
 

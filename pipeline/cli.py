@@ -1,9 +1,7 @@
 """The command line: the only code that prints results or chooses an exit code.
 
-Exit codes: 0 done, 1 `verify` found damage or `audit` a disagreement, 2 a mistake or fault that the
-user can mend, 75 drained after a signal, or an object store that does not answer: run the same command
-again; 128 and a signal's number if there was nothing to drain; `status` has 3 and 4. Anything else keeps its
-traceback. A command imports its stage inside its function, so that `--help` loads neither torch nor vllm.
+`exit_codes` says what each code means; what has none keeps its traceback. A command imports its stage inside its
+function, so that `--help` loads neither torch nor vllm.
 """
 
 import os
@@ -17,6 +15,7 @@ from pipeline.cache.settings import VerifyConfig
 from pipeline.cpu import prepare_threads
 from pipeline.documents import printable
 from pipeline.errors import CacheCorruptError, Drained, PipelineError, StorageSilentError, fault_of_machine
+from pipeline.exit_codes import DISAGREES, MENDABLE
 from pipeline.launch.settings import SubmitConfig
 from pipeline.lifecycle.settings import ConvertConfig, ExportConfig, MergeConfig
 from pipeline.options import config_command
@@ -56,7 +55,7 @@ class _Main(click.Group):
             if (fault := fault_of_machine(error)) is None:
                 raise
             remark(f"error: {printable(fault)}")
-        sys.exit(2)
+        sys.exit(MENDABLE)
 
 
 @click.group(cls=_Main, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
@@ -167,7 +166,7 @@ def verify_command(config: VerifyConfig) -> None:
         say(printable(str(damage)))
         if config.repair:
             say(f"{config.cache}: the manifest and its copy are damaged; put one back from a backup.")
-        sys.exit(1)
+        sys.exit(DISAGREES)
     with TerminalReporter().progress("verify", num_tokens) as progress:
         report = verify_cache(config.cache, progress.advance, config.workers)
     for problem in report.problems:
@@ -186,7 +185,7 @@ def verify_command(config: VerifyConfig) -> None:
 def _say_what_now(config: VerifyConfig, report: Any) -> None:
     say(f"{config.cache}: {len(report.problems)} problems in {report.num_partitions} partitions.")
     if not config.repair:
-        sys.exit(1)
+        sys.exit(DISAGREES)
     todo = len(report.damaged) + len(report.missing)
     say(
         f"{config.cache}: repaired: {len(report.damaged)} damaged partitions were dropped; run the same "
@@ -210,7 +209,7 @@ def audit_command(config: AuditConfig) -> None:
         f"{report.rounding_error:.2g}, the teacher's arithmetic may make {report.noise:.2g})."
     )
     if report.problems:
-        sys.exit(1)
+        sys.exit(DISAGREES)
 
 
 @main.command("convert")

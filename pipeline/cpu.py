@@ -21,8 +21,8 @@ WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 SPINS = "1000"
 """Rounds, microseconds, that a thread of torch's OpenMP (GNU's) spins before it sleeps; its own default is 300,000.
 
-On a quiet machine as fast as that, where threads that sleep at once lose 50 microseconds at every product; on a busy one
-15 to 30 times faster.
+On a quiet machine as fast as that, where threads that sleep at once lose 50 microseconds at every product; on a busy
+one 15 to 30 times faster.
 """
 
 
@@ -52,9 +52,9 @@ def _quotas(cgroups: Path, own: Path) -> Iterator[float]:
             yield int(quota) / int(period)
         with contextlib.suppress(OSError, ValueError):
             group = cgroups / "cpu" / folder.relative_to(cgroups)
-            quota = int((group / "cpu.cfs_quota_us").read_text())  # -1 is none
-            if quota > 0:
-                yield quota / int((group / "cpu.cfs_period_us").read_text())
+            quota_us = int((group / "cpu.cfs_quota_us").read_text())  # -1 is none
+            if quota_us > 0:
+                yield quota_us / int((group / "cpu.cfs_period_us").read_text())
 
 
 def prepare_threads(environment: MutableMapping[str, str] = os.environ, cores: int | None = None) -> None:
@@ -72,7 +72,7 @@ def prepare_threads(environment: MutableMapping[str, str] = os.environ, cores: i
 
 
 def slow_products(dtype: str, instead: str) -> list[str]:
-    """A line for a user whose computation in `dtype` will crawl on this CPU, with what to do instead; none if it won't."""
+    """A line for a user whose computation in `dtype` crawls on this CPU, with what to do instead; else none."""
     if has_products(dtype):
         return []
     return [f"this CPU has no products of {dtype} matrices: they take loops 30 to 200 times slower; {instead}"]

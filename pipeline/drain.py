@@ -1,7 +1,7 @@
 """Leaving in good order: the first signal asks for a drain, the second leaves at once.
 
-SIGTERM, SIGUSR1 (Slurm's warning), SIGINT and SIGHUP (a terminal that is closed) only set a flag. What is in hand is finished, so a drain
-takes as long as the rest of the current shard and the rows in flight: one shard's time at most.
+SIGTERM, SIGUSR1 (Slurm's warning), SIGINT and SIGHUP (a terminal that is closed) only set a flag. What is in hand is
+finished, so a drain takes as long as the rest of the current shard and the rows in flight: one shard's time at most.
 """
 
 import contextlib
@@ -12,11 +12,10 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from pipeline.exit_codes import AGAIN
 from pipeline.stopping import ECHO_S, heard
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
-EXIT_DRAINED = 75
-"""EX_TEMPFAIL of sysexits.h: run the same command again."""
 _NAP_S = 0.1
 
 
@@ -69,5 +68,5 @@ class Drain:
         if self.requested or self._nothing_in_hand:
             with contextlib.suppress(Exception):
                 self._on_leave()
-            os._exit(EXIT_DRAINED)
+            os._exit(AGAIN)
         self.requested, self._requested_at = True, time.monotonic()

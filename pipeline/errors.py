@@ -21,6 +21,8 @@ import errno
 import os
 import re
 
+from pipeline import exit_codes
+
 MENDABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG}
 MENDABLE |= {errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EMFILE, errno.ENFILE, errno.ENOTSUP}
 """Operating-system errors that are the user's to mend, and that no other partition would be spared: a full disk, a
@@ -32,7 +34,7 @@ NO_MEMORY = re.compile(r"can't allocate memory|can't start new thread|Cannot all
 class PipelineError(Exception):
     """A mistake or a fault that the user can mend."""
 
-    exit_code = 2
+    exit_code = exit_codes.MENDABLE
 
 
 class ConfigError(PipelineError):
@@ -50,7 +52,7 @@ class EngineError(PipelineError):
 class Drained(PipelineError):
     """A signal asked the command to stop; what was in hand is finished and saved."""
 
-    exit_code = 75
+    exit_code = exit_codes.AGAIN
 
 
 class StorageError(PipelineError):
@@ -60,7 +62,7 @@ class StorageError(PipelineError):
 class StorageSilentError(StorageError):
     """An object store did not answer for as long as it is waited for; nothing is wrong with the command."""
 
-    exit_code = 75
+    exit_code = exit_codes.AGAIN
 
 
 class CacheError(PipelineError):

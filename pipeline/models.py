@@ -27,7 +27,6 @@ FACTORS = {"logit_scale": 1, "lm_head_multiplier": 1, "logits_scaling": -1}
 """Attributes that scale the logits (Cohere, Falcon-H1, Granite), and to which power."""
 SOFTCAP = "final_logit_softcapping"
 """Attribute: c of c tanh(logits / c) (Gemma 2)."""
-COMPUTED_IN = ("float32", "bfloat16", "float16")
 NO_LIMIT = 1 << 30
 
 
@@ -110,7 +109,7 @@ class ModelFolder:
         return getattr(self.config, name, None) if value is None else value
 
     @cached_property
-    def model_class(self) -> type:
+    def model_class(self) -> Any:
         """transformers' class; raises ConfigError for what is no causal language model or no model at all."""
         return type(self.without_weights())
 
@@ -137,7 +136,8 @@ class ModelFolder:
     def require_weights(self) -> list[str]:
         """Raise ConfigError unless the folder's files hold the whole model; reads headers alone.
 
-        Returns the names of tensors that are no part of it and left out. Of a kind that transformers does not know, only that the files are whole.
+        Returns the names of tensors that are no part of it and left out. Of a kind that transformers does not know,
+        only that the files are whole.
         """
         if not self.is_known:
             read_headers(weight_files(self.folder))

@@ -60,10 +60,11 @@ _TYPES = {
 
 
 def _default(spec: dataclasses.Field[Any], several: bool) -> str:
+    default: Any = spec.default
     if spec.metadata["required"]:
         return "required"
-    if spec.default is None:
+    if default is None:
         return "default: none"
     if several:
-        return f"default: {', '.join(f'{item}' for item in spec.default) or 'none'}"
-    return f"default: {str(spec.default).lower() if isinstance(spec.default, bool) else spec.default}"
+        return f"default: {', '.join(f'{item}' for item in default) or 'none'}"
+    return f"default: {str(default).lower() if isinstance(default, bool) else default}"

@@ -14,7 +14,7 @@ Differences = dict[str, tuple[Any, Any]]
 
 
 def claim(out: Path, mark: str, record: dict[str, Any], what: str) -> dict[str, Any]:
-    """Make the folder, or find it made before; returns the record that stands in the file `mark`, `record` if it is new.
+    """Make the folder, or find it made before; returns what stands in the file `mark`: `record` if it is new.
 
     Any number of processes may call it. Raises ConfigError if something else than `what` is there.
     """

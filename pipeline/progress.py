@@ -1,6 +1,7 @@
 """What a long run says while it works. A stage is handed a Reporter; only the command line prints."""
 
 import contextlib
+import logging
 import sys
 import threading
 import time
@@ -12,6 +13,8 @@ from tqdm import tqdm
 
 from pipeline.documents import printable
 
+LOGGER = logging.getLogger("pipeline")
+"""Loggers of modules, such as that of silent stores, are below it."""
 LOG_INTERVAL_S = 60.0
 FIRST_LOG_INTERVAL_S = 15.0
 """Seconds between two progress lines where there is no terminal; in the first minutes they come sooner."""
@@ -43,10 +46,18 @@ class Progress:
 
 
 class Reporter:
-    """Says nothing: what a stage uses when it is called as a library."""
+    """What a stage uses when it is called as a library: lines go to the logger `pipeline`, work is not counted.
+
+    Python shows warnings on standard error where a program has set up no logging, and nothing else.
+    """
 
     def log(self, line: str) -> None:
         """One line for a person to read."""
+        LOGGER.info("%s", line)
+
+    def note(self, line: str) -> None:
+        """A line that a person should know of: what is skipped, slow, unusual or has failed."""
+        LOGGER.warning("%s", line)
 
     def progress(self, what: str, total: int, unit: str = "tokens") -> Progress:
         """A counter of work towards `total`."""
@@ -66,6 +77,10 @@ class TerminalReporter(Reporter):
         with contextlib.suppress(OSError):  # a pipe that nobody reads, a terminal that was closed: the work goes on
             tqdm.write(printable(line, newline="\n"), file=sys.stderr)
             sys.stderr.flush()
+
+    def note(self, line: str) -> None:
+        """Write a line as any other."""
+        self.log(line)
 
     def progress(self, what: str, total: int, unit: str = "tokens") -> Progress:
         """A bar, or lines."""
@@ -90,7 +105,7 @@ class TerminalReporter(Reporter):
 
 
 class Rate:
-    """How fast work is done: lately, and since its first result. What came before the first result is no time of work."""
+    """How fast work is done: lately, and since its first result; what came before that is no time of work."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock

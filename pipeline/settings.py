@@ -24,6 +24,8 @@ from pipeline.stores.store import Store
 
 Config = TypeVar("Config", bound="Settings")
 _REQUIRED: Any = object()
+COMPUTED_IN = ("float32", "bfloat16", "float16")
+"""Types that a model's body may be computed in."""
 SEEDS = 1 << 32
 """numpy's number of seeds, the fewest."""
 
@@ -116,7 +118,7 @@ def flag_of(spec: dataclasses.Field[Any]) -> str:
     return spec.metadata["flag"] or f"--{spec.name.replace('_', '-')}"
 
 
-def value_type(annotation: Any) -> tuple[type, bool]:
+def value_type(annotation: Any) -> tuple[Any, bool]:
     """The scalar type of a field's annotation, and whether the field takes several."""
     if typing.get_origin(annotation) is tuple:
         return typing.get_args(annotation)[0], True

@@ -11,8 +11,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from pipeline.exit_codes import of_signal
+
 SIGNALS = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM)
-"""Ctrl-C and the end of the terminal or of its ssh, which every process of the terminal gets, and the word of others."""
+"""Ctrl-C and the end of the terminal or of its ssh, which all of its processes get, and the word of others."""
 ECHO_S = 2.0
 """Signals that follow the first so closely are the same request: a launcher of several threads that is killed may
 send its parent-death signal once for every thread."""
@@ -23,7 +25,7 @@ class Stopped(KeyboardInterrupt):
 
     def __init__(self, number: int) -> None:
         super().__init__(f"stopped by {signal.Signals(number).name}.")
-        self.exit_code = 128 + number
+        self.exit_code = of_signal(number)
 
 
 class Unwinding:
@@ -46,7 +48,7 @@ class Unwinding:
             self._since = time.monotonic()
             raise Stopped(number)
         if time.monotonic() - self._since > ECHO_S:
-            os._exit(128 + number)
+            os._exit(of_signal(number))
 
 
 def heard(signals: tuple[signal.Signals, ...]) -> list[signal.Signals]:
@@ -76,8 +78,8 @@ def starting_processes() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
         for number, handler in previous.items():
             signal.signal(number, handler)
-        for number in kept[:1]:
-            signal.raise_signal(number)
+        for first in kept[:1]:
+            signal.raise_signal(first)
 
 
 _interrupted = threading.Event()

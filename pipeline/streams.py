@@ -1,9 +1,10 @@
-"""Standard output and standard error, whatever they lead to: nothing, a pipe that nobody reads, a terminal that is gone.
+"""Standard output and error, whatever they lead to: nothing, a pipe that nobody reads, a terminal that is gone.
 
 Results go to standard output, everything else to standard error; a lost line changes no exit code.
 """
 
 import errno
+import io
 import locale
 import os
 import sys
@@ -27,7 +28,8 @@ def open_streams() -> None:
     sys.stdout = sys.stdout or os.fdopen(1, "w", encoding="utf-8")
     sys.stderr = sys.stderr or os.fdopen(2, "w", encoding="utf-8")
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def require_utf8() -> None:

@@ -1,8 +1,5 @@
 """The command `pipeline submit`: the settings of both stages become a job, and a launcher starts it."""
 
-import importlib
-from collections.abc import Callable
-
 from pipeline.launch.job import Job
 from pipeline.launch.settings import LAUNCHERS, SubmitConfig
 from pipeline.progress import Reporter
@@ -14,11 +11,11 @@ from stages.train_student.settings import TrainConfig
 def submit(config: SubmitConfig, reporter: Reporter) -> None:
     """Launch what the files of a submission describe; raises ConfigError before anything is started."""
     job = job_of(config)
-    if config.launcher != "kubernetes":  # whose paths are those of its containers
+    if not job.launcher.in_containers:
         from stages.cache_logits.planning import plan_cache
 
         plan_cache(load_config(CacheConfig, config.cache_logits))
-    launcher(config.launcher)(job, reporter)
+    job.launcher.launch(job, reporter)
 
 
 def job_of(config: SubmitConfig) -> Job:
@@ -26,10 +23,5 @@ def job_of(config: SubmitConfig) -> Job:
     capture = load_config(CacheConfig, config.cache_logits)
     if config.train_student is not None:
         load_config(TrainConfig, config.train_student)
-    cache = capture.out if config.launcher == "kubernetes" else capture.out.absolute()
+    cache = capture.out if LAUNCHERS[config.launcher].in_containers else capture.out.absolute()
     return Job(config, cache, capture.tensor_parallel * capture.pipeline_parallel)
-
-
-def launcher(name: str) -> Callable[[Job, Reporter], None]:
-    """The launch function of a kind of cluster."""
-    return importlib.import_module(LAUNCHERS[name]).launch

@@ -38,7 +38,10 @@ SETTINGS = "tokenizer_config.json"
 FILES = (TOKENIZER_JSON, "tokenizer.model", SETTINGS, "vocab.json", "merges.txt", "tekken.json")
 OBEYED_BOS = ("LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer", "CohereTokenizer")
 """Classes for which add_bos_token had a meaning beside tokenizer.json."""
-PROBE = "The quick brown fox's 3.14159…\n\tdef f(x: int) -> str:\r\n    return f'{x!r}'  # 中文分词，測試。 привет 🙂 naïve\x00\n\n"
+PROBE = (
+    "The quick brown fox's 3.14159…\n\tdef f(x: int) -> str:\r\n    return f'{x!r}'  # 中文分词，測試。 "
+    "привет 🙂 naïve\x00\n\n"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,8 +169,8 @@ def _load_as_the_file_says(folder: Path, settings: dict[str, Any], own_code: boo
             return tokenizer
     read_tokenizer_json(folder)  # which says so if the file itself is broken
     raise ConfigError(
-        f"{folder}: transformers does not read texts as {TOKENIZER_JSON} there does: {problem}; mend tokenizer.json, or "
-        f"tokenizer_class and the tokens in {SETTINGS}."
+        f"{folder}: transformers does not read texts as {TOKENIZER_JSON} there does: {problem}; mend tokenizer.json, "
+        f"or tokenizer_class and the tokens in {SETTINGS}."
     )
 
 

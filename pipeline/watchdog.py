@@ -12,10 +12,9 @@ from contextlib import contextmanager
 
 import psutil
 
+from pipeline.exit_codes import STALLED
 from pipeline.progress import duration
 
-STALLED = 70
-"""Exit code of a process that made no progress."""
 LAST_WORDS_S = 30.0
 """Seconds in which leases are released and the end is written down."""
 LOOKS, LONGEST_LOOK_S = 20, 60.0

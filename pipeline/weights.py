@@ -40,7 +40,7 @@ PACKED = ((".qweight", ".weight"), (".weight_packed", ".weight"), (".weight_quan
 
 
 def weight_files(folder: Path) -> tuple[Path, ...]:
-    """The files that are loaded, whole as far as their sizes tell; raises ConfigError, which says what is there instead."""
+    """The files that are loaded, whole as far as their sizes tell; raises ConfigError, which says what is there."""
     if (folder / ADAPTER).is_file():
         raise ConfigError(
             f"{folder}: holds an adapter ({ADAPTER}), which one engine would merge in and another leave out; merge it "
@@ -51,7 +51,7 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
     files = _files_of(index) if index is not None else () if single is None else (single,)
     if not files:
         raise ConfigError(f"{folder}: no weights there; {_what_is_there(folder)}expected {' or '.join(SINGLES)}.")
-    if single is not None and single not in files and single.suffix == files[0].suffix:
+    if index is not None and single is not None and single not in files and single.suffix == files[0].suffix:
         raise ConfigError(
             f"{folder}: holds {single.name}, and {index.name} which does not name it; move away what is out of date."
         )
@@ -183,7 +183,7 @@ def named(names: Iterable[str] | Sequence[str]) -> str:
 
 
 def _why(exc: Exception, logged: list[str]) -> str:
-    """The tensors that could not be converted, which transformers names in its log alone, or what the exception says."""
+    """The tensors that could not be converted, which only transformers' log names, or what the exception says."""
     rows = re.findall(r"^(\S+)\s+\|[^|\n]*CONVERSION", "\n".join(logged), re.MULTILINE)
     if rows:
         return f"{named(rows)} cannot be put together: a piece is missing or has another shape"

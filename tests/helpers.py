@@ -65,6 +65,8 @@ class Lines(Reporter):
         """Keep a line."""
         self.lines.append(line)
 
+    note = log
+
 
 def tiny_tokenizer(folder: Path, vocab_size: int = 400, chat_template: str | None = None, bos: bool = False) -> Any:
     """A byte-level BPE tokenizer, trained in milliseconds and saved in `folder`.

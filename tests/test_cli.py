@@ -8,15 +8,12 @@ from pathlib import Path
 import pytest
 
 from pipeline.cache.commits import SHARDS
+from pipeline.cli import main
 from pipeline.launch.job import PIPELINE, TORCHRUN
 from tests.helpers import run, tiny_tokenizer
 from tests.small import make_cache
 
 ROOT = Path(__file__).parent.parent
-COMMANDS = (
-    *("prepare", "cache-logits", "submit", "status", "verify", "audit", "convert", "merge", "export", "train-student"),
-    "demo",
-)
 
 
 def assert_refused(message: str, *arguments: object) -> None:
@@ -29,7 +26,7 @@ def assert_refused(message: str, *arguments: object) -> None:
     assert message in err
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", main.commands)
 def test_help_explains_every_option_with_its_default(command):
     code, out, _ = run(command, "--help")
     assert code == 0

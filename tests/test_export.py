@@ -11,8 +11,7 @@ from pipeline import open_cache
 from pipeline.cache.commits import SHARDS, commit_path
 from pipeline.errors import CacheCorruptError, CacheIncompleteError, CacheMismatchError, ConfigError
 from pipeline.lifecycle.export import export_cache
-from pipeline.lifecycle.exported import LAYOUTS
-from pipeline.lifecycle.settings import EXPORT_LAYOUTS, ExportConfig
+from pipeline.lifecycle.settings import ExportConfig
 from tests.helpers import run
 from tests.oracle import assert_within
 from tests.rounding import total_errors
@@ -28,10 +27,6 @@ def exported(cache: Path, out: Path, **settings: object) -> list[dict]:
     """The rows of an export, as Python lists."""
     export_cache(ExportConfig(cache=cache, out=out, workers=1, **settings))
     return [row for path in sorted(out.glob("*.parquet")) for row in pq.read_table(path).to_pylist()]
-
-
-def test_layouts_are_those_of_the_settings():
-    assert tuple(LAYOUTS) == EXPORT_LAYOUTS
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
@@ -50,7 +45,7 @@ def test_plain_rows_are_the_cache_s_sequences(tmp_path, cache_folder, temperatur
 
 
 def peer_loss(row: dict, logits_SV: np.ndarray) -> tuple[float, float]:
-    """Sums of KL on the listed entries and of cross-entropy, as a trainer computes them that shifts the labels alone."""
+    """Sums of KL on the listed entries and of cross-entropy, as a trainer has them that shifts the labels alone."""
     logprobs_SV = logits_SV - np.log(np.exp(logits_SV).sum(1, keepdims=True))
     valid = np.array(row["target_mask"], bool)
     teacher = np.array(row["target_logprobs"])[valid]

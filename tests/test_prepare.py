@@ -127,7 +127,7 @@ def test_crash_inside_a_unit_redoes_that_unit(config: PrepareConfig, monkeypatch
 def test_killed_process_is_taken_over(config: PrepareConfig) -> None:
     script = (
         "import os, signal, sys; from pathlib import Path; import stages.prepare.run as run\n"
-        "from pipeline.config import PrepareConfig; commit = run.commit\n"
+        "from stages.prepare.settings import PrepareConfig; commit = run.commit\n"
         "def kill(out, index, *rest):\n"
         "    if index == 2: os.kill(os.getpid(), signal.SIGKILL)\n"
         "    return commit(out, index, *rest)\n"
@@ -224,3 +224,11 @@ def test_input_that_grows_meanwhile_is_an_error(config: PrepareConfig, inputs: P
 
     with pytest.raises(CorpusError, match=r"0\.jsonl: changed while it was read"):
         prepare(config, Grow())
+
+
+def test_callers_from_python_hear_what_is_skipped(config: PrepareConfig, caplog: pytest.LogCaptureFixture) -> None:
+    (config.inputs[0] / "6.jsonl").write_text('{"text": "whole"}\n{"text": \n')
+    prepare(changed(config, skip_bad_lines=True))
+    heard = [record.getMessage() for record in caplog.records if record.name == "pipeline"]
+    assert [line.startswith("skipped") for line in heard] == [True, True]
+    assert "6.jsonl" in heard[0]

@@ -188,7 +188,8 @@ def test_conversation_that_the_assistant_begins_is_trained(tmp_path):
     [
         "{% for message in messages %}{{ message.content }",
         "{{ nothing.at_all }}",
-        "{% for message in messages %}{% if message.role == 'assistant' %}{{ 1 // 0 }}{% endif %}{{ message.content }}{% endfor %}",
+        "{% for message in messages %}{% if message.role == 'assistant' %}{{ 1 // 0 }}{% endif %}"
+        "{{ message.content }}{% endfor %}",
     ],
 )
 def test_fault_of_the_template_is_its_own_even_if_bad_lines_are_skipped(tmp_path, template):

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from pipeline.corpus import TokenSequence
 from stages.prepare.documents import Document
-from stages.prepare.packing import PACKERS, Packer, best_fit, piece_lengths
+from stages.prepare.packing import IsolatedPacker, Packer, best_fit, piece_lengths
 from stages.prepare.settings import PACKINGS
 
 document_lengths = st.lists(st.integers(1, 40), max_size=30)
@@ -23,13 +23,13 @@ def documents(lengths: list[int], label_share: float = 1.0) -> list[Document]:
 
 
 def pack(packing: str, items: list[Document], sequence_length: int) -> tuple[list[TokenSequence], Packer]:
-    packer = PACKERS[packing](sequence_length)
+    packer = PACKINGS[packing](sequence_length)
     rows = [row for item in items for row in packer.add(item)]
     return [*rows, *packer.flush()], packer
 
 
 @settings(deadline=None)
-@given(document_lengths, st.integers(2, 16), st.sampled_from(PACKINGS), st.sampled_from([0.1, 0.6, 1.0]))
+@given(document_lengths, st.integers(2, 16), st.sampled_from(PACKINGS.names), st.sampled_from([0.1, 0.6, 1.0]))
 def test_every_token_is_in_one_row_or_counted(
     lengths: list[int], sequence_length: int, packing: str, label_share: float
 ) -> None:
@@ -47,7 +47,7 @@ def test_every_token_is_in_one_row_or_counted(
 
 
 @settings(deadline=None)
-@given(document_lengths, st.integers(2, 16), st.sampled_from(PACKINGS))
+@given(document_lengths, st.integers(2, 16), st.sampled_from(PACKINGS.names))
 def test_labels_are_those_of_the_document_less_the_first_of_each_piece(
     lengths: list[int], sequence_length: int, packing: str
 ) -> None:
@@ -61,7 +61,7 @@ def test_labels_are_those_of_the_document_less_the_first_of_each_piece(
         assert packing == "isolated" or len(firsts) == 1
 
 
-@pytest.mark.parametrize("packing", PACKINGS)
+@pytest.mark.parametrize("packing", PACKINGS.names)
 def test_packing_changes_no_document(packing: str) -> None:
     items = documents([5, 17, 9], 0.5)
     copies = [item.loss_mask.copy() for item in items]
@@ -117,6 +117,6 @@ def test_rows_of_many_short_documents_are_nearly_full() -> None:
 
 
 def test_window_bounds_what_is_held_back() -> None:
-    packer = PACKERS["isolated"](8)
+    packer = IsolatedPacker(8)
     rows = [row for item in documents([3] * 4000) for row in packer.add(item)]
     assert sum(len(row.token_ids) for row in rows) >= 4000 * 3 - 8 * 256 - 3

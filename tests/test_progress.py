@@ -161,12 +161,28 @@ def test_short_silence_is_not_worth_a_line(monkeypatch):
         pass
 
 
-def test_a_library_says_nothing():
+def test_a_library_says_nothing(capfd):
     progress = Progress()
     progress.recall(3)
     progress.advance(5, "note")
     with progress, module.Reporter().waiting("loading"):
         pass
+    assert capfd.readouterr() == ("", "")
+
+
+def test_callers_from_python_find_lines_and_notes_in_the_log(caplog):
+    with caplog.at_level("INFO", "pipeline"):
+        module.Reporter().log("100% done")
+        module.Reporter().note("%s is slow here")
+    assert caplog.record_tuples == [("pipeline", 20, "100% done"), ("pipeline", 30, "%s is slow here")]
+
+
+def test_terminal_gets_each_line_once_and_the_log_nothing(caplog, capfd):
+    with caplog.at_level("DEBUG"):
+        TerminalReporter().log("100% done")
+        TerminalReporter().note("bfloat16 is slow here")
+    assert capfd.readouterr() == ("", "100% done\nbfloat16 is slow here\n")
+    assert caplog.records == []
 
 
 @pytest.mark.parametrize(

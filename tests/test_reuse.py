@@ -16,7 +16,7 @@ from pipeline.errors import CacheCorruptError, CacheMismatchError
 from pipeline.formats.layout import encode
 from pipeline.lifecycle.reuse import KnownTargets
 from stages.cache_logits.capture import capture
-from stages.cache_logits.run import ENGINES, cache_logits
+from stages.cache_logits.run import cache_logits
 from stages.cache_logits.scoring import documents_of
 from stages.cache_logits.settings import CacheConfig
 from stages.prepare.run import prepare
@@ -188,7 +188,7 @@ def test_run_without_anything_new_loads_no_teacher(tmp_path, teacher, corpora, o
     def refuse(*arguments):
         raise AssertionError("the teacher was loaded")
 
-    monkeypatch.setitem(ENGINES, "transformers", refuse)
+    monkeypatch.setattr("stages.cache_logits.transformers_engine.TransformersEngine", refuse)
     cache_logits(settings(teacher, corpora / "old", tmp_path / "new", reuse=(old_cache,), shard_tokens=900))
     assert contents_of(tmp_path / "new").keys() == contents_of(old_cache).keys()
     assert open_cache(tmp_path / "new").manifest.num_partitions < open_cache(old_cache).manifest.num_partitions

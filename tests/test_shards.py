@@ -12,11 +12,10 @@ from pipeline.cache.commits import COMMITS, SHARDS
 from pipeline.cache.verify import verify_cache
 from pipeline.corpus import Corpus
 from pipeline.errors import CacheCorruptError, CacheError, CacheIncompleteError, ConfigError
+from pipeline.formats.containers import CONTAINERS
 from pipeline.formats.layout import checksum_of
 from tests.small import fake_targets, make_cache
 from tests.test_format import read_by_the_book
-
-CONTAINERS = ("arrow", "zarr")
 
 
 @pytest.fixture(params=CONTAINERS)

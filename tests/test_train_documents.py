@@ -45,6 +45,8 @@ class Notes(Reporter):
     def log(self, line):
         self.lines.append(line)
 
+    note = log
+
 
 def hooked(model):
     attach_fused_loss(model, HeadLoss(vocab_size=VOCAB))

@@ -14,8 +14,9 @@ from pipeline.cache.commits import list_commits
 from pipeline.cache.manifest import CacheManifest
 from pipeline.corpus import Corpus
 from pipeline.errors import EngineError
+from pipeline.exit_codes import STALLED
 from pipeline.runs.status import StatusReader
-from pipeline.watchdog import STALLED, Watchdog
+from pipeline.watchdog import Watchdog
 from stages.cache_logits.watched_engine import WatchedEngine
 from stages.train_student.dataset import CacheDataset
 from stages.train_student.run import train_student

@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from pipeline.documents import printable
 from pipeline.errors import CacheCorruptError
+from pipeline.formats.containers import Container
 from pipeline.formats.layout import ALIGNMENT, RAGGED, ShardLayout
 from pipeline.ipc import file_batches
 
@@ -197,3 +198,6 @@ def _value_buffers(batch: pa.RecordBatch) -> list[pa.Buffer]:
     values = [column.values for column in batch.columns if isinstance(column.type, pa.ListType)]
     values = [item.values if isinstance(item.type, pa.FixedSizeListType) else item for item in values]
     return [array.buffers()[1] for array in plain + values if not pa.types.is_boolean(array.type) and len(array)]
+
+
+CONTAINER = Container(".arrow", ArrowShardWriter, ArrowShard)

@@ -12,9 +12,8 @@ from typing import Protocol
 import numpy as np
 import xxhash
 
-from pipeline.formats.arrow import ArrowShard, ArrowShardWriter
 from pipeline.formats.layout import ShardLayout
-from pipeline.formats.zarr import ZarrShard, ZarrShardWriter
+from pipeline.tables import Table
 
 
 class ShardWriter(Protocol):
@@ -71,8 +70,7 @@ def structure_of(path: Path, shard: Shard) -> str:
     return digest.hexdigest()
 
 
-CONTAINERS = {
-    "arrow": Container(".arrow", ArrowShardWriter, ArrowShard),
-    "zarr": Container(".zarr.zip", ZarrShardWriter, ZarrShard),
-}
+CONTAINERS: Table[Container] = Table(
+    {"arrow": "pipeline.formats.arrow:CONTAINER", "zarr": "pipeline.formats.zarr:CONTAINER"}
+)
 """By the name that `--format` takes."""

@@ -19,6 +19,7 @@ from numcodecs.pcodec import PCodec
 
 from pipeline.errors import CacheCorruptError
 from pipeline.formats.archive import Archive, ArchivedArray, bundles
+from pipeline.formats.containers import Container
 from pipeline.formats.layout import ALIGNMENT, ShardLayout
 from pipeline.formats.packing import MODEL, Packer, array_specs, model_of, unpack
 
@@ -234,3 +235,6 @@ def _attributes(layout: ShardLayout) -> dict[str, Any]:
         "alignment": ALIGNMENT,
     }
     return FORMAT | named
+
+
+CONTAINER = Container(".zarr.zip", ZarrShardWriter, ZarrShard)

@@ -1,12 +1,14 @@
 """What a launcher launches: commands, numbers and folders, the same for every launcher."""
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.documents import short
 from pipeline.errors import ConfigError
-from pipeline.launch.settings import SubmitConfig
+from pipeline.launch.settings import LAUNCHERS, SubmitConfig
+from pipeline.progress import Reporter
 from pipeline.stores.store import Store
 
 PIPELINE, TORCHRUN = ("-P", "-m", "pipeline.cli"), ("-P", "-m", "torch.distributed.run")
@@ -15,7 +17,7 @@ PIPELINE, TORCHRUN = ("-P", "-m", "pipeline.cli"), ("-P", "-m", "torch.distribut
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be launched: any number of workers on one cache and, if the settings name one, a training after them."""
+    """What is to be launched: any number of workers on one cache and, if the settings name one, a training after."""
 
     submit: SubmitConfig
     cache: Store
@@ -28,10 +30,13 @@ class Job:
             raise ConfigError(f"out is {short(str(self.cache))}; a name with control characters cannot be launched.")
 
     @property
+    def launcher(self) -> "Launcher":
+        return LAUNCHERS[self.submit.launcher]
+
+    @property
     def folder(self) -> Path:
-        """Scripts and logs: next to the cache, which holds nothing but the run, or next to the settings of one in a store."""
-        # A cache of Kubernetes lies on a volume that this machine may not see.
-        if self.submit.launcher == "kubernetes":
+        """Scripts and logs: next to the cache, which holds nothing else, or next to the settings of one in a store."""
+        if self.launcher.in_containers:
             parent = Path.cwd()
         else:
             local = self.cache.path
@@ -72,3 +77,14 @@ class Job:
     def prepare_folder(self) -> None:
         """Make the folder of scripts and logs."""
         self.logs.mkdir(parents=True, exist_ok=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launcher:
+    """What stands behind a name that `--on` takes."""
+
+    launch: Callable[[Job, Reporter], None]
+    writes_scripts: bool = False
+    """Whether it leaves scripts for a person to submit, with or without submitting them itself."""
+    in_containers: bool = False
+    """Whether the settings' paths are those of containers: on volumes that this machine may not see."""

@@ -14,10 +14,9 @@ from typing import Any
 
 import yaml
 
-from pipeline.drain import EXIT_DRAINED
 from pipeline.errors import ConfigError, PipelineError
-from pipeline.launch.job import PIPELINE, Job
-from pipeline.launch.local import FAULT_OF_THE_USER
+from pipeline.exit_codes import AGAIN, MENDABLE
+from pipeline.launch.job import PIPELINE, Job, Launcher
 from pipeline.launch.scripts import write_script
 from pipeline.progress import Reporter
 from pipeline.stores.patience import patience_of_environment
@@ -97,8 +96,8 @@ def capture_manifest(job: Job) -> dict[str, Any]:
         podFailurePolicy={
             "rules": [
                 {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
-                {"action": "Ignore", "onExitCodes": {"operator": "In", "values": [EXIT_DRAINED]}},
-                {"action": "FailIndex", "onExitCodes": {"operator": "In", "values": [FAULT_OF_THE_USER]}},
+                {"action": "Ignore", "onExitCodes": {"operator": "In", "values": [AGAIN]}},
+                {"action": "FailIndex", "onExitCodes": {"operator": "In", "values": [MENDABLE]}},
             ]
         },
     )
@@ -161,3 +160,6 @@ def _patience() -> list[dict[str, str]]:
 def _name(job: Job, what: str) -> str:
     """A name that Kubernetes accepts: lower-case letters, digits and dashes."""
     return f"{re.sub(r'[^a-z0-9]+', '-', job.name.lower()).strip('-') or 'cache'}-{what}"
+
+
+LAUNCHER = Launcher(launch=launch, writes_scripts=True, in_containers=True)

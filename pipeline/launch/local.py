@@ -5,9 +5,10 @@ import os
 import time
 
 from pipeline.cache.commits import list_commits
-from pipeline.drain import EXIT_DRAINED, Drain
+from pipeline.drain import Drain
 from pipeline.errors import Drained, PipelineError, StorageSilentError
-from pipeline.launch.job import Job
+from pipeline.exit_codes import AGAIN, DONE, MENDABLE
+from pipeline.launch.job import Job, Launcher
 from pipeline.processes import Child, last_lines
 from pipeline.progress import Reporter
 from pipeline.runs.notes import PATIENCE_S
@@ -15,8 +16,6 @@ from pipeline.runs.status import StatusReader, describe
 
 POLL_S = 0.2
 SAY_INTERVAL_S = 60.0
-FAULT_OF_THE_USER = 2
-"""Exit code of a mistake that one line explains: starting again does not mend it."""
 
 
 def launch(job: Job, reporter: Reporter) -> None:
@@ -73,7 +72,7 @@ class _Pool:
                 time.sleep(POLL_S)
             if drain.requested:
                 raise Drained(f"{log}: the training was stopped; run the same command again to continue.")
-            if code in (0, FAULT_OF_THE_USER):
+            if code in (DONE, MENDABLE):
                 break
             self._reporter.log(f"student: exit code {code}, attempt {attempt + 1}; log: {log}")
         if code:
@@ -116,11 +115,11 @@ class _Pool:
 
     def _ended(self, worker: int, child: Child, code: int, drained: bool) -> None:
         """Start a worker again, unless it is done, told to stop, or ends again and again with nothing new."""
-        if code == 0 or (drained and code == EXIT_DRAINED):
+        if code == DONE or (drained and code == AGAIN):
             return
         further = self._count_done() > self._done_before[worker]
         self._fruitless[worker] = 0 if further else self._fruitless.get(worker, 0) + 1
-        again = not drained and code != FAULT_OF_THE_USER and self._fruitless[worker] < self._job.submit.attempts
+        again = not drained and code != MENDABLE and self._fruitless[worker] < self._job.submit.attempts
         self._reporter.log(
             f"worker {worker}: exit code {code}{', starting again' if again else ''}: {last_lines(child.log, 1)} "
             f"({child.log})"
@@ -147,3 +146,6 @@ def _devices(worker: int, count: int) -> list[str]:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     devices = visible.split(",") if visible else [str(index) for index in range((worker + 1) * count)]
     return devices[worker * count : (worker + 1) * count]
+
+
+LAUNCHER = Launcher(launch=launch)

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from pipeline.errors import ConfigError, PipelineError
-from pipeline.launch.job import Job
-from pipeline.launch.local import FAULT_OF_THE_USER, require_whole
+from pipeline.exit_codes import MENDABLE
+from pipeline.launch.job import Job, Launcher
+from pipeline.launch.local import require_whole
 from pipeline.processes import Child, last_lines
 from pipeline.progress import Reporter
 from pipeline.stores.patience import patience_of_environment
@@ -50,7 +51,7 @@ def run_command(command: list[str], environment: Mapping[str, str], log: str) ->
         code = child.wait()
     finally:
         child.kill()
-    if code == FAULT_OF_THE_USER:
+    if code == MENDABLE:
         return  # trying again does not mend it; what is missing shows at the gate
     if code:
         raise ChildProcessError(f"exit code {code}: {last_lines(Path(log))}")
@@ -71,3 +72,6 @@ def _wait_for(tasks: list) -> None:
         ray.get(tasks)
     except (ray.exceptions.RayError, ChildProcessError) as exc:
         raise PipelineError(f"ray: a task failed for good: {' '.join(str(exc).split())[-300:]}") from exc
+
+
+LAUNCHER = Launcher(launch=launch)

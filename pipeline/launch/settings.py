@@ -1,21 +1,25 @@
-"""The settings of `pipeline submit`."""
+"""The settings of `pipeline submit`: what every launcher takes, and what each has of its own."""
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pipeline.errors import ConfigError
 from pipeline.settings import Settings, required, setting
+from pipeline.tables import Table
 
-LAUNCHERS = {name: f"pipeline.launch.{name}" for name in ("local", "slurm", "ray", "kubernetes")}
-"""Modules, each with a function `launch(job, reporter)`, by the name that `--on` takes."""
+LAUNCHERS: Table[Any] = Table(
+    {name: f"pipeline.launch.{name}:LAUNCHER" for name in ("local", "slurm", "ray", "kubernetes")}
+)
+"""Each a `job.Launcher`, by the name that `--on` takes."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class SubmitConfig(Settings):
-    """Settings of `pipeline submit`."""
+class LaunchSettings(Settings):
+    """What every launcher takes."""
 
     launcher: str = required(
-        "What starts the workers: this machine, or a cluster.", choices=tuple(LAUNCHERS), flag="--on"
+        "What starts the workers: this machine, or a cluster.", choices=LAUNCHERS.names, flag="--on"
     )
     cache_logits: Path = required("YAML file with the settings of `pipeline cache-logits`.")
     train_student: Path | None = setting(None, "YAML file with the settings of `pipeline train-student`, to follow.")
@@ -29,27 +33,61 @@ class SubmitConfig(Settings):
     drain_s: int = setting(
         600, "Seconds of warning before a worker is stopped: more than a shard takes.", flag="--drain-seconds"
     )
-    directives: tuple[str, ...] = setting(
-        (), "Slurm: a further #SBATCH option of all jobs, such as --partition=gpu; repeatable.", flag="--sbatch"
-    )
-    setup: tuple[str, ...] = setting((), "Slurm: a line of shell before the command, such as module load cuda.")
-    address: str | None = setting(None, "Ray: address of the cluster; none starts one on this machine.")
-    image: str | None = setting(None, "Kubernetes: container image in which this package is installed.")
-    volume: str | None = setting(None, "Kubernetes: persistent volume claim with teacher, corpus and cache.")
-    secret: str | None = setting(
-        None, "Kubernetes: secret whose entries become environment variables, such as an object store's credentials."
-    )
-    mount: Path = setting(Path("/data"), "Kubernetes: where the volume appears in the containers.")
-    write_only: bool = setting(False, "Write the scripts and submit nothing.")
 
     def check(self) -> None:
         for name in ("workers", "student_nodes", "attempts", "drain_s"):
             self.at_least(name, 1)
         for name in ("gpus_per_worker", "student_gpus"):
             self.at_least(name, 0)
-        if self.launcher == "kubernetes" and (self.image is None or self.volume is None):
-            raise ConfigError("launcher is 'kubernetes'; give --image and --volume too.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlurmSettings(LaunchSettings):
+    """What is Slurm's alone."""
+
+    directives: tuple[str, ...] = setting(
+        (), "Slurm: a further #SBATCH option of all jobs, such as --partition=gpu; repeatable.", flag="--sbatch"
+    )
+    setup: tuple[str, ...] = setting((), "Slurm: a line of shell before the command, such as module load cuda.")
+
+    def check(self) -> None:
+        super().check()
         if self.student_nodes > 1 and self.launcher != "slurm":
             raise ConfigError(f"student_nodes is {self.student_nodes}; only Slurm trains on several nodes.")
-        if self.write_only and self.launcher in ("local", "ray"):
-            raise ConfigError(f"write_only: nothing is written for {self.launcher!r}; it is for slurm and kubernetes.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RaySettings(LaunchSettings):
+    """What is Ray's alone."""
+
+    address: str | None = setting(None, "Ray: address of the cluster; none starts one on this machine.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class KubernetesSettings(LaunchSettings):
+    """What is Kubernetes' alone."""
+
+    image: str | None = setting(None, "Kubernetes: container image in which this package is installed.")
+    volume: str | None = setting(None, "Kubernetes: persistent volume claim with teacher, corpus and cache.")
+    secret: str | None = setting(
+        None, "Kubernetes: secret whose entries become environment variables, such as an object store's credentials."
+    )
+    mount: Path = setting(Path("/data"), "Kubernetes: where the volume appears in the containers.")
+
+    def check(self) -> None:
+        super().check()
+        if self.launcher == "kubernetes" and (self.image is None or self.volume is None):
+            raise ConfigError("launcher is 'kubernetes'; give --image and --volume too.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SubmitConfig(KubernetesSettings, RaySettings, SlurmSettings):
+    """Settings of `pipeline submit`; the last of the bases comes first in its help."""
+
+    write_only: bool = setting(False, "Write the scripts and submit nothing.")
+
+    def check(self) -> None:
+        super().check()
+        if self.write_only and not LAUNCHERS[self.launcher].writes_scripts:
+            writers = " and ".join(name for name, launcher in LAUNCHERS.items() if launcher.writes_scripts)
+            raise ConfigError(f"write_only: nothing is written for {self.launcher!r}; it is for {writers}.")

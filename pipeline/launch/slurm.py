@@ -13,9 +13,13 @@ import sys
 from pathlib import Path
 
 from pipeline.errors import ConfigError, PipelineError
-from pipeline.launch.job import PIPELINE, TORCHRUN, Job
+from pipeline.exit_codes import AGAIN, DONE, INCOMPLETE, MENDABLE, SET_ASIDE
+from pipeline.launch.job import PIPELINE, TORCHRUN, Job, Launcher
 from pipeline.launch.scripts import Script, write_script
 from pipeline.progress import Reporter
+
+EXIT_CODES = {"done": DONE, "mendable": MENDABLE, "incomplete": INCOMPLETE, "set_aside": SET_ASIDE, "again": AGAIN}
+"""By the names that the scripts' templates have for them."""
 
 CAPTURE = """#!/bin/bash
 # Stage one: @workers workers on one cache. Safe to submit at any time and any number of times.
@@ -30,7 +34,7 @@ CAPTURE = """#!/bin/bash
 @directives
 cd @cwd
 @setup
-# exec: the warning before a time limit reaches the worker itself, which finishes its shard and exits with 75.
+# exec: the warning before a time limit reaches the worker itself, which finishes its shard and exits with @again.
 exec @capture
 """
 
@@ -50,13 +54,14 @@ cd @cwd
 before=${DONE:-0} attempt=${ATTEMPT:-1} student=${STUDENT:-}
 
 @pipeline status @cache
-state=$?    # 0 complete, 3 incomplete, 4 all that is left was set aside after failures, 75 the store does not answer
-if [ $state -eq 0 ]; then
-    @pipeline verify @cache    # with 0 the student starts
+# @done complete, @incomplete incomplete, @set_aside all that is left was set aside, @again the store does not answer
+state=$?
+if [ $state -eq @done ]; then
+    @pipeline verify @cache    # with @done the student starts
     state=$?
-    if [ $state -ne 75 ]; then exit $state; fi
+    if [ $state -ne @again ]; then exit $state; fi
 fi
-if [ $state -eq 75 ] && [ ${SLURM_RESTART_COUNT:-0} -lt @attempts ]; then
+if [ $state -eq @again ] && [ ${SLURM_RESTART_COUNT:-0} -lt @attempts ]; then
     echo "the store does not answer; this gate comes back"
     scontrol requeue $SLURM_JOB_ID
     sleep 60    # Slurm ends this script
@@ -65,7 +70,7 @@ fi
 now=$(@pipeline status @cache --json | sed -n 's/^ "num_done": //p' | tr -d ,)
 now=${now:-$before}
 if [ $now -gt $before ]; then attempt=1; else attempt=$((attempt + 1)); fi
-if [ $state -ne 3 ] || [ $attempt -gt @attempts ]; then
+if [ $state -ne @incomplete ] || [ $attempt -gt @attempts ]; then
     echo "the gate stays shut: state $state, attempt $attempt of @attempts"
     exit 1
 fi
@@ -98,8 +103,8 @@ port=$((29000 + (SLURM_JOB_ID + 499 * ${SLURM_RESTART_COUNT:-0}) % 1000))
 srun --cpus-per-task=$SLURM_CPUS_ON_NODE --kill-on-bad-exit=1 bash -c 'trap "" USR1; exec "$@@"' student \\
     @student
 code=$?
-# 2 is a mistake that starting again does not mend.
-if [ $code -ne 0 ] && [ $code -ne 2 ] && [ ${SLURM_RESTART_COUNT:-0} -lt @attempts ]; then
+# @mendable is a mistake that starting again does not mend.
+if [ $code -ne @done ] && [ $code -ne @mendable ] && [ ${SLURM_RESTART_COUNT:-0} -lt @attempts ]; then
     scontrol requeue $SLURM_JOB_ID
     sleep 60    # Slurm ends this script
 fi
@@ -148,7 +153,7 @@ def write_scripts(job: Job) -> None:
     """Write submit.sh and what it submits."""
     job.prepare_folder()
     submit = job.submit
-    values = {
+    values = EXIT_CODES | {
         "name": re.sub(r"[^A-Za-z0-9._-]+", "-", job.name),
         "workers": submit.workers,
         "last": submit.workers - 1,
@@ -200,3 +205,6 @@ def _directives(job: Job, gpus: int) -> str:
 
 def _and_student(job: Job) -> str:
     return ", student.sbatch" if job.submit.train_student is not None else ""
+
+
+LAUNCHER = Launcher(launch=launch, writes_scripts=True)

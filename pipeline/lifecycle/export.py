@@ -18,8 +18,8 @@ from pipeline.errors import CacheMismatchError, ConfigError
 from pipeline.files import canonical_json, remove_partials, replacing
 from pipeline.formats.layout import ALIGNMENT
 from pipeline.lifecycle.copying import sequences_of_shard
-from pipeline.lifecycle.exported import LAYOUTS, Row
-from pipeline.lifecycle.settings import ExportConfig
+from pipeline.lifecycle.exported import ExportLayout, Row
+from pipeline.lifecycle.settings import EXPORT_LAYOUTS, ExportConfig
 from pipeline.ownership import claim, differences, told
 from pipeline.parallel import in_processes
 from pipeline.progress import Reporter
@@ -64,7 +64,7 @@ def _open_folder(config: ExportConfig, manifest: CacheManifest) -> None:
 
 def _write_file(config: ExportConfig, shard: StoredShard) -> int:
     """Write one file; returns its tokens."""
-    layout = LAYOUTS[config.layout]
+    layout: ExportLayout = EXPORT_LAYOUTS[config.layout]
     metadata = {"temperature": repr(config.temperature), "alignment": ALIGNMENT, "columns": config.layout}
     schema = layout.schema.with_metadata(metadata)
     final = config.out / file_name(shard.commit.partition)
@@ -90,4 +90,4 @@ def _row_groups(rows: Iterator[Row]) -> Iterator[list[Row]]:
 def _rows(config: ExportConfig, stored: StoredShard) -> Iterator[Row]:
     with closing(stored.open()) as shard:
         for row, columns in enumerate(sequences_of_shard(shard, stored.layout)):
-            yield from LAYOUTS[config.layout].rows(stored.decode(columns, row), config.temperature)
+            yield from EXPORT_LAYOUTS[config.layout].rows(stored.decode(columns, row), config.temperature)

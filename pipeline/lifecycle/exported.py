@@ -83,29 +83,26 @@ def _schema(**kinds: pa.DataType) -> pa.Schema:
     return pa.schema([(name, pa.list_(kind)) for name, kind in kinds.items()])
 
 
-LAYOUTS = {
-    "plain": ExportLayout(
-        _schema(
-            input_ids=pa.int32(),
-            loss_mask=pa.bool_(),
-            document_lengths=pa.int32(),
-            target_positions=pa.int32(),
-            target_ids=pa.list_(pa.int32()),
-            target_logprobs=pa.list_(pa.float32()),
-            tail_mass=pa.float32(),
-        ),
-        _plain_rows,
+PLAIN = ExportLayout(
+    _schema(
+        input_ids=pa.int32(),
+        loss_mask=pa.bool_(),
+        document_lengths=pa.int32(),
+        target_positions=pa.int32(),
+        target_ids=pa.list_(pa.int32()),
+        target_logprobs=pa.list_(pa.float32()),
+        tail_mass=pa.float32(),
     ),
-    "axolotl": ExportLayout(
-        _schema(
-            input_ids=pa.int32(),
-            attention_mask=pa.int8(),
-            labels=pa.int32(),
-            target_token_ids=pa.list_(pa.int32()),
-            target_logprobs=pa.list_(pa.float32()),
-            target_mask=pa.list_(pa.int8()),
-        ),
-        _axolotl_rows,
+    _plain_rows,
+)
+AXOLOTL = ExportLayout(
+    _schema(
+        input_ids=pa.int32(),
+        attention_mask=pa.int8(),
+        labels=pa.int32(),
+        target_token_ids=pa.list_(pa.int32()),
+        target_logprobs=pa.list_(pa.float32()),
+        target_mask=pa.list_(pa.int8()),
     ),
-}
-"""By the name that `--layout` takes."""
+    _axolotl_rows,
+)

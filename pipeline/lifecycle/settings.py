@@ -2,14 +2,18 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pipeline.errors import ConfigError
+from pipeline.formats.containers import CONTAINERS
 from pipeline.settings import Settings, required, setting
 from pipeline.stores.store import Store
+from pipeline.tables import Table
 
-CONTAINERS = ("arrow", "zarr")
-EXPORTS = ("parquet",)
-EXPORT_LAYOUTS = ("plain", "axolotl")
+EXPORT_LAYOUTS: Table[Any] = Table(
+    {"plain": "pipeline.lifecycle.exported:PLAIN", "axolotl": "pipeline.lifecycle.exported:AXOLOTL"}
+)
+"""Each an `exported.ExportLayout`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,7 +21,7 @@ class ConvertConfig(Settings):
     """Settings of `pipeline convert`."""
 
     cache: Store = required("Folder or URL of a finished cache.", argument=True)
-    format: str = required("Container of the new shards.", choices=CONTAINERS)
+    format: str = required("Container of the new shards.", choices=CONTAINERS.names)
     out: Store = required("Folder or URL to write the new cache to.")
     workers: int | None = setting(None, "Shards that are converted at the same time; none takes one a core.")
 
@@ -33,7 +37,9 @@ class MergeConfig(Settings):
         "Folders or URLs of two or more finished caches of one teacher.", argument=True
     )
     out: Store = required("Folder or URL to write the new cache to.")
-    format: str | None = setting(None, "Container of the new shards; none takes the first cache's.", choices=CONTAINERS)
+    format: str | None = setting(
+        None, "Container of the new shards; none takes the first cache's.", choices=CONTAINERS.names
+    )
     workers: int | None = setting(None, "Shards that are copied at the same time; none takes one a core.")
 
     def check(self) -> None:
@@ -48,11 +54,11 @@ class ExportConfig(Settings):
 
     cache: Store = required("Folder or URL of a finished cache.", argument=True)
     out: Path = required("Folder to write the files to.")
-    to: str = setting("parquet", "Kind of file.", choices=EXPORTS)
+    to: str = setting("parquet", "Kind of file.", choices=("parquet",))
     layout: str = setting(
         "plain",
         "Columns: 'plain' has one entry a target, 'axolotl' one a token, as axolotl's KD plugin takes them.",
-        choices=EXPORT_LAYOUTS,
+        choices=EXPORT_LAYOUTS.names,
     )
     temperature: float = setting(1.0, "Temperature T of the log-probabilities; the cache must hold it.")
     workers: int | None = setting(None, "Files that are written at the same time; none takes one a core.")

@@ -16,6 +16,7 @@ from pipeline.cache.commits import commit_path, list_commits, read_commit
 from pipeline.cache.manifest import MANIFEST, CacheManifest
 from pipeline.documents import document_of, parse_json, printable
 from pipeline.errors import CacheCorruptError
+from pipeline.exit_codes import DONE, INCOMPLETE, SET_ASIDE
 from pipeline.parallel import in_threads, map_in_threads
 from pipeline.processes import owner_is_dead, owner_name
 from pipeline.progress import duration
@@ -28,7 +29,7 @@ from pipeline.runs.terms import read_terms
 from pipeline.stores.places import store_of
 from pipeline.stores.store import Store
 
-EXIT_CODES = {"complete": 0, "incomplete": 3, "failed": 4}
+EXIT_CODES = {"complete": DONE, "incomplete": INCOMPLETE, "failed": SET_ASIDE}
 """Of `pipeline status`. Failed: all that is left was set aside, and waits for a person."""
 SLOW = 0.5
 """A worker below this share of the median speed is called slow."""

@@ -14,7 +14,7 @@ from pipeline.formats.layout import CachedSequence, ShardCounts, targets_of
 from pipeline.progress import Reporter
 from pipeline.settings import load_config
 from stages.cache_logits.comparison import Difference, differences
-from stages.cache_logits.run import ENGINES
+from stages.cache_logits.engines import ENGINES
 from stages.cache_logits.scoring import ScoredRow, score_rows
 from stages.cache_logits.settings import AuditConfig, CacheConfig
 from stages.cache_logits.teacher import read_teacher
@@ -71,7 +71,7 @@ def audit_cache(config: AuditConfig, reporter: Reporter | None = None) -> AuditR
     report = AuditReport(noise=noise if config.noise is None else config.noise)
     reporter.log(f"{config.cache}: scoring {len(indexes)} of {len(cache):,} sequences again with {capture.engine}")
     for note in notes(teacher) if capture.engine == "vllm" else ():
-        reporter.log(note)
+        reporter.note(note)
     with reporter.waiting(f"loading {teacher.folder} with {capture.engine}"):
         engine = ENGINES[capture.engine](teacher, capture, cache.manifest.sequence_length)
     found: list[tuple[str, Difference]] = []

@@ -1,24 +1,16 @@
 """The command `pipeline cache-logits`, from its settings to a finished cache."""
 
-from collections.abc import Callable
-
 from pipeline.cache.manifest import CacheManifest
 from pipeline.progress import Reporter
 from pipeline.runs.failures import forget_failures
 from pipeline.runs.rank import Rank, rank_from_environment
 from pipeline.runs.terms import RunTerms
-from stages.cache_logits.engine import Engine, NoEngine
+from stages.cache_logits.engine import NoEngine
+from stages.cache_logits.engines import ENGINES
 from stages.cache_logits.planning import announcement, plan_cache
 from stages.cache_logits.settings import CacheConfig
-from stages.cache_logits.teacher import Teacher
-from stages.cache_logits.transformers_engine import TransformersEngine
-from stages.cache_logits.vllm_engine import VllmEngine, notes, require_vllm
+from stages.cache_logits.vllm_engine import notes, require_vllm
 from stages.cache_logits.worker import work
-
-ENGINES: dict[str, Callable[[Teacher, CacheConfig, int], Engine]] = {
-    "vllm": VllmEngine,
-    "transformers": TransformersEngine,
-}
 
 
 def cache_logits(config: CacheConfig, reporter: Reporter | None = None) -> CacheManifest:
@@ -33,7 +25,7 @@ def cache_logits(config: CacheConfig, reporter: Reporter | None = None) -> Cache
     plan = plan_cache(config, require_vllm if config.engine == "vllm" else lambda teacher: None)
     manifest = plan.cache.manifest
     for note in plan.teacher.notes:
-        reporter.log(note)
+        reporter.note(note)
     engine_class = ENGINES[config.engine]
     if config.reuse:
         num_new = manifest.num_tokens - plan.num_known_tokens
@@ -48,7 +40,7 @@ def cache_logits(config: CacheConfig, reporter: Reporter | None = None) -> Cache
         plan.cache.remove_leftovers()
         reporter.log(announcement(config, manifest, todo))
         for note in notes(plan.teacher) if config.engine == "vllm" else ():
-            reporter.log(note)
+            reporter.note(note)
         work(
             plan.cache,
             plan.corpus,

@@ -4,14 +4,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.errors import ConfigError
+from pipeline.formats.containers import CONTAINERS
 from pipeline.formats.grid import WARMEST
-from pipeline.settings import Settings, required, setting
+from pipeline.settings import COMPUTED_IN, Settings, required, setting
 from pipeline.stores.store import Store
 from pipeline.targets import TargetSpec
-
-ENGINES = ("vllm", "transformers")
-CONTAINERS = ("arrow", "zarr")
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+from stages.cache_logits.engines import ENGINES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,8 +27,8 @@ class CacheConfig(Settings):
     draw_temperature: float | None = setting(
         None, "Captured temperature T of the draws; none takes the largest.  Train with --tail hybrid at this T."
     )
-    engine: str = setting("vllm", "What runs the teacher.", choices=ENGINES)
-    format: str = setting("arrow", "Container of the shards.", choices=CONTAINERS)
+    engine: str = setting("vllm", "What runs the teacher.", choices=ENGINES.names)
+    format: str = setting("arrow", "Container of the shards.", choices=CONTAINERS.names)
     max_kl_error: float = setting(
         1e-4,
         "Largest mean KL(teacher || stored) that rounding may cost in a shard, in nats, at every temperature; "
@@ -43,7 +41,9 @@ class CacheConfig(Settings):
         "A cache by the same teacher and settings, finished or not: sequences that it holds are copied instead of "
         "scored; repeatable.",
     )
-    dtype: str = setting("auto", "Type of the teacher's body; its head always runs in float32.", choices=DTYPES)
+    dtype: str = setting(
+        "auto", "Type of the teacher's body; its head always runs in float32.", choices=("auto", *COMPUTED_IN)
+    )
     tensor_parallel: int = setting(1, "Devices that share each layer of the teacher (vLLM).")
     pipeline_parallel: int = setting(1, "Devices that share the stack of layers (vLLM).")
     batch_tokens: int = setting(8192, "Tokens in one step of the engine.")
@@ -126,7 +126,7 @@ class AuditConfig(Settings):
         "How far arithmetic alone may put a probability, beyond what rounding does; none takes 0.0001 for a "
         "teacher in float32, 0.02 in float16, 0.1 in bfloat16 or quantised.",
     )
-    engine: str | None = setting(None, "What runs the teacher; none takes the capture's.", choices=ENGINES)
+    engine: str | None = setting(None, "What runs the teacher; none takes the capture's.", choices=ENGINES.names)
     tensor_parallel: int | None = setting(None, "Devices that share each layer; none takes the capture's.")
     pipeline_parallel: int | None = setting(None, "Devices that share the stack of layers; none takes the capture's.")
     batch_tokens: int | None = setting(None, "Tokens in one step of the engine; none takes the capture's.")

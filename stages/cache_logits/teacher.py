@@ -7,7 +7,8 @@ from typing import Any, Protocol
 
 from pipeline.cache.manifest import TOKENIZER
 from pipeline.errors import ConfigError
-from pipeline.models import COMPUTED_IN, ModelFolder, read_model
+from pipeline.models import ModelFolder, read_model
+from pipeline.settings import COMPUTED_IN
 from pipeline.tokenizer import TokenizerIdentity, has_tokenizer, identify, load_tokenizer
 from pipeline.vocabulary import difference_in_use, extra_tokens
 from pipeline.weights import common_pattern, hash_config, hash_weights, named, weight_files

@@ -145,7 +145,7 @@ class _Worker:
         if isinstance(exc, PipelineError) or (isinstance(exc, OSError) and exc.errno in MENDABLE):
             raise exc
         held, reason = self._presence.leases.held, one_line(exc)
-        self._reporter.log(f"{self._cache.folder}: partitions {_some(held)} failed: {reason}")
+        self._reporter.note(f"{self._cache.folder}: partitions {_some(held)} failed: {reason}")
         self._claims.fail(reason)
         if all(earlier.isdisjoint(held) for earlier in self._blamed):
             self._blamed.append(set(held))
@@ -182,14 +182,14 @@ class _Worker:
             self._presence.committed(commit.bytes)
 
     def _on_unreadable(self, partition: int, error: CorpusError) -> None:
-        self._reporter.log(f"{self._cache.folder}: partition {partition} is set aside: {error}")
+        self._reporter.note(f"{self._cache.folder}: partition {partition} is set aside: {error}")
         self._claims.reject(partition, one_line(error))
 
 
 def _give_up(folder: Store, presence: Presence, reporter: Reporter, line: str) -> None:
     """End this process, whose engine hangs: others may have its partitions, which are blamed for nothing."""
     problem = EngineError(f"{folder}: {line}")
-    reporter.log(f"error: {problem}")
+    reporter.note(f"error: {problem}")
     end_process(functools.partial(presence.__exit__, EngineError, problem, None))
 
 

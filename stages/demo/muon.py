@@ -1,4 +1,4 @@
-"""Muon in float32 (Jordan 2024, kellerjordan.github.io/posts/muon): torch's own multiplies in bfloat16, with no setting.
+"""Muon in float32 (Jordan 2024, kellerjordan.github.io/posts/muon): torch's own always multiplies in bfloat16.
 
 Without products of bfloat16 in hardware a CPU takes a hundred times longer for them. Matrices of one shape are
 orthogonalised together: few large products, whose threads seldom wait for each other.
@@ -35,6 +35,7 @@ class Muon(torch.optim.Optimizer):
                 torch._foreach_add_(weights, list(steps), alpha=-scale)
 
     def _momentum(self, weight: Tensor) -> Tensor:
+        assert weight.grad is not None
         average = self.state[weight].setdefault("momentum", torch.zeros_like(weight))
         average.lerp_(weight.grad, 1 - MOMENTUM)
         return torch.lerp(weight.grad, average, MOMENTUM)

@@ -1,23 +1,39 @@
 """The demo's report: lines for a terminal, and one HTML page without anything to download."""
 
-import html
 import os
 import platform
 from pathlib import Path
 
 import numpy as np
+from markupsafe import Markup
 
-from pipeline.pages import Table, axes, grid, html_table, svg, write_page
+from pipeline.pages import Table, axes, svg, write_page
 from pipeline.progress import duration
 from stages.demo.results import DemoResults
 
+BODY = """<h1>A student from cached targets</h1><p class=verdict>{{ verdict }}</p>
+{{ table(students) }}{{ grid(figures) }}<h2>What it cost</h2>{{ table(stages) }}
+<p>{{ exactness }}</p><p>{{ storage }}</p>
+<p class=small>Measured on this machine: {{ machine }}. KL is that of the ghost tail, a lower bound on the full one.</p>
+"""
 COLOURS = {"distilled": "#0b6e4f", "hard-labels": "#c8553d", "teacher": "#44546a"}
 
 
 def write_report(results: DemoResults, path: Path) -> list[str]:
     """Write the HTML page to `path` and return the report for a terminal."""
     students, stages = student_table(results), stage_table(results)
-    write_page(path, "Distillation demo", _body(results, students, stages))
+    write_page(
+        path,
+        "Distillation demo",
+        BODY,
+        verdict=verdict(results),
+        students=students,
+        figures=_figures(results),
+        stages=stages,
+        exactness=exactness(results),
+        storage=storage(results),
+        machine=_machine(),
+    )
     return [
         "",
         verdict(results),
@@ -95,18 +111,11 @@ def aligned(table: Table) -> list[str]:
     return lines
 
 
-def _body(results: DemoResults, students: Table, stages: Table) -> str:
-    machine = f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}, Python {platform.python_version()}"
-    return (
-        f"<h1>A student from cached targets</h1><p class=verdict>{html.escape(verdict(results))}</p>"
-        f"{html_table(students)}{grid(_figures(results))}<h2>What it cost</h2>{html_table(stages)}"
-        f"<p>{html.escape(exactness(results))}</p><p>{html.escape(storage(results))}</p>"
-        f"<p class=small>Measured on this machine: {html.escape(machine)}. KL is that of the ghost tail, "
-        "a lower bound on the full one.</p>"
-    )
+def _machine() -> str:
+    return f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}, Python {platform.python_version()}"
 
 
-def _figures(results: DemoResults) -> list[str]:
+def _figures(results: DemoResults) -> list[Markup]:
     hot = f"{results.temperature:g}"
     return [
         _curves(results, "eval_cross_entropy", "Held-out cross-entropy", "nats a token", results.teacher_cross_entropy),
@@ -118,7 +127,7 @@ def _figures(results: DemoResults) -> list[str]:
     ]
 
 
-def _curves(results: DemoResults, name: str, title: str, unit: str, teacher: float | None = None) -> str:
+def _curves(results: DemoResults, name: str, title: str, unit: str, teacher: float | None = None) -> Markup:
     figure, plot = axes(title, "optimizer step", unit)
     for student, result in results.students.items():
         points = np.array(result.curves[name])
@@ -130,7 +139,7 @@ def _curves(results: DemoResults, name: str, title: str, unit: str, teacher: flo
     return svg(figure)
 
 
-def _histogram(values: dict[float, np.ndarray], title: str, unit: str) -> str:
+def _histogram(values: dict[float, np.ndarray], title: str, unit: str) -> Markup:
     figure, plot = axes(title, unit, "share of positions")
     edges = np.linspace(0, max(float(column.max()) for column in values.values()), 41)
     for temperature, column in values.items():

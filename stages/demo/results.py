@@ -3,7 +3,7 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -97,7 +97,7 @@ def _rates(
     caches: tuple[Cache, ...], students: dict[str, StudentResult], recipe: DemoRecipe, seconds: dict[str, float]
 ) -> dict[str, float]:
     commits = [commit for cache in caches for commit in cache.commits]
-    capturing = sum(commit.statistics["seconds"] for commit in commits)
+    capturing = sum(cast(float, commit.statistics["seconds"]) for commit in commits)
     rates = {
         "teacher": recipe.teacher_tokens / seconds["teacher"],
         "cache-logits": sum(commit.num_tokens for commit in commits) / capturing,

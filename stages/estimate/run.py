@@ -180,7 +180,8 @@ def describe(found: Estimate) -> list[str]:
     about = "about " if storage.container == "zarr" else ""
     lines = [
         *_describe(found, "capture", found.capture),
-        f"  storage  {storage.container}, {about}{storage.bytes / 1e9:,.1f} GB, {storage.bytes_per_target:.0f} bytes a target",
+        f"  storage  {storage.container}, {about}{storage.bytes / 1e9:,.1f} GB, "
+        f"{storage.bytes_per_target:.0f} bytes a target",
         f"  shards   {storage.partitions:,}; one takes a worker {duration(storage.partition_seconds)}, "
         "which is what a crash can lose and a drain waits for",
     ]

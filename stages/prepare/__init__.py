@@ -1,4 +1,4 @@
-"""Stage zero: text in, tokenised, masked, packed and deduplicated partitions out.
+"""Stage zero: text in, a tokenised, masked, packed and deduplicated corpus out.
 
     inputs.py         paths -> input files -> units of work
     readers.py        a file -> records; json_files.py: of a .json file
@@ -11,7 +11,7 @@
     documents.py      records -> documents: forms, templates and tokens in a row
     packing.py        documents -> rows of at most `sequence_length` tokens
     units.py          what is finished, on disk: resuming after a crash
-    run.py            the run
+    run.py            the command, unit after unit
     preview.py        the first rows as a person reads them
 
 Knows nothing of teachers.

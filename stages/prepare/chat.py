@@ -139,8 +139,8 @@ class ChatTemplate:
         return place
 
     def _content_place(self, messages: Messages, turn: int, after: str, tools: Any) -> int | None:
-        """Where a mark in the place of the turn's text, or a thought before it, would stand; None if nobody can tell."""
-        bare = {"role": "assistant", "content": MARK}
+        """Where a mark in the place of the turn's text, or a thought before it, would stand; None if it is unclear."""
+        bare: dict[str, Any] = {"role": "assistant", "content": MARK}
         if isinstance(messages[turn]["content"], list):
             bare["content"] = [{"type": "text", "text": MARK}]
         try:

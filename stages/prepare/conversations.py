@@ -20,7 +20,7 @@ CALL_ROLES = ("function_call", "tool_call")
 FLAGS = ("weight", "loss_weight", "loss", "train")
 """Fields of a message that say whether it carries loss."""
 REASONING = ("reasoning_content", "reasoning", "thinking")
-NO_CONTENT = (None, "", [])
+NO_CONTENT: tuple[Any, ...] = (None, "", [])
 
 
 class Refused(Exception):

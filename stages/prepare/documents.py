@@ -15,7 +15,7 @@ from stages.prepare.chat import ChatTemplate, Rendered
 from stages.prepare.conversations import Conversation, Refused
 from stages.prepare.forms import Completion, Undesirable, content_of, forms_in
 from stages.prepare.readers import BadLines, Record
-from stages.prepare.settings import TextConfig
+from stages.prepare.settings import CUT, TRUNCATE, TextConfig
 from stages.prepare.tokens import Document, Text, TextEncoder
 
 BATCH_DOCUMENTS = 1024
@@ -132,19 +132,19 @@ class DocumentEncoder:
             template = ChatTemplate(self._tokenizer, self._config.tokenizer, where, with_tools=has_tools)
             self._templates[has_tools] = template
             if template.depends_on_date:
-                self._reporter.log(
+                self._reporter.note(
                     f"{self._config.tokenizer}: the chat template writes the date; another day the same input gives "
                     "other tokens."
                 )
             if has_tools and not template.needs.writes_tools:
-                self._reporter.log(f"{where}: holds `tools`, which the chat template does not write.")
+                self._reporter.note(f"{where}: holds `tools`, which the chat template does not write.")
         template = self._templates[has_tools]
         self._counts["tools_not_written"] += has_tools and not template.needs.writes_tools
         return template
 
     def _shortened(self, text: Text, document: Document) -> Document | Refused:
         """The document made to fit, if that is asked for and can be; else as it is."""
-        if self._config.overlong != "truncate" or document.kind == "text":
+        if self._config.overlong != TRUNCATE or document.kind == "text":
             return document
         if text.conversation is None:
             return self._without_begin_of_prompt(document)
@@ -185,7 +185,7 @@ class DocumentEncoder:
 
 def is_overlong(document: Document, config: TextConfig, counts: Counter[str]) -> bool:
     """Whether the document is to be dropped because it is not to be cut; counts it."""
-    if document.kind == "text" or config.overlong == "cut" or len(document.token_ids) <= config.sequence_length:
+    if document.kind == "text" or config.overlong == CUT or len(document.token_ids) <= config.sequence_length:
         return False
     counts[f"overlong_{document.kind}s_dropped"] += 1
     return True

@@ -31,6 +31,7 @@ Content = str | Completion | Conversation
 
 def forms_in(names: Any, text_field: str) -> list[str]:
     """Names of the forms whose fields are all there; the first is the one that is read."""
+    wanted: list[tuple[str, list[tuple[str, ...]]]]
     wanted = [("text", [(text_field,)]), *((name, fields) for name, (fields, _) in FORMS.items())]
     return [name for name, choices in wanted if any(all(field in names for field in fields) for fields in choices)]
 

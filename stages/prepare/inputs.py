@@ -40,9 +40,9 @@ class InputFile:
     mtime_ns: int
 
     @property
-    def identity(self) -> list[str | int]:
+    def identity(self) -> tuple[str, int, int]:
         """JSON values that change with the file."""
-        return [self.name, self.size, self.mtime_ns]
+        return self.name, self.size, self.mtime_ns
 
     def is_known_as(self, identity: Sequence[str | int]) -> bool:
         """Whether that is this file's identity, but for the name of the folder that was given, which may change."""
@@ -56,7 +56,7 @@ class InputFiles:
 
     files: tuple[InputFile, ...]
     counts: Counter[str]
-    """ignored_files (of other types), hidden_names, dangling_links and repeated_files in the folders that were given."""
+    """ignored_files (of other types), hidden_names, dangling_links and repeated_files in the given folders."""
     note: str
     """What was left out of folders, by suffix and name; empty if nothing was."""
 
@@ -134,7 +134,8 @@ class _LeftOut:
 
 def _files_in(given: Path, left: _LeftOut) -> Iterator[Path]:
     """Input files below a folder but for hidden names; links to folders are followed last, and no folder twice."""
-    folders, links, seen = [given], [], set()
+    folders, seen = [given], set[Path]()
+    links: list[Path] = []
     while folders or links:
         folder = folders.pop() if folders else links.pop()
         if (real := folder.resolve()) in seen:

@@ -117,9 +117,6 @@ class CrossingPacker(Packer):
                 yield _row([Document(token_ids[start : start + len(loss_mask)], loss_mask)])
 
 
-PACKERS: dict[str, type[Packer]] = {"isolated": IsolatedPacker, "crossing": CrossingPacker, "none": SinglePacker}
-
-
 def piece_lengths(num_tokens: int, longest: int) -> list[int]:
     """Lengths of at most `longest` that add up to `num_tokens`; the last is not 1 if that can be helped."""
     full, rest = divmod(num_tokens, longest)

@@ -1,7 +1,7 @@
 """The first rows of a corpus, or of what `prepare` would make of inputs, as a person reads them. Writes nothing."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,8 @@ from pipeline.progress import Reporter
 from pipeline.tokenizer import load_tokenizer
 from stages.prepare.documents import DocumentEncoder, is_overlong
 from stages.prepare.inputs import InputFile, find_inputs
-from stages.prepare.packing import PACKERS
 from stages.prepare.readers import BadLines, Record, read_records
-from stages.prepare.settings import PreviewConfig
+from stages.prepare.settings import PACKINGS, PreviewConfig
 from stages.prepare.tokens import spoken
 
 SHADES = {True: ("\x1b[30;42m", "\x1b[30;102m"), False: ("\x1b[0m", "\x1b[2m")}
@@ -57,6 +56,8 @@ class _Said(Reporter):
         """Keep a line."""
         self.lines.append(line)
 
+    note = log
+
 
 def preview(config: PreviewConfig, color: bool) -> Iterator[str]:
     """Lines to print; raises ConfigError or CorpusError."""
@@ -64,11 +65,11 @@ def preview(config: PreviewConfig, color: bool) -> Iterator[str]:
     if len(config.inputs) == 1 and (config.inputs[0] / MANIFEST).is_file():
         folder = config.inputs[0]
         corpus = Corpus(folder)
-        tokenizer = load_tokenizer(folder / TOKENIZER, trust_remote_code=config.trust_remote_code, note=said.log)
+        tokenizer = load_tokenizer(folder / TOKENIZER, trust_remote_code=config.trust_remote_code, note=said.note)
         rows, counts = list(corpus.rows(0, min(config.rows, len(corpus)))), corpus.manifest.statistics
         yield f"{folder}: the first {len(rows)} of {len(corpus):,} rows"
     else:
-        tokenizer = load_tokenizer(_tokenizer_of(config), trust_remote_code=config.trust_remote_code, note=said.log)
+        tokenizer = load_tokenizer(_tokenizer_of(config), trust_remote_code=config.trust_remote_code, note=said.note)
         rows, counts = _first_rows(config, tokenizer, said)
         yield f"{', '.join(map(str, config.inputs))}: {len(rows)} rows of the first {counts['records']:,} records"
     for number, row in enumerate(rows, start=1):
@@ -112,7 +113,7 @@ def _first_rows(config: PreviewConfig, tokenizer: Any, said: Reporter) -> tuple[
     """The first rows that `prepare` would make, if it read no further than they need."""
     bad_lines = BadLines(True, said)
     encoder = DocumentEncoder(config, tokenizer, bad_lines, said)
-    packer = PACKERS[config.packing](config.sequence_length)
+    packer = PACKINGS[config.packing](config.sequence_length)
     inputs = find_inputs(config.inputs, None)
     if inputs.note:
         said.log(f"not read: {inputs.note}")
@@ -134,7 +135,7 @@ def _first_rows(config: PreviewConfig, tokenizer: Any, said: Reporter) -> tuple[
     return rows[: config.rows], Counter(bad_lines=bad_lines.count) + encoder.counts + counts + packer.counts
 
 
-def _records(files: Sequence[InputFile], text_field: str, bad_lines: BadLines) -> Iterator[Record]:
+def _records(files: Sequence[InputFile], text_field: str, bad_lines: BadLines) -> Generator[Record, None, None]:
     for file in files:
         with closing(read_records(file, text_field, bad_lines)) as records:
             yield from records

@@ -8,7 +8,7 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, BinaryIO
@@ -59,10 +59,10 @@ class BadLines:
             raise CorpusError(f"{problem}; {remedy}, or leave such records out with --skip-bad-lines.")
         self.count += 1
         if self.count <= EXAMPLES:
-            self._reporter.log(f"skipped: {problem}")
+            self._reporter.note(f"skipped: {problem}")
 
 
-def read_records(file: InputFile, text_field: str, bad_lines: BadLines) -> Iterator[Record]:
+def read_records(file: InputFile, text_field: str, bad_lines: BadLines) -> Generator[Record, None, None]:
     """The records of `file` in order; a .txt or .md file is one record with its contents in `text_field`."""
     suffix = suffix_of(file.path)
     if suffix in (".txt", ".md"):
@@ -74,14 +74,14 @@ def read_records(file: InputFile, text_field: str, bad_lines: BadLines) -> Itera
     return _read_lines(file, DECOMPRESSORS[suffix], bad_lines)
 
 
-def _read_text(file: InputFile, text_field: str, bad_lines: BadLines) -> Iterator[Record]:
+def _read_text(file: InputFile, text_field: str, bad_lines: BadLines) -> Generator[Record, None, None]:
     contents = file.path.read_bytes()
     text = _decode(contents.removeprefix(codecs.BOM_UTF8), str(file.path), bad_lines)
     if text is not None:
         yield Record(str(file.path), {text_field: text}, file.size)
 
 
-def _read_json(file: InputFile, bad_lines: BadLines) -> Iterator[Record]:
+def _read_json(file: InputFile, bad_lines: BadLines) -> Generator[Record, None, None]:
     for number, (fields, offset) in enumerate(json_values(file, LONGEST_LINE), start=1):
         where = f"{file.path}: record {number}"
         if isinstance(fields, dict):
@@ -92,7 +92,9 @@ def _read_json(file: InputFile, bad_lines: BadLines) -> Iterator[Record]:
             )
 
 
-def _read_lines(file: InputFile, decompress: Callable[[BinaryIO], BinaryIO], bad_lines: BadLines) -> Iterator[Record]:
+def _read_lines(
+    file: InputFile, decompress: Callable[[BinaryIO], Any], bad_lines: BadLines
+) -> Generator[Record, None, None]:
     with file.path.open("rb", buffering=0) as raw, io.BufferedReader(decompress(raw), READ_BYTES) as stream:
         for number, line in enumerate(_whole_lines(file, stream), start=1):
             content = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
@@ -145,7 +147,7 @@ def _decode(content: bytes, where: str, bad_lines: BadLines) -> str | None:
         return None
 
 
-def _read_parquet(file: InputFile, text_field: str) -> Iterator[Record]:
+def _read_parquet(file: InputFile, text_field: str) -> Generator[Record, None, None]:
     with _readable_parquet(file), pq.ParquetFile(file.path, memory_map=True) as parquet:
         columns = _columns(file, parquet.schema_arrow.names, text_field)
         row, rows = 0, max(parquet.metadata.num_rows, 1)

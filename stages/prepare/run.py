@@ -1,12 +1,12 @@
-"""The run: unit after unit, each committed before the next begins, so that a killed run goes on where it was.
+"""The command `pipeline prepare`: unit after unit, each committed before the next, so that a killed one goes on there.
 
-The same inputs, settings and tokenizer give the same partitions, interrupted or not.
+The same inputs, settings and tokenizer give the same files, interrupted or not.
 """
 
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from typing import Any
 
@@ -31,9 +31,9 @@ from pipeline.settings import resolved
 from pipeline.tokenizer import TokenizerIdentity, identify, load_tokenizer, save_tokenizer
 from stages.prepare.documents import DocumentEncoder, is_overlong
 from stages.prepare.inputs import UNIT_BYTES, InputFile, InputFiles, describe, divide, find_inputs, same_files
-from stages.prepare.packing import PACKERS
+from stages.prepare.packing import Packer
 from stages.prepare.readers import BadLines, Record, read_records
-from stages.prepare.settings import PrepareConfig
+from stages.prepare.settings import PACKINGS, PrepareConfig
 from stages.prepare.tokens import ENDED_BY, Document, spoken
 from stages.prepare.units import (
     FinishedUnit,
@@ -59,8 +59,8 @@ def prepare(config: PrepareConfig, reporter: Reporter | None = None, *, unit_byt
     check_folder(config.out)
     inputs = find_inputs(config.inputs, config.out)
     if inputs.note:
-        reporter.log(f"{', '.join(map(str, config.inputs))}: not read: {inputs.note}")
-    tokenizer = load_tokenizer(config.tokenizer, trust_remote_code=config.trust_remote_code, note=reporter.log)
+        reporter.note(f"{', '.join(map(str, config.inputs))}: not read: {inputs.note}")
+    tokenizer = load_tokenizer(config.tokenizer, trust_remote_code=config.trust_remote_code, note=reporter.note)
     identity = identify(tokenizer)
     settings = _compared_settings(config, tokenizer, identity)
     if manifest := _finished(config, settings, inputs, reporter):
@@ -83,7 +83,7 @@ def prepare(config: PrepareConfig, reporter: Reporter | None = None, *, unit_byt
                 **resolved(config),
                 **settings,
                 END_TOKEN_IDS: _end_token_ids(tokenizer, statistics),
-                "input_files": [file.identity for file in inputs.files],
+                "input_files": [list(file.identity) for file in inputs.files],
             },
             statistics={name: statistics[name] for name in names},
         )
@@ -104,7 +104,9 @@ def _run(
     units = resume(config.out, groups, config.skip_bad_lines)
     with reporter.progress("prepare", sum(file.size for files in groups for file in files), "bytes") as progress:
         if tokenizer.eos_token_id is None:
-            reporter.log(f"{config.tokenizer}: has no end-of-sequence token; what does not end with one stays without.")
+            reporter.note(
+                f"{config.tokenizer}: has no end-of-sequence token; what does not end with one stays without."
+            )
         work = _Work(config, tokenizer, reporter, progress)
         for index, unit in enumerate(units):
             work.recall(index, unit)
@@ -142,7 +144,7 @@ class _Work:
         config = self._config
         bad_lines = BadLines(config.skip_bad_lines, self._reporter)
         encoder = DocumentEncoder(config, self._tokenizer, bad_lines, self._reporter, self._advance_inside)
-        packer = PACKERS[config.packing](config.sequence_length)
+        packer: Packer = PACKINGS[config.packing](config.sequence_length)
         counts: Counter[str] = Counter(duplicate_documents=0, documents=0, duplicate_sequences=0)
         partitions: list[CorpusPartition] = []
         keys: list[bytes] = []
@@ -160,7 +162,7 @@ class _Work:
         self._progress.advance(0, self._note())
         _check_unchanged(files)
         if bad_lines.count:
-            self._reporter.log(f"skipped {bad_lines.count:,} records of {files[0].path} to {files[-1].path}")
+            self._reporter.note(f"skipped {bad_lines.count:,} records of {files[0].path} to {files[-1].path}")
         statistics = {
             "files": len(files),
             "input_bytes": sum(file.size for file in files),
@@ -171,7 +173,7 @@ class _Work:
         }
         return commit(config.out, index, files, partitions, statistics, b"".join(keys))
 
-    def _records(self, files: Sequence[InputFile], bad_lines: BadLines) -> Iterator[Record]:
+    def _records(self, files: Sequence[InputFile], bad_lines: BadLines) -> Generator[Record, None, None]:
         for file in files:
             said = 0
             with closing(read_records(file, self._config.text_field, bad_lines)) as records:
@@ -257,7 +259,7 @@ def _finished(
     if manifest.statistics.get("bad_lines") and not config.skip_bad_lines:
         check_same(config.out, manifest.settings, {"skip_bad_lines": False})
     where, kind = f"{config.out / MANIFEST}: settings", list[tuple[str, int, int]]
-    found = [list(each) for each in entry_of(manifest.settings, "input_files", kind, [], where, CorpusError)]
+    found = entry_of(manifest.settings, "input_files", kind, [], where, CorpusError)
     wanted = [file.identity for file in inputs.files]
     if not same_files(inputs.files, found):
         changed = [identity for identity in [*wanted, *found] if identity not in found or identity not in wanted]

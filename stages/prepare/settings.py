@@ -2,12 +2,21 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pipeline.errors import ConfigError
 from pipeline.settings import Settings, required, setting
+from pipeline.tables import Table
 
-PACKINGS = ("isolated", "crossing", "none")
-OVERLONG = ("drop", "truncate", "cut")
+PACKINGS: Table[Any] = Table(
+    {
+        "isolated": "stages.prepare.packing:IsolatedPacker",
+        "crossing": "stages.prepare.packing:CrossingPacker",
+        "none": "stages.prepare.packing:SinglePacker",
+    }
+)
+"""Each a kind of `packing.Packer`."""
+OVERLONG = DROP, TRUNCATE, CUT = "drop", "truncate", "cut"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,10 +33,10 @@ class TextConfig(Settings):
         "isolated",
         "How short documents share a sequence: 'isolated' keeps attention inside each document, "
         "'crossing' lets it cross, 'none' writes one piece of a document a sequence.",
-        choices=PACKINGS,
+        choices=PACKINGS.names,
     )
     overlong: str = setting(
-        "drop",
+        DROP,
         "What becomes of a conversation, or a prompt with its completion, that is longer than a sequence: 'drop', "
         "'truncate' (its oldest messages, or the beginning of the prompt, go; system messages and answers stay whole), "
         "'cut' into pieces as plain text always is.",
@@ -61,7 +70,9 @@ class PrepareConfig(TextConfig):
 class PreviewConfig(TextConfig):
     """Settings of `pipeline preview`."""
 
-    tokenizer: Path | None = setting(None, "Folder of the teacher's tokenizer; a corpus has its own.")
+    tokenizer: Path | None = setting(  # type: ignore[assignment]
+        None, "Folder of the teacher's tokenizer; a corpus has its own."
+    )
     rows: int = setting(3, "Rows to show.")
     longest: int = setting(2000, "Tokens of a row to show.")
     borders: bool = setting(True, "Show where tokens begin: by shades, or by dots where there is no colour.")

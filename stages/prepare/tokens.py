@@ -80,8 +80,8 @@ class Encoded:
 
     token_ids: np.ndarray
     """int32 [S]"""
-    places: np.ndarray | None
-    """int32 [S, 2]; (0, 0) for tokens that the tokenizer added. None if nobody asked."""
+    places: np.ndarray
+    """int32 [S, 2]; (0, 0) for tokens that the tokenizer added. [0, 2] if nobody asked."""
 
 
 class TextEncoder:
@@ -152,9 +152,9 @@ class TextEncoder:
             return_token_type_ids=False,
             verbose=False,  # a document may be longer than the model's context: it is cut later
         )
-        offsets = encoded.get("offset_mapping") or [None] * len(texts)
+        offsets = encoded.get("offset_mapping") or [[]] * len(texts)
         return [
-            Encoded(np.array(ids, np.int32), None if each is None else np.array(each, np.int32).reshape(-1, 2))
+            Encoded(np.array(ids, np.int32), np.array(each, np.int32).reshape(-1, 2))
             for ids, each in zip(encoded["input_ids"], offsets, strict=True)
         ]
 
@@ -174,12 +174,13 @@ class TextEncoder:
             stop, begin = (len(part.token_ids), len(text)) if is_last else _cut(part)
             if start is None or stop is None or (stop <= start and not is_last):
                 return self._encode_whole([text], special, places)[0]
-            parts.append(Encoded(part.token_ids[start:stop], part.places[start:stop] if places else None))
+            parts.append(Encoded(part.token_ids[start:stop], part.places[start:stop]))
             before = Encoded(part.token_ids[stop:], part.places[stop:])
             self._progress(begin / len(text))
         parts.append(_bare(self._back if special else []))
         token_ids = np.concatenate([part.token_ids for part in parts])
-        return Encoded(token_ids, np.concatenate([part.places for part in parts]) if places else None)
+        all_places = np.concatenate([part.places for part in parts])
+        return Encoded(token_ids, all_places if places else all_places[:0])
 
     def _document(self, text: Text, encoded: Encoded) -> Document:
         if text.labels:
@@ -207,7 +208,7 @@ class TextEncoder:
     def _split_at_ends(self, text: Text, encoded: Encoded) -> Encoded:
         """The text tokenised in parts where a token would begin inside a label and end behind it."""
         starts, ends = encoded.places.T
-        stops = [stop for _, stop in text.labels if ((starts < stop) & (ends > stop)).any()]
+        stops = [stop for _, stop in text.labels or () if ((starts < stop) & (ends > stop)).any()]
         if not stops:
             return encoded
         borders = [0, *stops, len(text.text)]
@@ -235,7 +236,7 @@ class TextEncoder:
             self.counts["doubled_ends"] += 1
         if (start, stop) == (0, len(ids)):
             return encoded
-        return Encoded(encoded.token_ids[start:stop], None if places is None else places[start:stop])
+        return Encoded(encoded.token_ids[start:stop], places[start:stop])
 
     def _end_place(self, ids: np.ndarray, last: int, ends: set[int]) -> int | None:
         """The index of an end token behind which there is white space at most, up to token `last`."""
@@ -280,7 +281,7 @@ def _cut(part: Encoded) -> tuple[int | None, int]:
 
 
 def _continuation(before: Encoded, part: Encoded) -> int | None:
-    """The token of `part` that is the first of `before`, if the next OVERLAP characters have the same tokens in both."""
+    """The token of `part` that is the first of `before`, if both have the same tokens for OVERLAP characters."""
     first = int(before.places[0, 0])
     start = int(np.searchsorted(part.places[:, 0], first))
     count = int(np.searchsorted(before.places[:, 0], first + OVERLAP))

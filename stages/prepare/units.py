@@ -1,4 +1,4 @@
-"""What a run has finished, on disk: a unit is a group of input files that is redone as a whole or not at all.
+"""What `prepare` has finished, on disk: a unit is a group of input files that is redone as a whole or not at all.
 
     CORPUS/units/
       settings.json    marks the folder as ours, and says how the unfinished corpus is made

@@ -44,7 +44,7 @@ def write_student(
         model.save_pretrained(scratch)
         save_tokenizer(tokenizer, Path(scratch), trust_remote_code=config.trust_remote_code)
         if problem := misreading(Path(scratch), trust_remote_code=config.trust_remote_code):
-            reporter.log(
+            reporter.note(
                 f"{folder}: load this tokenizer with PreTrainedTokenizerFast: the class that AutoTokenizer takes for the "
                 f"student's kind of model reads otherwise: {problem}"
             )

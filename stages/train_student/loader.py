@@ -96,7 +96,7 @@ def watch_reading(cache: Store, stall_s: float, reporter: Reporter) -> Watchdog:
     ranks and the launcher see its end."""
 
     def give_up(line: str) -> None:
-        reporter.log(f"error: {cache}: {line}")
+        reporter.note(f"error: {cache}: {line}")
         end_process()
 
     return Watchdog(max(stall_s, patience_s()), give_up)

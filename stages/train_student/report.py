@@ -1,20 +1,24 @@
 """report.html: the curves of a run, in one page without anything to download."""
 
-import html
 import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import msgspec
+from markupsafe import Markup
 
-from pipeline.pages import Table, axes, grid, html_table, svg, write_page
+from pipeline.pages import Table, axes, svg, write_page
 from pipeline.progress import Reporter
 from pipeline.settings import resolved
 from stages.train_student.guards import BAD_STEPS
 from stages.train_student.settings import TrainConfig
 
 REPORT = "report.html"
+BODY = """<h1>{{ name }}</h1><p class=verdict>{{ summary }}</p>
+{% if bad_steps %}<h2>Bad steps</h2>{{ table(bad_steps) }}{% endif %}{{ grid(figures) }}
+<h2>Results</h2>{{ table(results) }}<h2>Settings</h2>{{ table(settings) }}
+"""
 NATS = "nats a token"
 CURVES = (
     ("loss", "Loss, (1 - alpha) CE + alpha T² D", NATS),
@@ -38,24 +42,28 @@ CURVES = (
 def write_report(config: TrainConfig, log: list[dict[str, Any]], metrics: dict[str, Any], reporter: Reporter) -> None:
     """Write OUT/report.html from the log's entries; says so where matplotlib is missing."""
     if importlib.util.find_spec("matplotlib") is None:
-        reporter.log(f"{config.out}: no {REPORT}: matplotlib is not installed.")
+        reporter.note(f"{config.out}: no {REPORT}: matplotlib is not installed.")
         return
     figures = [_curve(log, *curve) for curve in CURVES]
-    settings = [["setting", "value"], *([key, str(value)] for key, value in resolved(config).items())]
-    body = (
-        f"<h1>{html.escape(config.out.name)}</h1><p class=verdict>{html.escape(_summary(metrics))}</p>"
-        f"{_bad_steps(config.out)}{grid([figure for figure in figures if figure])}"
-        f"<h2>Results</h2>{html_table(_results(metrics))}<h2>Settings</h2>{html_table(settings)}"
+    write_page(
+        config.out / REPORT,
+        f"train-student: {config.out.name}",
+        BODY,
+        name=config.out.name,
+        summary=_summary(metrics),
+        bad_steps=_bad_steps(config.out),
+        figures=[figure for figure in figures if figure is not None],
+        results=_results(metrics),
+        settings=[["setting", "value"], *([key, str(value)] for key, value in resolved(config).items())],
     )
-    write_page(config.out / REPORT, f"train-student: {config.out.name}", body)
 
 
-def _curve(log: list[dict[str, Any]], key: str, title: str, unit: str) -> str:
+def _curve(log: list[dict[str, Any]], key: str, title: str, unit: str) -> Markup | None:
     names = sorted(
         {name for entry in log for name in entry if name == key or (key[-1] == "_" and name.startswith(key))}
     )
     if not names:
-        return ""
+        return None
     figure, plot = axes(title, "optimizer step", unit)
     for name in names:
         points = [(entry["step"], entry[name]) for entry in log if name in entry]
@@ -80,13 +88,13 @@ def _results(metrics: dict[str, Any]) -> Table:
     ]
 
 
-def _bad_steps(folder: Path) -> str:
+def _bad_steps(folder: Path) -> Table:
     path = folder / BAD_STEPS
     if not path.is_file():
-        return ""
+        return []
     found = (_bad_step(line) for line in path.read_bytes().splitlines())
     rows = [[str(step.step), step.problem, step.action, str(len(step.keys))] for step in found if step is not None]
-    return f"<h2>Bad steps</h2>{html_table([['step', 'problem', 'action', 'sequences'], *rows])}"
+    return [["step", "problem", "action", "sequences"], *rows]
 
 
 @dataclass

@@ -128,7 +128,7 @@ def _train(
         reporter.log(_announcement(config, trainer, cache, checkpoint))
         slow = [] if torch.cuda.is_available() else slow_products(config.dtype, "--dtype float32 is faster")
         for note in (*student.notes, *special_token_notes(student, tokenizer), *slow):
-            reporter.log(note)
+            reporter.note(note)
     try:
         with weights_only():
             outcome = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -189,7 +189,7 @@ def _trainer(
         drain=drain,
         on_bad_step=_on_bad_step(config, reporter),
         epochs_per_step=shape.global_batch / len(cache),
-        log_note=reporter.log,
+        log_note=reporter.note,
         has_router_loss=head.router is not None,
     )
     trainer.add_callback(MarkWhole(config.keep_checkpoints, trainer.progress))
@@ -230,7 +230,7 @@ def _ready_student(
         arguments.ddp_find_unused_parameters = on_any_rank(not _reaches_all(model, batch))
     for note in [*coverage_notes(model), *notes, router_note]:
         if note is not None and rank() == 0:
-            reporter.log(note)
+            reporter.note(note)
     return model, head
 
 
@@ -263,7 +263,7 @@ def _on_bad_step(config: TrainConfig, reporter: Reporter) -> Any:
                 f"{line}. Look at the sequences, or run again with a lower --learning-rate in another --out, or with "
                 "--on-bad-loss skip in this one."
             )
-        reporter.log(line)
+        reporter.note(line)
 
     return act
 

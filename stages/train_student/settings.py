@@ -4,12 +4,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.errors import ConfigError
-from pipeline.settings import Settings, required, setting
+from pipeline.settings import COMPUTED_IN, Settings, required, setting
 from pipeline.stores.store import Store
 
 TAILS = ("ghost", "hybrid", "sampled", "zero", "renormalise", "uniform")
 DIVERGENCES = ("forward", "reverse", "js")
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 SCHEDULES = ("cosine", "linear", "wsd", "constant", "constant_with_warmup")
 ALPHA_SCHEDULES = ("constant", "linear", "wsd")
 SHARDINGS = ("none", "fsdp2")
@@ -51,7 +50,9 @@ class TrainConfig(Settings):
     decay_ratio: float = setting(0.1, "Share of the steps in which a 'wsd' schedule falls, 0 to 1.")
     weight_decay: float = setting(0.1, "AdamW's weight decay.")
     max_grad_norm: float = setting(1.0, "Norm at which gradients are clipped; 0 clips nothing.")
-    dtype: str = setting("auto", "Type of the computation; weights are kept in float32.", choices=DTYPES)
+    dtype: str = setting(
+        "auto", "Type of the computation; weights are kept in float32.", choices=("auto", *COMPUTED_IN)
+    )
     lora_rank: int | None = setting(None, "Train low-rank adapters of this rank on the body; none trains every weight.")
     lora_alpha: float = setting(32.0, "An adapter's update is scaled by this over its rank.")
     lora_head: bool = setting(False, "Adapters on the LM head too; without, it is frozen as the rest.")

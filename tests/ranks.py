@@ -38,13 +38,13 @@ def main() -> int:
     """0 done, 75 drained."""
     config = load_config(TrainConfig, Path(sys.argv[1]))
     rank, step, where = (int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]) if len(sys.argv) > 2 else (-1, -1, "")
-    judge, write_json, loss = DistillationTrainer.judge_step, checkpoints.write_json, head.fused_distillation_loss
+    judge, write_json, loss = DistillationTrainer.judge_step, checkpoints.write_json, head.distillation_loss
     loss_of: dict[str, str] = {}
 
-    def watched_loss(hidden_NH: torch.Tensor, head_weight_VH: torch.Tensor, **batch: Any) -> Any:
-        tensors = {"hidden": hidden_NH, "weight": head_weight_VH, "probs": batch["probs_NK"]}
+    def watched_loss(hidden_MH: torch.Tensor, weight_VH: torch.Tensor, targets: Any, *rest: Any, **extras: Any) -> Any:
+        tensors = {"hidden": hidden_MH, "weight": weight_VH, "probs": targets.probs_MK}
         loss_of.update({name: str(tensor.dtype) for name, tensor in tensors.items()})
-        return loss(hidden_NH, head_weight_VH, **batch)
+        return loss(hidden_MH, weight_VH, targets, *rest, **extras)
 
     def judge_step(self: Any) -> None:
         if self.args.process_index == 0:
@@ -65,7 +65,7 @@ def main() -> int:
         return write_json(path, document)
 
     DistillationTrainer.judge_step, checkpoints.write_json = judge_step, mark
-    head.fused_distillation_loss = watched_loss
+    head.distillation_loss = watched_loss
     try:
         train_student(config)
     except Drained as drained:

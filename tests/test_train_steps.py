@@ -1,6 +1,7 @@
 """Stage two step by step: precision, recomputed activations, clipping, the first check, and spikes."""
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 
@@ -116,17 +117,18 @@ def test_gradients_are_clipped_to_the_norm_and_its_logged_value_is_from_before(t
     assert norms == pytest.approx([min(limit, step["grad_norm"]) for step in clipped], rel=1e-4)
 
 
-def without_squared_temperature(fused, **batch):
-    out = fused(**batch)
-    return out._replace(loss=out.loss - batch["alpha"] * (batch["temperature"] ** 2 - 1) * out.kl)
+def without_squared_temperature(fused, hidden, weight, targets, settings, alpha=None, **extras):
+    out = fused(hidden, weight, targets, settings, alpha=alpha, **extras)
+    alpha = settings.alpha if alpha is None else alpha
+    return out._replace(loss=out.loss - alpha * (settings.temperature**2 - 1) * out.kl)
 
 
-def with_labels_of_the_next_row(fused, **batch):
-    return fused(**batch | {"labels_N": batch["labels_N"].roll(1)})
+def with_labels_of_the_next_row(fused, hidden, weight, targets, *rest, **extras):
+    return fused(hidden, weight, dataclasses.replace(targets, labels_M=targets.labels_M.roll(1)), *rest, **extras)
 
 
-def without_the_tail(fused, **batch):
-    return fused(**batch | {"tail": "zero"})
+def without_the_tail(fused, hidden, weight, targets, settings, **extras):
+    return fused(hidden, weight, targets, dataclasses.replace(settings, tail="zero"), **extras)
 
 
 MISTAKES = (without_squared_temperature, with_labels_of_the_next_row, without_the_tail)
@@ -134,12 +136,7 @@ MISTAKES = (without_squared_temperature, with_labels_of_the_next_row, without_th
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_wrong_loss_is_refused_before_the_first_step(tmp_path, base, monkeypatch, mistake):
-    fused = head.fused_distillation_loss
-
-    def wrong(hidden_NH, head_weight_VH, **batch):
-        return mistake(fused, hidden_NH=hidden_NH, head_weight_VH=head_weight_VH, **batch)
-
-    monkeypatch.setattr(head, "fused_distillation_loss", wrong)
+    monkeypatch.setattr(head, "distillation_loss", functools.partial(mistake, head.distillation_loss))
     with pytest.raises(PipelineError, match=r"the fused loss of 8 rows is .*, the dense formula .* gives"):
         run(base, tmp_path / "run")
     assert {path.name for path in (tmp_path / "run").iterdir()} == {"run.json"}

@@ -1,19 +1,28 @@
 """The fused loss against plain float64 autograd over dense logits, written from the formulas of the policies."""
 
+import contextlib
 import itertools
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from stages.train_student import fused_head
 from stages.train_student.divergences import BUCKET_DIVERGENCES, DIVERGENCES
-from stages.train_student.loss import fused_distillation_loss
+from stages.train_student.loss import distillation_loss, fused_distillation_loss
+from stages.train_student.loss_settings import LossSettings
 from stages.train_student.tails import TAILS
+from stages.train_student.targets import DistillationTargets
 from tests.rounding import UNIT
 
 STORED_TAILS = tuple(name for name, tail in TAILS.items() if not tail.is_drawn)
 """Without draws, of which this file's cases have none."""
+ROOT = Path(__file__).parent.parent
 TEMPERATURES = (1.0, 2.0, 3.7)
 ALPHAS = (0.0, 0.3, 1.0)
 FLOAT64_ERROR = 1e-11
@@ -580,6 +589,141 @@ def test_inputs_that_do_not_fit_are_named(changes, message):
     arguments.update({name: new(arguments[name]) if callable(new) else new for name, new in changes.items()})
     with pytest.raises(ValueError, match=message):
         fused_distillation_loss(**arguments)
+
+
+class Made(TorchDispatchMode):
+    """Devices and types of all that any operation returned."""
+
+    def __init__(self):
+        super().__init__()
+        self.devices, self.dtypes = set(), set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(tensor, torch.Tensor):
+                self.devices.add(tensor.device.type)
+                self.dtypes.add(tensor.dtype)
+        return result
+
+
+@pytest.fixture
+def no_values(monkeypatch):
+    """Tensors of the device "meta" in the place of a GPU's: they go its way, and whatever asks for a value is an error.
+
+    Those of a FakeTensorMode say "cuda", but ask a torch that is built without it for its devices.
+    """
+    for sizes in (fused_head.DEFAULT_CHUNK_BYTES, fused_head.BLOCK_BYTES):
+        monkeypatch.setitem(sizes, "meta", 4 * 17 * 4)
+    monkeypatch.setattr(torch, "autocast", lambda device_type, enabled: contextlib.nullcontext())
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device_type: False)
+    return torch.device("meta")
+
+
+KINDS_OF_LOSS = [{"tail": tail} for tail in TAILS] + [{"divergence": name} for name in BUCKET_DIVERGENCES]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS_OF_LOSS, ids=str)
+def test_a_step_on_a_gpu_waits_for_nothing_and_makes_nothing_elsewhere_or_in_float64(no_values, kind, dtype):
+    settings = LossSettings(vocab_size=17, logit_scale=0.5, logit_softcap=3.0, temperature=3.0, **kind)
+    options = {"device": no_values, "dtype": dtype}
+    leaves = [torch.empty(*size, **options).requires_grad_() for size in ((6, 4), (20, 4), (6, 2), (20, 2))]
+    teacher = torch.empty(6, 3, device=no_values)
+    is_drawn = TAILS[settings.tail].is_drawn
+    targets = DistillationTargets(
+        labels_M=teacher[:, 0].long(),
+        ids_MK=teacher.long(),
+        probs_MK=teacher,
+        tail_mass_M=teacher[:, 0],
+        entropy_M=teacher[:, 0] if is_drawn else None,
+    )
+    with Made() as made:
+        out = distillation_loss(*leaves[:2], targets, settings, adapter=tuple(leaves[2:]))
+        out.loss.backward()
+    assert made.devices == {"meta"}
+    assert made.dtypes == {dtype, torch.float32, torch.int64, torch.bool}
+    assert {value.dtype for value in out} == {torch.float32}
+    assert [leaf.grad.dtype for leaf in leaves] == [dtype] * 4
+    with pytest.raises(RuntimeError, match="meta"):  # the measurement can fail
+        out.loss.item()
+
+
+class Waits(TorchFunctionMode):
+    """Counts what a GPU would be waited for."""
+
+    NAMES = ("item", "tolist", "nonzero", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__")
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__name__", "") in self.NAMES:
+            self.found.append(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_tensors_of_any_origin_are_waited_for_thrice_and_checked_targets_never():
+    hidden, weight, labels, ids, probs, tail_mass = make_case(ignored=())
+    with Waits() as waits:
+        expected = fused_distillation_loss(
+            hidden, weight, labels, ids, probs, tail_mass, num_target_tokens=torch.tensor(6)
+        ).loss
+    assert waits.found == ["nonzero", "tolist", "__float__"]
+    targets = DistillationTargets(labels_M=labels, ids_MK=ids, probs_MK=probs, tail_mass_M=tail_mass)
+    with Waits() as waits:
+        found = distillation_loss(hidden, weight, targets, LossSettings(vocab_size=17), num_target_tokens=6).loss
+    assert waits.found == []
+    assert found.item() == expected.item()
+
+
+def test_targets_go_through_a_batch_and_keep_their_rows():
+    _, _, labels, ids, probs, tail_mass = make_case(ignored=())
+    targets = DistillationTargets(labels_M=labels, ids_MK=ids, probs_MK=probs, tail_mass_M=tail_mass)
+    again = DistillationTargets.of_batch({**targets.as_batch(), "input_ids": labels})
+    assert list(targets.as_batch()) == ["shift_labels", "teacher_ids", "teacher_probs", "teacher_tail"]
+    assert again == targets
+    part = targets.rows(slice(1, 3)).to("cpu")
+    assert torch.equal(part.probs_MK, probs[1:3])
+    assert part.entropy_M is None
+    assert len(part) == 2
+
+
+LACKING = """
+import sys
+
+class Lacking:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {missing}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+sys.meta_path.insert(0, Lacking())
+sys.argv = ["loss_gpu", {argument!r}]
+import benchmarks.loss_gpu
+benchmarks.loss_gpu.main()
+"""
+MISSING = (
+    "zstandard",
+    "numcodecs",
+    "pcodec",
+    "zarr",
+    "msgspec",
+    "obstore",
+    "xxhash",
+    "pyarrow",
+    "psutil",
+    "accelerate",
+)
+
+
+@pytest.mark.parametrize("argument", ["--help", "--smoke"])
+def test_benchmark_runs_on_a_gpu_machine_that_has_torch_and_little_else(argument):
+    program = LACKING.format(missing=MISSING, argument=argument)
+    command = [sys.executable, "-c", program]
+    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert finished.returncode == 0, finished.stderr
+    assert ("--tokens" if argument == "--help" else "largest relative error") in finished.stdout
 
 
 @pytest.mark.gpu

@@ -90,6 +90,14 @@ def test_workers_change_nothing_about_the_order(cache):
     assert [batch["keys"] for batch in batch_loader(cache, 0, first_step=4)] == keys[0][8:]
 
 
+def test_targets_outside_the_vocabulary_are_an_error_of_the_loader(cache):
+    """The loss, which would have to wait for its device, does not look."""
+    with pytest.raises(
+        ValueError, match=r"labels_N: holds ids from \d+ to \d+, expected 0 to 2; the targets are of another"
+    ):
+        Collate(LossSettings(vocab_size=3))([cache[0]])
+
+
 def test_loader_s_thread_ends_with_its_iterator_and_hands_on_errors(cache, monkeypatch):
     batches = iter(batch_loader(cache, 0))
     next(batches)

@@ -12,8 +12,9 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from pipeline import open_cache
 from pipeline.errors import PipelineError
-from stages.train_student import head
+from stages.train_student import fused_head, head
 from stages.train_student.guards import MIN_HISTORY
+from stages.train_student.row_loss import distillation_rows_
 from stages.train_student.run import train_student
 from stages.train_student.sampler import StepShape, StreamSampler
 from stages.train_student.settings import TrainConfig
@@ -140,6 +141,55 @@ def test_wrong_loss_is_refused_before_the_first_step(tmp_path, base, monkeypatch
     with pytest.raises(PipelineError, match=r"the fused loss of 8 rows is .*, the dense formula .* gives"):
         run(base, tmp_path / "run")
     assert {path.name for path in (tmp_path / "run").iterdir()} == {"run.json"}
+
+
+def larger_by_a_tenth(grad_logits, targets):
+    grad_logits.mul_(1.1)
+
+
+def without_the_first_entry(grad_logits, targets):
+    grad_logits.scatter_(1, targets.ids_NK[:, :1], 0.0)
+
+
+def without_the_rest(grad_logits, targets):
+    kept = grad_logits.gather(1, targets.ids_NK)
+    grad_logits.zero_().scatter_(1, targets.ids_NK, kept)
+
+
+def kernel_with(mistake):
+    """A kernel for the rows of a chunk that makes right values and a wrong gradient."""
+
+    def rows(logits, labels, targets, settings, weights):
+        values = distillation_rows_(logits, labels, targets, settings, weights, torch.empty_like(logits))
+        if weights is not None:
+            mistake(logits, targets)
+        return values
+
+    return rows
+
+
+@pytest.mark.parametrize("mistake", [larger_by_a_tenth, without_the_first_entry, without_the_rest])
+@pytest.mark.parametrize("changes", [{}, {"dtype": "bfloat16"}, {"lora_rank": 4, "lora_head": True}])
+def test_wrong_gradient_of_the_kernel_is_refused_before_the_first_step(tmp_path, base, monkeypatch, mistake, changes):
+    monkeypatch.setattr(fused_head, "_row_kernel", lambda logits: kernel_with(mistake))
+    with pytest.raises(
+        PipelineError, match="the fused loss has another gradient for the hidden states of the head than"
+    ):
+        run(base, tmp_path / "run", **changes)
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"run.json"}
+
+
+def test_gradient_of_the_head_is_looked_at_beside_that_of_the_hidden_states(tmp_path, base, monkeypatch):
+    accumulate = fused_head._accumulate_gradients
+
+    def wrong(pair, *args):
+        accumulate(pair, *args)
+        if pair.grad_weight_VH is not None:
+            pair.grad_weight_VH.mul_(1.1)
+
+    monkeypatch.setattr(fused_head, "_accumulate_gradients", wrong)
+    with pytest.raises(PipelineError, match="the fused loss has another gradient for the head than the dense formula"):
+        run(base, tmp_path / "run")
 
 
 def test_spike_is_written_with_the_keys_of_its_step(tmp_path, base, monkeypatch):

@@ -19,6 +19,7 @@ import torch
 
 from pipeline import open_cache
 from stages.train_student.dataset import Collate
+from stages.train_student.loss_settings import LossSettings
 from stages.train_student.run import train_student
 from stages.train_student.settings import TrainConfig
 from tests.small import llama_config, make_cache, make_corpus, random_sequences
@@ -40,7 +41,8 @@ def make_inputs(folder: Path, top_k: int) -> tuple[Path, Path]:
 
 def batch_ms(cache: Path) -> float:
     """CPU milliseconds to read, decode and collate a batch."""
-    sequences, collate = open_cache(cache), Collate(2.0)
+    sequences = open_cache(cache)
+    collate = Collate(LossSettings(vocab_size=sequences.manifest.vocab_size))
     spent = []
     for start in range(0, min(len(sequences), 30 * BATCH), BATCH):
         started = time.process_time()

@@ -24,7 +24,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-import psutil
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -216,6 +215,8 @@ def time_table(names: list[str], shape: tuple[int, int, int], top_k: int, rounds
 
 def peak_mib(name: str, case: Case) -> float:
     """Resident memory that one forward and backward adds."""
+    import psutil  # which a machine that only imports this for its cases may lack
+
     before = psutil.Process().memory_info().rss
     SCHEMES[name](case).backward()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10 - before / 2**20

@@ -1,8 +1,8 @@
 """The Triton row kernel against the torch path; run by test_row_kernel.py in Triton's interpreter.
 
-    TRITON_INTERPRET=1 python -m tests.kernel_rows COUNT
+    TRITON_INTERPRET=1 python -m tests.kernel_rows [COUNT]
 
-Takes COUNT of 504 cases. Prints how many agreed; exits with a traceback at the first that does not.
+Takes COUNT of all cases. Prints how many agreed; exits with a traceback at the first that does not.
 """
 
 import itertools
@@ -14,26 +14,29 @@ import torch
 from stages.train_student import row_kernel
 from stages.train_student.divergences import DIVERGENCES
 from stages.train_student.fused_head import _cap_
+from stages.train_student.loss_settings import LossSettings
 from stages.train_student.row_loss import cross_entropy_rows_, distillation_rows_
 from stages.train_student.row_targets import make_row_targets
+from stages.train_student.tails import TAILS
+from stages.train_student.targets import DistillationTargets
 
 row_kernel.BLOCK = 16  # several blocks and a ragged one
 N, V = 7, 45
-TAILS = ("ghost", "zero", "renormalise", "uniform", "hybrid")
+KINDS = [(tail, "forward") for tail in TAILS] + [("ghost", other) for other in DIVERGENCES[1:]]
 
 
-def torch_path(logits, labels, targets, temperature, weights, divergence, softcap):
+def torch_path(logits, labels, targets, settings, weights):
     """Values and gradients of row_loss.py in float64 after the soft cap."""
     logits = logits.double()
     slope = torch.ones_like(logits)
-    if softcap is not None:
-        _cap_(logits, softcap, slope)
+    if settings.logit_softcap is not None:
+        _cap_(logits, settings.logit_softcap, slope)
     if targets is None:
         values = (cross_entropy_rows_(logits, labels, weights[0] if weights else None), None)
     else:
         targets = type(targets)(*(field.double() if _is_float(field) else field for field in targets))
         scratch = torch.empty_like(logits)
-        values = distillation_rows_(logits, labels, targets, temperature, weights, scratch, divergence)
+        values = distillation_rows_(logits, labels, targets, settings, weights, scratch)
     return values, logits * slope
 
 
@@ -41,13 +44,15 @@ def _is_float(field):
     return field is not None and field.is_floating_point()
 
 
-def make_targets(k, tail, tail_mass, temperature):
+def make_targets(k, tail_mass, settings):
     """k distinct ids, two of them padding slots where there is room, and the rest's mass."""
     ids = torch.stack([torch.randperm(V)[:k] for _ in range(N)])
-    probs = torch.softmax(torch.randn(N, k) / temperature, 1) * (1 - tail_mass)
+    probs = torch.softmax(torch.randn(N, k) / settings.temperature, 1) * (1 - tail_mass)
     if 3 < k < V:
         ids[2, -2:], probs[2, -2:] = ids[2, 0], 0.0
-    return make_row_targets(ids, probs, torch.full((N,), tail_mass), tail, V)
+    labels = torch.randint(V, (N,))
+    teacher = {"ids_MK": ids, "probs_MK": probs, "tail_mass_M": torch.full((N,), tail_mass)}
+    return make_row_targets(DistillationTargets(labels_M=labels, **teacher), settings, torch.float32)
 
 
 def check(name, found, expected, tolerance=2e-5):
@@ -60,17 +65,21 @@ def main():
     """Every kind of target, temperature, divergence and cap, at ordinary and at extreme logits."""
     torch.manual_seed(0)
     count = 0
-    kinds = [(tail, "forward") for tail in TAILS] + [("ghost", other) for other in DIVERGENCES[1:]]
-    cases = list(itertools.product(kinds, (1, 5, V), (1.0, 2.0, 3.3), (None, 2.5), (1.0, 60.0), (1e-9, 0.4)))
+    cases = list(itertools.product(KINDS, (1, 5, V), (1.0, 2.0, 3.3), (None, 2.5), (1.0, 60.0), (1e-9, 0.4)))
     random.Random(0).shuffle(cases)
-    for (tail, divergence), k, temperature, softcap, spread, tail_mass in cases[: int(sys.argv[1])]:
-        targets = make_targets(k, tail, tail_mass, temperature)
+    for (tail, divergence), k, temperature, softcap, spread, tail_mass in cases[
+        : int(sys.argv[1]) if sys.argv[1:] else None
+    ]:
+        settings = LossSettings(
+            vocab_size=V, tail=tail, divergence=divergence, temperature=temperature, logit_softcap=softcap
+        )
+        targets = make_targets(k, tail_mass, settings)
         logits, labels = spread * torch.randn(N, V), torch.randint(V, (N,))
         labels[0], labels[2] = targets.ids_NK[0, -1], targets.ids_NK[2, 0]
         for weights in ((0.3, 0.7), None) if count % 5 == 0 else ((0.3, 0.7),):
             ours = logits.clone()
-            found = row_kernel.kernel_rows_(ours, labels, targets, temperature, weights, divergence, softcap)
-            expected, gradient = torch_path(logits, labels, targets, temperature, weights, divergence, softcap)
+            found = row_kernel.kernel_rows_(ours, labels, targets, settings, weights)
+            expected, gradient = torch_path(logits, labels, targets, settings, weights)
             name = f"{tail} {divergence} k={k} T={temperature} cap={softcap} spread={spread} tail={tail_mass}"
             check(f"{name}: cross-entropy", found[0], expected[0])
             check(f"{name}: divergence", found[1], expected[1])
@@ -79,9 +88,9 @@ def main():
         count += 1
     for softcap, spread in itertools.product((None, 2.5), (1.0, 60.0)):
         logits, labels = spread * torch.randn(N, V), torch.randint(V, (N,))
-        ours = logits.clone()
-        found = row_kernel.kernel_rows_(ours, labels, None, 1.0, (0.3, 0.0), softcap=softcap)
-        expected, gradient = torch_path(logits, labels, None, 1.0, (0.3, 0.0), "forward", softcap)
+        ours, settings = logits.clone(), LossSettings(vocab_size=V, logit_softcap=softcap)
+        found = row_kernel.kernel_rows_(ours, labels, None, settings, (0.3, 0.0))
+        expected, gradient = torch_path(logits, labels, None, settings, (0.3, 0.0))
         check(f"cross-entropy alone, cap={softcap}", found[0], expected[0])
         check(f"gradient alone, cap={softcap}", ours, gradient)
         count += 1

@@ -3,7 +3,8 @@
     python -m torch.distributed.run ... -m tests.ranks SETTINGS.yaml [RANK STEP WHERE]
 
 WHERE is what rank RANK does at step STEP: `step` or `save` (before a checkpoint gets its mark) kill it, `term` and
-`usr1` send it a signal, `nan` makes its loss nan. Writes to OUT/parameters.json what kinds of parameters are in which
+`usr1` send it a signal, `nan` makes its loss nan; `gradient` has all ranks' kernel make a wrong one from the moment at
+which the model is sharded. Writes to OUT/parameters.json what kinds of parameters are in which
 units of FSDP2, and the types of what its loss was computed from.
 """
 
@@ -19,10 +20,11 @@ from torch.distributed.fsdp import FSDPModule
 
 from pipeline.errors import Drained
 from pipeline.settings import load_config
-from stages.train_student import checkpoints, head
+from stages.train_student import checkpoints, fused_head, head
 from stages.train_student.run import train_student
 from stages.train_student.settings import TrainConfig
 from stages.train_student.trainer import DistillationTrainer
+from tests.test_train_steps import kernel_with, larger_by_a_tenth
 
 
 def parameters_of(model: torch.nn.Module) -> dict[str, list[str]]:
@@ -38,13 +40,13 @@ def main() -> int:
     """0 done, 75 drained."""
     config = load_config(TrainConfig, Path(sys.argv[1]))
     rank, step, where = (int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]) if len(sys.argv) > 2 else (-1, -1, "")
-    judge, write_json, loss = DistillationTrainer.judge_step, checkpoints.write_json, head.fused_distillation_loss
+    judge, write_json, loss = DistillationTrainer.judge_step, checkpoints.write_json, head.distillation_loss
     loss_of: dict[str, str] = {}
 
-    def watched_loss(hidden_NH: torch.Tensor, head_weight_VH: torch.Tensor, **batch: Any) -> Any:
-        tensors = {"hidden": hidden_NH, "weight": head_weight_VH, "probs": batch["probs_NK"]}
+    def watched_loss(hidden_MH: torch.Tensor, weight_VH: torch.Tensor, targets: Any, *rest: Any, **extras: Any) -> Any:
+        tensors = {"hidden": hidden_MH, "weight": weight_VH, "probs": targets.probs_MK}
         loss_of.update({name: str(tensor.dtype) for name, tensor in tensors.items()})
-        return loss(hidden_NH, head_weight_VH, **batch)
+        return loss(hidden_MH, weight_VH, targets, *rest, **extras)
 
     def judge_step(self: Any) -> None:
         if self.args.process_index == 0:
@@ -64,8 +66,14 @@ def main() -> int:
             os.kill(os.getpid(), signal.SIGKILL)
         return write_json(path, document)
 
+    def begin(self: Any) -> None:
+        if where == "gradient":
+            fused_head._row_kernel = lambda logits: kernel_with(larger_by_a_tenth)
+        start(self)
+
+    start, DistillationTrainer.begin = DistillationTrainer.begin, begin
     DistillationTrainer.judge_step, checkpoints.write_json = judge_step, mark
-    head.fused_distillation_loss = watched_loss
+    head.distillation_loss = watched_loss
     try:
         train_student(config)
     except Drained as drained:

@@ -14,7 +14,8 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from pipeline.errors import PipelineError
 from pipeline.stores.sealed import write_json
-from stages.train_student.checkpoints import MARK, newest_whole_checkpoint, weights_only
+from stages.train_student.checkpoints import MARK, newest_whole_checkpoint
+from stages.train_student.compat.torch_hooks import weights_only
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # one process is all there is
 

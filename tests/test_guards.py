@@ -6,7 +6,7 @@ import math
 import pytest
 
 from stages.train_student.guards import MIN_HISTORY, StepGuard, record_bad_step
-from stages.train_student.schedules import AlphaSchedule
+from stages.train_student.schedules import ALPHA_SCHEDULES, AlphaSchedule
 
 
 def judged(losses):
@@ -52,5 +52,5 @@ def test_alpha_schedules():
     assert course("linear") == pytest.approx([0.8 - 0.06 * step for step in range(11)])
     assert course("wsd") == pytest.approx([0, 0.4, 0.8, 0.8, 0.8, 0.8, 0.8, 0.65, 0.5, 0.35, 0.2])
     assert course("wsd", warmup_ratio=0.0, decay_ratio=0.0) == [0.8] * 11
-    for shape in ("constant", "linear", "wsd"):
+    for shape in ALPHA_SCHEDULES:
         assert course(shape, num_steps=1)[0] in (0.0, 0.8)

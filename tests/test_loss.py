@@ -1,16 +1,28 @@
 """The fused loss against plain float64 autograd over dense logits, written from the formulas of the policies."""
 
+import contextlib
 import itertools
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from stages.train_student.loss import fused_distillation_loss
+from stages.train_student import fused_head
+from stages.train_student.divergences import BUCKET_DIVERGENCES, DIVERGENCES
+from stages.train_student.loss import distillation_loss, fused_distillation_loss
+from stages.train_student.loss_settings import LossSettings
+from stages.train_student.tails import TAILS
+from stages.train_student.targets import DistillationTargets
 from tests.rounding import UNIT
 
-TAILS = ("ghost", "zero", "renormalise", "uniform")
+STORED_TAILS = tuple(name for name, tail in TAILS.items() if not tail.is_drawn)
+"""Without draws, of which this file's cases have none."""
+ROOT = Path(__file__).parent.parent
 TEMPERATURES = (1.0, 2.0, 3.7)
 ALPHAS = (0.0, 0.3, 1.0)
 FLOAT64_ERROR = 1e-11
@@ -86,13 +98,13 @@ def assert_matches_dense(case, alpha, temperature, tail, **extras):
 
 
 @pytest.mark.parametrize("k", [1, 5, 16, 17])
-@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize("tail", STORED_TAILS)
 def test_values_and_gradients_match_dense_autograd(tail, k):
     for temperature, alpha in itertools.product((*TEMPERATURES, 0.7), ALPHAS):
         assert_matches_dense(make_case(k=k, temperature=temperature), alpha, temperature, tail)
 
 
-@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize("tail", STORED_TAILS)
 def test_whole_vocabulary_equals_dense_kl_div(tail):
     hidden, weight, labels, ids, probs, tail_mass = make_case(k=17)
     assert tail_mass.count_nonzero() == 0
@@ -107,7 +119,7 @@ def test_whole_vocabulary_equals_dense_kl_div(tail):
 
 
 @pytest.mark.parametrize("k", [5, 17])
-@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize("tail", STORED_TAILS)
 def test_gradcheck(tail, k):
     for temperature, alpha in itertools.product(TEMPERATURES, ALPHAS):
         hidden, weight, *rest = make_case(num_tokens=3, hidden_size=2, k=k, temperature=temperature)
@@ -119,7 +131,7 @@ def test_gradcheck(tail, k):
         )
 
 
-@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize("tail", STORED_TAILS)
 @pytest.mark.parametrize("rows_a_chunk", [1, 2, 3, 4, 100])
 def test_chunks_do_not_change_the_result(tail, rows_a_chunk):
     assert_matches_dense(make_case(num_tokens=7), 0.3, 2.0, tail, chunk_bytes=rows_a_chunk * 17 * 8)
@@ -127,11 +139,11 @@ def test_chunks_do_not_change_the_result(tail, rows_a_chunk):
 
 def test_blocks_of_rows_do_not_change_the_result(monkeypatch):
     monkeypatch.setattr("stages.train_student.fused_head.BLOCK_BYTES", {"cpu": 2 * 17 * 8})
-    for tail, temperature in itertools.product(TAILS, TEMPERATURES):
+    for tail, temperature in itertools.product(STORED_TAILS, TEMPERATURES):
         assert_matches_dense(make_case(num_tokens=7), 0.3, temperature, tail, chunk_bytes=5 * 17 * 8)
 
 
-@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize("tail", STORED_TAILS)
 def test_padding_rows_of_the_head_take_no_part(tail):
     hidden, weight, *rest = make_case()
     padded = torch.cat([weight.detach(), torch.full((3, 4), 50.0, dtype=torch.float64)]).requires_grad_()
@@ -146,7 +158,7 @@ def test_padding_rows_of_the_head_take_no_part(tail):
 
 
 @pytest.mark.parametrize("temperature", TEMPERATURES)
-@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize("tail", STORED_TAILS)
 def test_padding_slots_repeat_slot_0(tail, temperature):
     hidden, weight, labels, ids, probs, tail_mass = make_case(temperature=temperature)
     padded_ids = torch.cat([ids, ids[:, :1].expand(-1, 3)], 1)
@@ -196,7 +208,7 @@ STUDENTS = {"certain of a stored id": (0, 200.0), "certain of another id": (1, 2
 
 @pytest.mark.parametrize("tail_mass", [0.0, 1e-9, 0.3])
 @pytest.mark.parametrize("student", [*STUDENTS, "uniform"])
-@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize("tail", STORED_TAILS)
 def test_extreme_logits_stay_exact_in_float32(tail, student, tail_mass):
     vocab_size, k = 50, 4
     rounding = (vocab_size + 8) * UNIT  # of a sum in the worst order, and of what is done to its terms
@@ -238,7 +250,7 @@ def test_small_student_tail_is_a_sum_and_not_a_difference():
     torch.testing.assert_close(tail_grad, torch.autograd.grad(expected, logits)[0][0, 2:], rtol=rounding, atol=0)
 
 
-@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize("tail", STORED_TAILS)
 def test_bfloat16_error_is_that_of_the_inputs_not_of_the_loss(tail):
     """Both errors are measured from float64 over the same rounded inputs; naive is autograd in bfloat16."""
     case = make_case(num_tokens=64, hidden_size=32, vocab_size=512, k=16)
@@ -299,7 +311,7 @@ def largest_tensor(function, inputs):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize("tail", STORED_TAILS)
 def test_no_tensor_grows_with_tokens_times_vocabulary(tail, dtype):
     vocab_size, hidden_size, rows_a_chunk = 1000, 8, 16
     limit = max(rows_a_chunk * vocab_size, vocab_size * hidden_size)
@@ -425,7 +437,7 @@ def dense_divergence_rows(logits, ids, probs, tail_mass, temperature, divergence
 
 
 @pytest.mark.parametrize("k", [1, 5, 17])
-@pytest.mark.parametrize("divergence", ["reverse", "js"])
+@pytest.mark.parametrize("divergence", BUCKET_DIVERGENCES)
 def test_other_divergences_match_dense_autograd(divergence, k):
     for temperature, alpha in itertools.product((*TEMPERATURES, 0.7), (0.3, 1.0)):
         case = hidden, weight, labels, *targets = make_case(k=k, temperature=temperature)
@@ -441,7 +453,7 @@ def test_other_divergences_match_dense_autograd(divergence, k):
             torch.testing.assert_close(grad, wanted, rtol=FLOAT64_ERROR, atol=FLOAT64_ERROR)
 
 
-@pytest.mark.parametrize("divergence", ["forward", "reverse", "js"])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_divergence_on_the_bucket_is_a_lower_bound_of_the_full_one(divergence):
     """Against the whole vocabulary: never above, equal for k = V, and the same gradient on the stored ids' side."""
     _, _, labels, *_ = make_case(ignored=())
@@ -467,7 +479,7 @@ def test_divergence_on_the_bucket_is_a_lower_bound_of_the_full_one(divergence):
 
 @pytest.mark.parametrize("tail_mass", [0.0, 1e-9, 0.3])
 @pytest.mark.parametrize("student", [*STUDENTS, "uniform"])
-@pytest.mark.parametrize("divergence", ["reverse", "js"])
+@pytest.mark.parametrize("divergence", BUCKET_DIVERGENCES)
 def test_other_divergences_stay_exact_in_float32(divergence, student, tail_mass):
     vocab_size, k = 50, 4
     for temperature in TEMPERATURES:
@@ -491,7 +503,7 @@ def test_other_divergences_stay_exact_in_float32(divergence, student, tail_mass)
         assert (grad.double() - wanted).abs().max() <= 2e-6 * max(1.0, wanted.abs().max())
 
 
-@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize("tail", STORED_TAILS)
 @pytest.mark.parametrize(("scale", "softcap"), [(0.25, None), (1.0, 1.5), (3.0, 2.0)])
 def test_scaled_and_capped_logits_match_dense_autograd(tail, scale, softcap):
     for temperature, chunk_bytes in itertools.product(TEMPERATURES, (3 * 17 * 8, 10**6)):
@@ -577,6 +589,141 @@ def test_inputs_that_do_not_fit_are_named(changes, message):
     arguments.update({name: new(arguments[name]) if callable(new) else new for name, new in changes.items()})
     with pytest.raises(ValueError, match=message):
         fused_distillation_loss(**arguments)
+
+
+class Made(TorchDispatchMode):
+    """Devices and types of all that any operation returned."""
+
+    def __init__(self):
+        super().__init__()
+        self.devices, self.dtypes = set(), set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(tensor, torch.Tensor):
+                self.devices.add(tensor.device.type)
+                self.dtypes.add(tensor.dtype)
+        return result
+
+
+@pytest.fixture
+def no_values(monkeypatch):
+    """Tensors of the device "meta" in the place of a GPU's: they go its way, and whatever asks for a value is an error.
+
+    Those of a FakeTensorMode say "cuda", but ask a torch that is built without it for its devices.
+    """
+    for sizes in (fused_head.DEFAULT_CHUNK_BYTES, fused_head.BLOCK_BYTES):
+        monkeypatch.setitem(sizes, "meta", 4 * 17 * 4)
+    monkeypatch.setattr(torch, "autocast", lambda device_type, enabled: contextlib.nullcontext())
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device_type: False)
+    return torch.device("meta")
+
+
+KINDS_OF_LOSS = [{"tail": tail} for tail in TAILS] + [{"divergence": name} for name in BUCKET_DIVERGENCES]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS_OF_LOSS, ids=str)
+def test_a_step_on_a_gpu_waits_for_nothing_and_makes_nothing_elsewhere_or_in_float64(no_values, kind, dtype):
+    settings = LossSettings(vocab_size=17, logit_scale=0.5, logit_softcap=3.0, temperature=3.0, **kind)
+    options = {"device": no_values, "dtype": dtype}
+    leaves = [torch.empty(*size, **options).requires_grad_() for size in ((6, 4), (20, 4), (6, 2), (20, 2))]
+    teacher = torch.empty(6, 3, device=no_values)
+    is_drawn = TAILS[settings.tail].is_drawn
+    targets = DistillationTargets(
+        labels_M=teacher[:, 0].long(),
+        ids_MK=teacher.long(),
+        probs_MK=teacher,
+        tail_mass_M=teacher[:, 0],
+        entropy_M=teacher[:, 0] if is_drawn else None,
+    )
+    with Made() as made:
+        out = distillation_loss(*leaves[:2], targets, settings, adapter=tuple(leaves[2:]))
+        out.loss.backward()
+    assert made.devices == {"meta"}
+    assert made.dtypes == {dtype, torch.float32, torch.int64, torch.bool}
+    assert {value.dtype for value in out} == {torch.float32}
+    assert [leaf.grad.dtype for leaf in leaves] == [dtype] * 4
+    with pytest.raises(RuntimeError, match="meta"):  # the measurement can fail
+        out.loss.item()
+
+
+class Waits(TorchFunctionMode):
+    """Counts what a GPU would be waited for."""
+
+    NAMES = ("item", "tolist", "nonzero", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__")
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__name__", "") in self.NAMES:
+            self.found.append(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_tensors_of_any_origin_are_waited_for_thrice_and_checked_targets_never():
+    hidden, weight, labels, ids, probs, tail_mass = make_case(ignored=())
+    with Waits() as waits:
+        expected = fused_distillation_loss(
+            hidden, weight, labels, ids, probs, tail_mass, num_target_tokens=torch.tensor(6)
+        ).loss
+    assert waits.found == ["nonzero", "tolist", "__float__"]
+    targets = DistillationTargets(labels_M=labels, ids_MK=ids, probs_MK=probs, tail_mass_M=tail_mass)
+    with Waits() as waits:
+        found = distillation_loss(hidden, weight, targets, LossSettings(vocab_size=17), num_target_tokens=6).loss
+    assert waits.found == []
+    assert found.item() == expected.item()
+
+
+def test_targets_go_through_a_batch_and_keep_their_rows():
+    _, _, labels, ids, probs, tail_mass = make_case(ignored=())
+    targets = DistillationTargets(labels_M=labels, ids_MK=ids, probs_MK=probs, tail_mass_M=tail_mass)
+    again = DistillationTargets.of_batch({**targets.as_batch(), "input_ids": labels})
+    assert list(targets.as_batch()) == ["shift_labels", "teacher_ids", "teacher_probs", "teacher_tail"]
+    assert again == targets
+    part = targets.rows(slice(1, 3)).to("cpu")
+    assert torch.equal(part.probs_MK, probs[1:3])
+    assert part.entropy_M is None
+    assert len(part) == 2
+
+
+LACKING = """
+import sys
+
+class Lacking:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {missing}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+sys.meta_path.insert(0, Lacking())
+sys.argv = ["loss_gpu", {argument!r}]
+import benchmarks.loss_gpu
+benchmarks.loss_gpu.main()
+"""
+MISSING = (
+    "zstandard",
+    "numcodecs",
+    "pcodec",
+    "zarr",
+    "msgspec",
+    "obstore",
+    "xxhash",
+    "pyarrow",
+    "psutil",
+    "accelerate",
+)
+
+
+@pytest.mark.parametrize("argument", ["--help", "--smoke"])
+def test_benchmark_runs_on_a_gpu_machine_that_has_torch_and_little_else(argument):
+    program = LACKING.format(missing=MISSING, argument=argument)
+    command = [sys.executable, "-c", program]
+    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert finished.returncode == 0, finished.stderr
+    assert ("--tokens" if argument == "--help" else "largest relative error") in finished.stdout
 
 
 @pytest.mark.gpu

@@ -1,27 +1,75 @@
 """The Triton row kernel on the CPU, in Triton's interpreter, against the torch path in float64."""
 
+import contextlib
 import importlib.util
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
+import torch
+
+from stages.train_student.divergences import DIVERGENCES
+from stages.train_student.loss_settings import LossSettings
+from stages.train_student.tails import TAILS
 
 ROOT = Path(__file__).parent.parent
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        importlib.util.find_spec("triton") is None, reason="triton is not installed; `make slow` does it"
-    ),
-]
 
-
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed; `make slow` does it")
 def test_kernel_agrees_with_the_torch_path():
-    """All 504 kinds of targets and logits, and 4 of hard labels alone."""
-    command = [sys.executable, "-W", "ignore", "-m", "tests.kernel_rows", "504"]
+    """72 cases of every tail and every other divergence, and 4 of hard labels alone."""
+    command = [sys.executable, "-W", "ignore", "-m", "tests.kernel_rows"]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     finished = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
     assert finished.returncode == 0, finished.stderr
-    assert int(finished.stdout) == 508
+    assert int(finished.stdout) == 72 * (len(TAILS) + len(DIVERGENCES) - 1) + 4
+
+
+class Launched:
+    """A kernel of a triton that is not there: what it was called with, and inside which guard."""
+
+    def __init__(self, function):
+        self.calls, self.guards = [], []
+
+    def __getitem__(self, grid):
+        return lambda *args, **constants: self.calls.append((grid, tuple(self.guards), constants["DIVERGENCE"]))
+
+
+@pytest.fixture
+def kernel(monkeypatch):
+    """row_kernel.py beside stubs of triton."""
+    language = types.ModuleType("triton.language")
+    language.constexpr = lambda value: value
+    stub = types.ModuleType("triton")
+    stub.jit, stub.language, stub.next_power_of_2 = Launched, language, lambda number: number
+    monkeypatch.setitem(sys.modules, "triton", stub)
+    monkeypatch.setitem(sys.modules, "triton.language", language)
+    path = ROOT / "stages" / "train_student" / "row_kernel.py"
+    spec = importlib.util.spec_from_file_location("row_kernel_beside_stubs", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_kernel_is_launched_on_the_device_of_its_tensors(kernel, monkeypatch):
+    """Triton itself takes the current one: logits on cuda:1 beside a current cuda:0 would be read from there."""
+    logits = torch.zeros(3, 5)
+
+    @contextlib.contextmanager
+    def guard(tensor):
+        kernel._rows.guards.append(tensor)
+        yield
+        kernel._rows.guards.pop()
+
+    monkeypatch.setattr(torch.cuda, "device_of", guard)
+    kernel.kernel_rows_(logits, torch.zeros(3, dtype=torch.long), None, LossSettings(vocab_size=5), None)
+    ((grid, guards, divergence),) = kernel._rows.calls
+    assert grid == (3,)
+    assert len(guards) == 1
+    assert guards[0] is logits
+    assert divergence == "forward"
+    assert kernel._rows.guards == []

@@ -9,6 +9,7 @@ import pytest
 from pipeline import open_cache
 from stages.train_student.dataset import CacheDataset, Collate
 from stages.train_student.loader import BatchLoader
+from stages.train_student.loss_settings import LossSettings
 from stages.train_student.sampler import Permutation, StepShape, StreamSampler
 from tests.small import make_cache
 
@@ -77,9 +78,9 @@ def cache(tmp_path_factory, corpus):
 def batch_loader(cache, num_workers, first_step=0):
     sampler = StreamSampler(len(cache), 3, StepShape(batch_size=3, accumulation=2), 6)
     sampler.first_step = first_step
-    return BatchLoader(
-        CacheDataset(cache, cache.manifest.vocab_size), Collate(2.0), sampler, num_workers=num_workers, pin=False
-    )
+    vocab_size = cache.manifest.vocab_size
+    collate = Collate(LossSettings(vocab_size=vocab_size))
+    return BatchLoader(CacheDataset(cache, vocab_size), collate, sampler, num_workers=num_workers, pin=False)
 
 
 def test_workers_change_nothing_about_the_order(cache):
@@ -87,6 +88,14 @@ def test_workers_change_nothing_about_the_order(cache):
     assert keys[0] == keys[1]
     assert len(keys[0]) == len(batch_loader(cache, 0)) == 12
     assert [batch["keys"] for batch in batch_loader(cache, 0, first_step=4)] == keys[0][8:]
+
+
+def test_targets_outside_the_vocabulary_are_an_error_of_the_loader(cache):
+    """The loss, which would have to wait for its device, does not look."""
+    with pytest.raises(
+        ValueError, match=r"labels_N: holds ids from \d+ to \d+, expected 0 to 2; the targets are of another"
+    ):
+        Collate(LossSettings(vocab_size=3))([cache[0]])
 
 
 def test_loader_s_thread_ends_with_its_iterator_and_hands_on_errors(cache, monkeypatch):

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,8 +13,13 @@ from pipeline.cache.manifest import CacheManifest
 from pipeline.errors import CacheMismatchError, ConfigError
 from pipeline.stores.sealed import read_json, write_json
 from stages.train_student.checks import RUN, open_folder, require_room, require_same_targets
+from stages.train_student.divergences import DIVERGENCES
+from stages.train_student.guards import BAD_LOSS_ACTIONS
 from stages.train_student.sampler import StepShape
+from stages.train_student.schedules import ALPHA_SCHEDULES, SCHEDULES
 from stages.train_student.settings import TrainConfig
+from stages.train_student.shardings import SHARDINGS
+from stages.train_student.tails import TAILS
 from tests.small import llama_config, make_cache
 
 SHAPE = StepShape(batch_size=8, accumulation=1, rank=0, world_size=1)
@@ -101,3 +108,19 @@ def test_held_out_sequences_longer_than_the_context_name_that_cache(config):
     require_room(config, held_out.sequence_length, held_out)
     with pytest.raises(CacheMismatchError, match=r"held-out: sequences of 96 tokens; .*student has a context of 95"):
         require_room(config, 95, held_out)
+
+
+def test_help_knows_the_choices_without_torch_and_where_tensorboard_looks():
+    program = (
+        "import sys; from click.testing import CliRunner; from pipeline.cli import main\n"
+        "out = CliRunner().invoke(main, ['train-student', '--help'], env={'COLUMNS': '500'}).stdout\n"
+        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules\n"
+        "print(out)"
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=100
+    ).stdout
+    words = " ".join(out.split())
+    assert "under OUT/tensorboard." in words
+    for table in (TAILS, DIVERGENCES, SCHEDULES, ALPHA_SCHEDULES, SHARDINGS, BAD_LOSS_ACTIONS):
+        assert f"[{'|'.join(table)}]" in words

@@ -14,10 +14,12 @@ from pipeline.progress import Reporter
 from stages.train_student.agreement import dense_loss
 from stages.train_student.dataset import Collate, stack_rows
 from stages.train_student.documents import LENGTH_CLASSES, _length_classes, target_hidden
-from stages.train_student.head import HeadLoss, attach_fused_loss
+from stages.train_student.head import attach_fused_loss
 from stages.train_student.isolation import isolate_documents, probe
+from stages.train_student.loss_settings import LossSettings
 from stages.train_student.run import train_student
 from stages.train_student.settings import TrainConfig
+from stages.train_student.targets import DistillationTargets
 from tests.kinds import APART, MIXED, kind_model, kind_student
 from tests.oracle import softmax
 from tests.small import make_cache, true_logits
@@ -49,7 +51,7 @@ class Notes(Reporter):
 
 
 def hooked(model):
-    attach_fused_loss(model, HeadLoss(vocab_size=VOCAB))
+    attach_fused_loss(model, LossSettings(vocab_size=VOCAB))
     return model
 
 
@@ -166,17 +168,17 @@ def test_recurrent_student_trains_on_packed_rows_as_on_documents_alone(tmp_path,
 def test_fused_loss_of_a_kind_that_mixes_documents_is_that_of_its_own_logits_alone(cache):
     vocab_size = open_cache(cache).manifest.vocab_size
     model = kind_model("lfm2", vocab_size, dtype="float64")
-    head = HeadLoss(vocab_size=vocab_size)
-    attach_fused_loss(model, head)
+    settings = LossSettings(vocab_size=vocab_size)
+    attach_fused_loss(model, settings)
     sequences = [open_cache(cache)[index] for index in (3, 8, 1)]
-    batch = Collate(2.0)(sequences)
+    batch = Collate(settings)(sequences)
     del batch["keys"]
     rows = []
     for sequence in sequences:
         parts = torch.tensor(sequence.token_ids.astype(np.int64)).split(sequence.document_lengths.tolist())
         logits = torch.cat([model(input_ids=part[None], use_cache=False).logits[0] for part in parts])
         rows.append(logits[torch.tensor(sequence.target_positions.astype(np.int64))])
-    expected = dense_loss(torch.cat(rows), batch, head).item()
+    expected = dense_loss(torch.cat(rows), DistillationTargets.of_batch(batch), settings).item()
     assert model(**batch).loss.item() != pytest.approx(expected, rel=1e-6)
     model.one_by_one = True
     assert model(**batch).loss.item() == pytest.approx(expected, rel=1e-9)

@@ -10,14 +10,17 @@ from transformers import AutoModelForCausalLM
 from pipeline import open_cache
 from pipeline.errors import ConfigError
 from stages.train_student.agreement import dense_loss
+from stages.train_student.compat.peft_hooks import merged
 from stages.train_student.coverage import coverage_notes
 from stages.train_student.dataset import Collate
 from stages.train_student.gradients import WATCHED_STEPS, GradientWatch
-from stages.train_student.head import HeadLoss, attach_fused_loss
-from stages.train_student.lora import add_adapters, merged
+from stages.train_student.head import attach_fused_loss
+from stages.train_student.lora import add_adapters
+from stages.train_student.loss_settings import LossSettings
 from stages.train_student.routers import router_loss
 from stages.train_student.run import train_student
 from stages.train_student.settings import TrainConfig
+from stages.train_student.targets import DistillationTargets
 from tests.kinds import kind_model, kind_student
 from tests.small import make_cache
 from tests.test_train_documents import Notes
@@ -32,7 +35,7 @@ def cache(tmp_path_factory, corpus):
 
 @pytest.fixture
 def batch(cache):
-    batch = Collate(2.0)([open_cache(cache)[index] for index in (3, 8)])
+    batch = Collate(LossSettings(vocab_size=vocab_of(cache)))([open_cache(cache)[index] for index in (3, 8)])
     del batch["keys"]
     return batch
 
@@ -50,10 +53,11 @@ def logits_of(model, batch):
 def test_adapted_experts_train_as_in_the_merged_model(cache, batch, kind):
     """In float64: values of the merged weights; gradients of the factors from the dense formula on the model's logits."""
     model = kind_model(kind, vocab_of(cache), dtype="float64")
-    base, head = model, HeadLoss(vocab_size=vocab_of(cache))
+    base, settings = model, LossSettings(vocab_size=vocab_of(cache))
+    targets = DistillationTargets.of_batch(batch)
     plain = {name: parameter.clone() for name, parameter in base.named_parameters()}
     model = add_adapters(model, rank=2, alpha=4.0, on_head=False).double()
-    attach_fused_loss(base, head)
+    attach_fused_loss(base, settings)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_" in name:
@@ -61,7 +65,8 @@ def test_adapted_experts_train_as_in_the_merged_model(cache, batch, kind):
     out = model(**batch)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     grads = [
-        torch.autograd.grad(loss, trained) for loss in (out.loss, dense_loss(logits_of(model, batch), batch, head))
+        torch.autograd.grad(loss, trained)
+        for loss in (out.loss, dense_loss(logits_of(model, batch), targets, settings))
     ]
     for ours, theirs in zip(*grads, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-9)
@@ -70,7 +75,7 @@ def test_adapted_experts_train_as_in_the_merged_model(cache, batch, kind):
     stacks = {name for name, parameter in plain.items() if parameter.ndim == 3}
     assert stacks <= changed
     assert {name for name in plain if "shared_expert" in name or name.endswith("c_fc.weight")} <= changed
-    assert dense_loss(logits_of(after, batch), batch, head).item() == pytest.approx(out.loss.item(), rel=1e-9)
+    assert dense_loss(logits_of(after, batch), targets, settings).item() == pytest.approx(out.loss.item(), rel=1e-9)
 
 
 def test_note_counts_what_adapters_change_and_names_what_stays():
@@ -117,7 +122,7 @@ def test_balancing_loss_is_that_of_the_models_own_forward(kind, one_by_one):
         parameter for name, parameter in model.named_parameters() if name.endswith(("gate.weight", "router.weight"))
     )
     (expected,) = torch.autograd.grad(balanced.aux_loss, gate)
-    attach_fused_loss(model, HeadLoss(vocab_size=VOCAB, alpha=0.0, router=router))
+    attach_fused_loss(model, LossSettings(vocab_size=VOCAB, alpha=0.0), router)
     model.one_by_one = one_by_one
     rows = torch.arange(19)
     out = model(
@@ -125,8 +130,6 @@ def test_balancing_loss_is_that_of_the_models_own_forward(kind, one_by_one):
         position_ids=torch.arange(20)[None],
         target_rows=rows,
         shift_labels=ids[0, 1:],
-        temperature=1.0,
-        tail="ghost",
     )
     assert out.router_loss.item() == pytest.approx(own, rel=1e-4)
     assert out.loss.item() == pytest.approx(balanced.loss.item(), rel=1e-5)
@@ -139,19 +142,17 @@ def test_balancing_losses_of_micro_batches_are_weighed_by_their_target_tokens(ca
     """Padding takes no part: of a padded batch it is that of the documents."""
     model = kind_model("qwen3_moe", vocab_of(cache))
     router, _ = router_loss(model, 0.5)
-    attach_fused_loss(model, HeadLoss(vocab_size=vocab_of(cache), router=router))
-    parts = [Collate(2.0)([open_cache(cache)[index]]) for index in (3, 8)]
+    settings = LossSettings(vocab_size=vocab_of(cache))
+    attach_fused_loss(model, settings, router)
+    parts = [Collate(settings)([open_cache(cache)[index]]) for index in (3, 8)]
     alone = [model(**{k: v for k, v in part.items() if k != "keys"}).router_loss.item() for part in parts]
     sizes = [len(part["target_rows"]) for part in parts]
-    step = [
-        model(**{k: v for k, v in part.items() if k != "keys"}, num_items_in_batch=torch.tensor(sum(sizes)))
-        for part in parts
-    ]
+    step = [model(**{k: v for k, v in part.items() if k != "keys"}, num_items_in_batch=sum(sizes)) for part in parts]
     expected = sum(size * value for size, value in zip(sizes, alone)) / sum(sizes)
     assert sum(out.router_loss.item() for out in step) == pytest.approx(expected, rel=1e-6)
     terms = sum((0.5 * out.cross_entropy + 0.5 * 4 * out.kl).item() for out in step)
     assert sum(out.loss.item() for out in step) == pytest.approx(terms + 0.5 * expected, rel=1e-6)
-    both = Collate(2.0)([open_cache(cache)[index] for index in (3, 8)])
+    both = Collate(settings)([open_cache(cache)[index] for index in (3, 8)])
     lengths = [len(open_cache(cache)[index].token_ids) for index in (3, 8)]
     assert lengths[0] != lengths[1]
     logits = []

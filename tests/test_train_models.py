@@ -11,13 +11,18 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from pipeline import open_cache
 from pipeline.errors import ConfigError, PipelineError
 from stages.train_student.agreement import dense_loss, require_agreement
+from stages.train_student.compat.peft_hooks import merged
 from stages.train_student.dataset import Collate
+from stages.train_student.divergences import DIVERGENCES
 from stages.train_student.evaluation import finish, measure_rows
-from stages.train_student.head import HeadLoss, attach_fused_loss
-from stages.train_student.lora import add_adapters, merged
+from stages.train_student.head import attach_fused_loss
+from stages.train_student.lora import add_adapters
+from stages.train_student.loss_settings import LossSettings
 from stages.train_student.run import train_student
 from stages.train_student.settings import TrainConfig
 from stages.train_student.student import read_student
+from stages.train_student.tails import TAILS
+from stages.train_student.targets import DistillationTargets
 from tests.helpers import tiny_tokenizer
 from tests.oracle import softmax
 from tests.small import llama_config, make_cache, true_logits
@@ -55,40 +60,40 @@ def student_folder(folder: Path, cache: Path, kind: str) -> Path:
     return folder / "config.json"
 
 
-def model_of(student, head, **adapters):
+def model_of(student, settings, **adapters):
     model = student.load(0).double()
     model = add_adapters(model, **adapters).double() if adapters else model
-    attach_fused_loss(model.get_base_model() if adapters else model, head)
+    attach_fused_loss(model.get_base_model() if adapters else model, settings)
     return model
 
 
-def head_of(student, cache, **changes):
+def settings_of(student, cache, **changes):
     manifest = open_cache(cache).manifest
     factors = {"logit_scale": student.model.logit_scale, "logit_softcap": student.model.logit_softcap}
-    return HeadLoss(vocab_size=manifest.vocab_size, **factors, **changes)
+    return LossSettings(vocab_size=manifest.vocab_size, **factors, **changes)
 
 
-def batch_of(cache, indices=(3, 8)):
-    batch = Collate(2.0)([open_cache(cache)[index] for index in indices])
+def batch_of(cache, settings, indices=(3, 8)):
+    batch = Collate(settings)([open_cache(cache)[index] for index in indices])
     del batch["keys"]
     return batch
 
 
-def own_logits(model, batch, head):
+def own_logits(model, batch, settings):
     """Of the target rows, as the model gives them without a hook; documents of a sequence do not see each other."""
     tokens = {name: batch[name] for name in ("input_ids", "position_ids")}
     logits = model(**tokens, use_cache=False).logits
-    return logits.flatten(0, 1)[batch["target_rows"], : head.vocab_size]
+    return logits.flatten(0, 1)[batch["target_rows"], : settings.vocab_size]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_of_every_kind_are_those_of_its_own_logits(tmp_path, cache, kind):
     """The reference is the untouched model's logits, whatever it does to them."""
     student = read_student(student_folder(tmp_path, cache, kind), open_cache(cache))
-    head = head_of(student, cache)
-    model, batch = model_of(student, head), batch_of(cache)
+    settings = settings_of(student, cache)
+    model, batch = model_of(student, settings), batch_of(cache, settings)
     out = model(**batch)
-    expected = dense_loss(own_logits(model, batch, head), batch, head)
+    expected = dense_loss(own_logits(model, batch, settings), DistillationTargets.of_batch(batch), settings)
     assert out.loss.item() == pytest.approx(expected.item(), rel=1e-9)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     pairs = zip(torch.autograd.grad(out.loss, trained), torch.autograd.grad(expected, trained), strict=True)
@@ -100,7 +105,7 @@ def test_gradients_of_every_kind_are_those_of_its_own_logits(tmp_path, cache, ki
 def test_documents_packed_into_a_sequence_do_not_see_each_other(tmp_path, cache, kind):
     """All logits of a batch of packed and padded sequences are those of every document alone."""
     student = read_student(student_folder(tmp_path, cache, kind), open_cache(cache))
-    model, batch = student.load(0).double(), batch_of(cache, indices := (3, 8, 1))
+    model, batch = student.load(0).double(), batch_of(cache, settings_of(student, cache), indices := (3, 8, 1))
     sequences = [open_cache(cache)[index] for index in indices]
     assert max(len(sequence.document_lengths) for sequence in sequences) > 1
     with torch.no_grad():
@@ -117,22 +122,22 @@ def test_documents_packed_into_a_sequence_do_not_see_each_other(tmp_path, cache,
 def test_adapters_train_as_in_the_merged_model(tmp_path, cache, on_head):
     """Values of the merged weights, gradients of the adapters alone; the head's is frozen or has its own."""
     student = read_student(student_folder(tmp_path, cache, "granite"), open_cache(cache))
-    head = head_of(student, cache)
-    model = model_of(student, head, rank=3, alpha=6.0, on_head=on_head)
+    settings = settings_of(student, cache)
+    model = model_of(student, settings, rank=3, alpha=6.0, on_head=on_head)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_" in name:
                 parameter.normal_(0, 0.1)
-    batch = batch_of(cache)
+    batch = batch_of(cache, settings)
     out = model(**batch)
-    expected = dense_loss(own_logits(model, batch, head), batch, head)
+    expected = dense_loss(own_logits(model, batch, settings), DistillationTargets.of_batch(batch), settings)
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert all("lora_" in name for name in trained)
     assert any("lm_head" in name for name in trained) == on_head
     grads = (torch.autograd.grad(loss, list(trained.values())) for loss in (out.loss, expected))
     for ours, theirs in zip(*grads, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-9)
-    merged_loss = dense_loss(own_logits(merged(model), batch, head), batch, head)
+    merged_loss = dense_loss(own_logits(merged(model), batch, settings), DistillationTargets.of_batch(batch), settings)
     assert merged_loss.item() == pytest.approx(out.loss.item(), rel=1e-9)
 
 
@@ -165,15 +170,16 @@ def test_adapter_on_a_tied_head_is_refused(tmp_path, cache):
 
 def test_model_that_changes_its_logits_otherwise_is_refused_before_the_first_step(tmp_path, cache):
     student = read_student(student_folder(tmp_path, cache, "cohere"), open_cache(cache))
-    batch = batch_of(cache, [3])
-    known = head_of(student, cache)
+    known = settings_of(student, cache)
+    batch = batch_of(cache, known, [3])
     require_agreement(model_of(student, known), batch, known)
-    for divergence in ("reverse", "js"):
-        other = head_of(student, cache, divergence=divergence)
+    for divergence in DIVERGENCES:
+        other = settings_of(student, cache, divergence=divergence)
         require_agreement(model_of(student, other), batch, other)
-    for tail in ("zero", "renormalise", "uniform"):
-        require_agreement(model_of(student, known), batch | {"tail": tail}, known)
-    unknown = HeadLoss(vocab_size=known.vocab_size)
+    for tail in (name for name, tail in TAILS.items() if not tail.is_drawn):
+        other = settings_of(student, cache, tail=tail)
+        require_agreement(model_of(student, other), batch, other)
+    unknown = LossSettings(vocab_size=known.vocab_size)
     with pytest.raises(PipelineError, match="it does something to its logits that the fused loss does not know"):
         require_agreement(model_of(student, unknown), batch, unknown)
 
@@ -245,10 +251,9 @@ def test_calibration_error_of_known_confidences():
             logits_MV,
             torch.eye(3, dtype=torch.float64),
             adapter=None,
-            labels_M=labels,
-            ids_MK=ids,
+            targets=DistillationTargets(labels_M=labels, ids_MK=ids),
             teachers={1.0: teacher},
-            head=HeadLoss(vocab_size=3),
+            settings=LossSettings(vocab_size=3),
         )
     )
     gaps = [abs(confidence - 0.5) for confidence in (0.45, 0.62, 0.62, 0.81)] + [abs(0.97 + 1.0 - 1)]

@@ -149,6 +149,17 @@ def test_every_kind_of_student_trains_on_two_ranks_as_on_one(tmp_path, base, kin
     assert_same_student(config, alone)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_wrong_gradient_is_refused_where_the_model_is_sharded(tmp_path, base, dtype):
+    """The kernel is right as long as the model is whole."""
+    config = two_ranks(base, tmp_path / "run", sharding="fsdp2", dtype=dtype)
+    code, errors = launch(config, 0, 0, "gradient")
+    assert code != 0
+    assert "FSDPLlamaForCausalLM: the fused loss has another gradient for the hidden states of the head" in errors
+    assert not list((config.out / "checkpoints").glob("*"))
+
+
 def test_global_batch_may_be_shared_out_anew_but_not_changed(tmp_path, whole, base):
     config = dataclasses.replace(base, out=tmp_path / "run", max_steps=2, batch_size=4, gradient_accumulation=2)
     train_student(config)

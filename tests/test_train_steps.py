@@ -1,6 +1,7 @@
 """Stage two step by step: precision, recomputed activations, clipping, the first check, and spikes."""
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 
@@ -11,8 +12,9 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from pipeline import open_cache
 from pipeline.errors import PipelineError
-from stages.train_student import head
+from stages.train_student import fused_head, head
 from stages.train_student.guards import MIN_HISTORY
+from stages.train_student.row_loss import distillation_rows_
 from stages.train_student.run import train_student
 from stages.train_student.sampler import StepShape, StreamSampler
 from stages.train_student.settings import TrainConfig
@@ -116,17 +118,18 @@ def test_gradients_are_clipped_to_the_norm_and_its_logged_value_is_from_before(t
     assert norms == pytest.approx([min(limit, step["grad_norm"]) for step in clipped], rel=1e-4)
 
 
-def without_squared_temperature(fused, **batch):
-    out = fused(**batch)
-    return out._replace(loss=out.loss - batch["alpha"] * (batch["temperature"] ** 2 - 1) * out.kl)
+def without_squared_temperature(fused, hidden, weight, targets, settings, alpha=None, **extras):
+    out = fused(hidden, weight, targets, settings, alpha=alpha, **extras)
+    alpha = settings.alpha if alpha is None else alpha
+    return out._replace(loss=out.loss - alpha * (settings.temperature**2 - 1) * out.kl)
 
 
-def with_labels_of_the_next_row(fused, **batch):
-    return fused(**batch | {"labels_N": batch["labels_N"].roll(1)})
+def with_labels_of_the_next_row(fused, hidden, weight, targets, *rest, **extras):
+    return fused(hidden, weight, dataclasses.replace(targets, labels_M=targets.labels_M.roll(1)), *rest, **extras)
 
 
-def without_the_tail(fused, **batch):
-    return fused(**batch | {"tail": "zero"})
+def without_the_tail(fused, hidden, weight, targets, settings, **extras):
+    return fused(hidden, weight, targets, dataclasses.replace(settings, tail="zero"), **extras)
 
 
 MISTAKES = (without_squared_temperature, with_labels_of_the_next_row, without_the_tail)
@@ -134,15 +137,59 @@ MISTAKES = (without_squared_temperature, with_labels_of_the_next_row, without_th
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_wrong_loss_is_refused_before_the_first_step(tmp_path, base, monkeypatch, mistake):
-    fused = head.fused_distillation_loss
-
-    def wrong(hidden_NH, head_weight_VH, **batch):
-        return mistake(fused, hidden_NH=hidden_NH, head_weight_VH=head_weight_VH, **batch)
-
-    monkeypatch.setattr(head, "fused_distillation_loss", wrong)
+    monkeypatch.setattr(head, "distillation_loss", functools.partial(mistake, head.distillation_loss))
     with pytest.raises(PipelineError, match=r"the fused loss of 8 rows is .*, the dense formula .* gives"):
         run(base, tmp_path / "run")
     assert {path.name for path in (tmp_path / "run").iterdir()} == {"run.json"}
+
+
+def larger_by_a_tenth(grad_logits, targets):
+    grad_logits.mul_(1.1)
+
+
+def without_the_first_entry(grad_logits, targets):
+    grad_logits.scatter_(1, targets.ids_NK[:, :1], 0.0)
+
+
+def without_the_rest(grad_logits, targets):
+    kept = grad_logits.gather(1, targets.ids_NK)
+    grad_logits.zero_().scatter_(1, targets.ids_NK, kept)
+
+
+def kernel_with(mistake):
+    """A kernel for the rows of a chunk that makes right values and a wrong gradient."""
+
+    def rows(logits, labels, targets, settings, weights):
+        values = distillation_rows_(logits, labels, targets, settings, weights, torch.empty_like(logits))
+        if weights is not None:
+            mistake(logits, targets)
+        return values
+
+    return rows
+
+
+@pytest.mark.parametrize("mistake", [larger_by_a_tenth, without_the_first_entry, without_the_rest])
+@pytest.mark.parametrize("changes", [{}, {"dtype": "bfloat16"}, {"lora_rank": 4, "lora_head": True}])
+def test_wrong_gradient_of_the_kernel_is_refused_before_the_first_step(tmp_path, base, monkeypatch, mistake, changes):
+    monkeypatch.setattr(fused_head, "_row_kernel", lambda logits: kernel_with(mistake))
+    with pytest.raises(
+        PipelineError, match="the fused loss has another gradient for the hidden states of the head than"
+    ):
+        run(base, tmp_path / "run", **changes)
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"run.json"}
+
+
+def test_gradient_of_the_head_is_looked_at_beside_that_of_the_hidden_states(tmp_path, base, monkeypatch):
+    accumulate = fused_head._accumulate_gradients
+
+    def wrong(pair, *args):
+        accumulate(pair, *args)
+        if pair.grad_weight_VH is not None:
+            pair.grad_weight_VH.mul_(1.1)
+
+    monkeypatch.setattr(fused_head, "_accumulate_gradients", wrong)
+    with pytest.raises(PipelineError, match="the fused loss has another gradient for the head than the dense formula"):
+        run(base, tmp_path / "run")
 
 
 def test_spike_is_written_with_the_keys_of_its_step(tmp_path, base, monkeypatch):

@@ -26,12 +26,12 @@ from stages.cache_logits.engine import unpack
 from stages.cache_logits.reduction import Reduction
 from stages.train_student.checkpoints import newest_whole_checkpoint, remove_torn_checkpoints
 from stages.train_student.dataset import Collate
-from stages.train_student.head import HeadLoss, attach_fused_loss
+from stages.train_student.head import attach_fused_loss
 from stages.train_student.loss import fused_distillation_loss
+from stages.train_student.loss_settings import LossSettings
 from stages.train_student.progress import ReportProgress
-from stages.train_student.row_targets import TAIL_POLICIES
 from stages.train_student.run import train_student
-from stages.train_student.settings import TAILS, TrainConfig
+from stages.train_student.settings import TrainConfig
 from stages.train_student.trainer import DistillationTrainer
 from tests.helpers import Lines, tiny_tokenizer, wait_until
 from tests.small import llama_config, make_cache
@@ -88,9 +88,9 @@ def dense_loss(model, cache, indices, alpha, temperature):
     return torch.cat(losses)
 
 
-def collated(sequences):
+def collated(sequences, settings):
     """A batch as the model takes it."""
-    batch = Collate(2.0)(sequences)
+    batch = Collate(settings)(sequences)
     assert batch.pop("keys") == [sequence.key.hex() for sequence in sequences]
     return batch
 
@@ -104,10 +104,11 @@ def test_loss_in_the_model_equals_dense_documents(cache_folder, tied):
     model = LlamaForCausalLM(config).double()
     reference = LlamaForCausalLM(config).double()
     reference.load_state_dict(model.state_dict())
-    attach_fused_loss(model, HeadLoss(alpha=0.3, vocab_size=cache.manifest.vocab_size))
+    settings = LossSettings(alpha=0.3, vocab_size=cache.manifest.vocab_size)
+    attach_fused_loss(model, settings)
     indices = [3, 8, 1, 39]
     assert max(len(cache[index].document_lengths) for index in indices) > 1
-    batch = collated([cache[index] for index in indices])
+    batch = collated([cache[index] for index in indices], settings)
     assert len({len(cache[index].token_ids) for index in indices}) > 1
     out = model(**batch)
     expected = dense_loss(reference, cache, indices, 0.3, 2.0).mean()
@@ -124,11 +125,12 @@ def test_micro_batches_add_up_to_the_batch(cache_folder):
     cache = open_cache(cache_folder)
     torch.manual_seed(0)
     model = LlamaForCausalLM(llama_config(cache.manifest.vocab_size, num_hidden_layers=1)).double()
-    attach_fused_loss(model, HeadLoss(vocab_size=cache.manifest.vocab_size))
+    settings = LossSettings(vocab_size=cache.manifest.vocab_size)
+    attach_fused_loss(model, settings)
     sequences = [cache[index] for index in range(8)]
     total = sum(len(sequence.targets) for sequence in sequences)
-    whole = model(**collated(sequences)).loss
-    parts = [model(**collated(sequences[i : i + 2]), num_items_in_batch=total).loss for i in range(0, 8, 2)]
+    whole = model(**collated(sequences, settings)).loss
+    parts = [model(**collated(sequences[i : i + 2], settings), num_items_in_batch=total).loss for i in range(0, 8, 2)]
     torch.testing.assert_close(sum(parts), whole, rtol=1e-12, atol=0)
 
 
@@ -182,7 +184,7 @@ def test_attached_model_still_gives_logits(cache_folder):
     vocab_size = open_cache(cache_folder).manifest.vocab_size
     model = LlamaForCausalLM(llama_config(vocab_size))
     before = model(torch.arange(10)[None]).logits
-    attach_fused_loss(model, HeadLoss(vocab_size=vocab_size))
+    attach_fused_loss(model, LossSettings(vocab_size=vocab_size))
     torch.testing.assert_close(model(torch.arange(10)[None]).logits, before)
 
 
@@ -398,7 +400,7 @@ def test_hybrid_gradient_is_unbiased_where_ghost_and_zero_are_not():
 
     def run(tail, chosen):
         """Mean value, mean gradient and its standard error."""
-        ids, probs = Collate(temperature, tail)._entries(chosen)
+        ids, probs = Collate(LossSettings(vocab_size=vocab_size, temperature=temperature, tail=tail))._entries(chosen)
         logits = student.expand(len(ids), -1).clone().requires_grad_()
         out = fused_distillation_loss(
             logits,
@@ -439,7 +441,3 @@ def test_training_on_draws(tmp_path, corpus, student):
         train_student(settings(student, draws, tmp_path / "run"))
     with pytest.raises(ConfigError, match=r"at T=1 needs draws .* it has draws at T=2 alone"):
         train_student(settings(student, both, tmp_path / "run", tail="hybrid", temperature=1.0))
-
-
-def test_every_tail_can_be_chosen():
-    assert set(TAILS) == set(TAIL_POLICIES)

@@ -2,15 +2,18 @@
 
 import math
 import os
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from transformers import TrainingArguments
 
 from pipeline.errors import ConfigError
+from stages.train_student.compat import transformers_hooks
 from stages.train_student.sampler import StepShape
 from stages.train_student.schedules import learning_rate_schedule
 from stages.train_student.settings import TrainConfig
+from stages.train_student.shardings import SHARDINGS
 
 CHECKPOINTS = "checkpoints"
 
@@ -53,24 +56,23 @@ def training_arguments(config: TrainConfig, steps: int, *, evaluates: bool) -> T
         ddp_find_unused_parameters=False,
         disable_tqdm=True,
         report_to=[],
-        **learning_rate_schedule(config, steps),
+        **learning_rate_schedule(config.schedule, config.decay_ratio, steps),
         **_sharding(config),
     )
-    if arguments.n_gpu > 1:
-        arguments._n_gpu = 1  # else the Trainer takes DataParallel; more GPUs are torchrun's
+    transformers_hooks.one_gpu_a_process(arguments)
+    transformers_hooks.require_sharding(arguments, config.sharding)
     return arguments
 
 
+def computation(arguments: TrainingArguments) -> AbstractContextManager[None]:
+    """The types that a training computes in."""
+    dtype = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None
+    return nullcontext() if dtype is None else torch.autocast(arguments.device.type, dtype)
+
+
 def _sharding(config: TrainConfig) -> dict[str, Any]:
-    if config.sharding == "none":
+    if not SHARDINGS[config.sharding]:
         return {}
     if "WORLD_SIZE" not in os.environ:
-        raise ConfigError("sharding is 'fsdp2' without ranks; start the command under torchrun.")
-    plugin = {
-        "version": 2,
-        "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
-        "reshard_after_forward": True,
-        "state_dict_type": "SHARDED_STATE_DICT",
-        "cpu_ram_efficient_loading": False,
-    }
-    return {"fsdp": True, "fsdp_config": plugin}
+        raise ConfigError(f"sharding is {config.sharding!r} without ranks; start the command under torchrun.")
+    return {"fsdp": True, "fsdp_config": dict(SHARDINGS[config.sharding])}

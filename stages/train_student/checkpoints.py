@@ -3,7 +3,6 @@
 Only marked ones are resumed from, and an older one goes only when a newer one has its mark.
 """
 
-import os
 import pickle
 import re
 import shutil
@@ -22,8 +21,6 @@ from pipeline.files import sync_file
 from pipeline.stores.sealed import read_document, write_json
 
 MARK = "whole.json"
-WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
-"""Environment variable of torch."""
 TORCH_WRITES = re.compile("PytorchStreamWriter|inline_container|iostream error")
 """In what torch says of a file that it cannot write."""
 DIRECTORY_CLASSES = {
@@ -104,23 +101,6 @@ def newest_whole_checkpoint(folder: Path) -> Path | None:
         read_mark(newest)
         require_plain_pickles(newest)
     return newest
-
-
-@contextmanager
-def weights_only() -> Iterator[None]:
-    """In this context torch.load makes tensors and plain values alone, whatever its caller asks for.
-
-    The Trainer asks for that itself, but torch.distributed.checkpoint, which reads what FSDP2 has written, does not.
-    """
-    before = os.environ.get(WEIGHTS_ONLY)
-    os.environ[WEIGHTS_ONLY] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[WEIGHTS_ONLY]
-        else:
-            os.environ[WEIGHTS_ONLY] = before
 
 
 def unpickling_problem(error: BaseException) -> str | None:

@@ -15,9 +15,9 @@ from pipeline.stores.sealed import read_json, write_json
 from pipeline.targets import column_of
 from pipeline.weights import hash_config, hash_weights
 from stages.train_student.ranks import rank
-from stages.train_student.row_targets import DRAWN_TAILS
 from stages.train_student.sampler import StepShape
 from stages.train_student.settings import TrainConfig
+from stages.train_student.tails import DRAWN_TAILS
 
 RUN = "run.json"
 FREE_TO_CHANGE = (

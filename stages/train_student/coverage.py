@@ -4,13 +4,15 @@ import re
 from collections import Counter
 from typing import Any
 
+from stages.train_student.compat.peft_hooks import adapted_weights
+
 SHOWN = 6
 """Kinds of frozen weights that are named."""
 
 
 def coverage_notes(model: Any) -> list[str]:
     """Which share of the weights is adapted, and which kinds stay as they are; nothing if all are trained."""
-    adapted = _adapted(model)
+    adapted = adapted_weights(model)
     own = {name: parameter for name, parameter in model.named_parameters() if "lora_" not in name}
     frozen = {name: p.numel() for name, p in own.items() if not p.requires_grad and id(p) not in adapted}
     if not frozen:
@@ -29,14 +31,3 @@ def kind_of(name: str) -> str:
     """The name of a parameter without the wrappers of an adapter and the numbers of layers: what all layers share."""
     plain = re.sub(r"\b(base_model\.model\.|base_layer\.)", "", name)
     return re.sub(r"\.\d+(?=\.)", ".*", plain)
-
-
-def _adapted(model: Any) -> set[int]:
-    """Identities of the weights that an adapter is added to."""
-    found = set()
-    for module in model.modules():
-        if not hasattr(module, "lora_A"):
-            continue
-        base = module.get_base_layer()
-        found.add(id(getattr(base, getattr(module, "parameter_name", "weight"))))
-    return found

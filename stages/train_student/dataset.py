@@ -16,7 +16,9 @@ from torch.utils.data import Dataset
 from pipeline.cache.reader import Cache
 from pipeline.formats.layout import CachedSequence
 from pipeline.targets import SparseTargets, restricted
-from stages.train_student.row_targets import DRAWN_TAILS
+from stages.train_student.loss_settings import LossSettings
+from stages.train_student.tails import DRAWN_TAILS
+from stages.train_student.targets import DistillationTargets, require_values
 
 
 class CacheDataset(Dataset[CachedSequence]):
@@ -43,21 +45,21 @@ class Collate:
     the others.
     """
 
-    def __init__(self, temperature: float, tail: str = "ghost") -> None:
-        self.temperature, self.tail = temperature, tail
+    def __init__(self, settings: LossSettings) -> None:
+        self._settings = settings
 
     def __call__(self, sequences: list[CachedSequence]) -> dict[str, Any]:
-        """Tensors named as the student's forward takes them.
+        """Tensors named as the student's forward takes them; raises ValueError for targets that cannot be.
 
         input_ids, position_ids  int64 [B, S]
+        target_rows              int64 [M]: the rows of the flattened [B * S] hidden states that predict the labels
         shift_labels             int64 [M]: the tokens to predict, sequence by sequence
-        target_rows              int64 [M]: the rows of the flattened [B * S] hidden states that predict them
         teacher_ids              int64 [M, K]
         teacher_probs            float32 [M, K]: p_T over the full vocabulary, restricted to the ids
         teacher_tail             float32 [M]: p_T of all other ids
-        temperature, tail        float and str: T, and what stands for the other ids
-        keys                     hexadecimal names of the sequences
         teacher_entropy          float32 [M], for a tail of draws alone: of p_T over the full vocabulary, nats
+        labels                   the labels again
+        keys                     hexadecimal names of the sequences
 
         With a tail of draws, K counts the draws too: a repeated draw is one entry with its draws' weight,
         and the place of the others is padding, which repeats the row's first id with probability 0.
@@ -65,30 +67,39 @@ class Collate:
         input_ids, position_ids = stack_rows(
             [(sequence.token_ids, sequence.document_lengths) for sequence in sequences]
         )
-        targets = [sequence.targets for sequence in sequences]
         starts = np.arange(len(sequences)) * input_ids.shape[1]
-        columns = {
-            "shift_labels": [sequence.token_ids[sequence.target_positions + 1] for sequence in sequences],
-            "target_rows": [start + sequence.target_positions for start, sequence in zip(starts, sequences)],
-        }
-        batch: dict[str, Any] = {name: _int64(np.concatenate(parts)) for name, parts in columns.items()}
-        batch |= {"input_ids": input_ids, "position_ids": position_ids}
-        ids, probs = (np.concatenate(parts) for parts in zip(*map(self._entries, targets)))
-        batch |= {"teacher_ids": _int64(ids), "teacher_probs": torch.from_numpy(probs)}
-        batch["teacher_tail"] = torch.from_numpy(np.concatenate([t.tail_mass(self.temperature) for t in targets]))
-        batch["labels"] = batch["shift_labels"]  # the Trainer counts target tokens only where it sees this name
-        if self.tail in DRAWN_TAILS:
-            entropies = np.concatenate([target.entropy(self.temperature) for target in targets])
-            batch["teacher_entropy"] = torch.from_numpy(entropies)
-        keys = [sequence.key.hex() for sequence in sequences]
-        return batch | {"temperature": self.temperature, "tail": self.tail, "keys": keys}
+        rows = np.concatenate([start + sequence.target_positions for start, sequence in zip(starts, sequences)])
+        targets = self.targets(sequences)
+        batch = {"input_ids": input_ids, "position_ids": position_ids, "target_rows": _int64(rows)}
+        batch |= targets.as_batch()
+        batch["labels"] = targets.labels_M  # the Trainer counts target tokens only where it sees this name
+        return batch | {"keys": [sequence.key.hex() for sequence in sequences]}
+
+    def targets(self, sequences: list[CachedSequence]) -> DistillationTargets:
+        """What is learnt from the sequences, one after the other."""
+        temperature, teachers = self._settings.temperature, [sequence.targets for sequence in sequences]
+        labels = [sequence.token_ids[sequence.target_positions + 1] for sequence in sequences]
+        ids, probs = (np.concatenate(parts) for parts in zip(*map(self._entries, teachers)))
+        entropy = None
+        if self._settings.tail in DRAWN_TAILS:
+            entropy = torch.from_numpy(np.concatenate([teacher.entropy(temperature) for teacher in teachers]))
+        targets = DistillationTargets(
+            labels_M=_int64(np.concatenate(labels)),
+            ids_MK=_int64(ids),
+            probs_MK=torch.from_numpy(probs),
+            tail_mass_M=torch.from_numpy(np.concatenate([teacher.tail_mass(temperature) for teacher in teachers])),
+            entropy_M=entropy,
+        )
+        require_values(targets, self._settings.vocab_size)
+        return targets
 
     def _entries(self, targets: SparseTargets) -> tuple[np.ndarray, np.ndarray]:
         """int32 and float32 [N, K]: the ids that are given, and their weights."""
-        if self.tail not in DRAWN_TAILS:
-            return targets.ids, targets.probs(self.temperature)
-        drawn, weights = merge_draws(targets.draws, targets.tail_mass(self.temperature))
-        ids, probs = np.hstack([targets.ids, drawn]), np.hstack([targets.probs(self.temperature), weights])
+        temperature = self._settings.temperature
+        if self._settings.tail not in DRAWN_TAILS:
+            return targets.ids, targets.probs(temperature)
+        drawn, weights = merge_draws(targets.draws, targets.tail_mass(temperature))
+        ids, probs = np.hstack([targets.ids, drawn]), np.hstack([targets.probs(temperature), weights])
         return np.where((probs > 0) | (np.arange(ids.shape[1]) < targets.top_k), ids, ids[:, :1]), probs
 
 

@@ -1,4 +1,4 @@
-"""Divergences between teacher and student over the stored ids and one bucket for the rest.
+"""Divergences between teacher and student over the stored ids and one bucket for the rest, by the names of a setting.
 
 Owns reverse KL and Jensen-Shannon; the forward KL under every tail policy is row_loss.py's own. Both are defined on
 the K + 1 outcomes of the ghost tail, P = (p_S, t) and Q = (q_S, 1 - Q_S). Merging outcomes never raises either of
@@ -14,45 +14,32 @@ the stored ids; in the rest it moves the bucket as a whole and leaves its shape 
 
 A teacher's probability of 0 counts as the smallest normal number (1e-38 in float32): the reverse KL stays finite.
 
-Shapes: N rows, K stored entries. `_N1` is the bucket.
+Loads no torch: the choices of a setting are read from here. row_kernel.py has each of them once more, for a GPU.
 """
 
 import math
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
-Pulls = tuple[Tensor, Tensor, Tensor]
-"""The divergence in nats [N], and T dD/dz on the entries [N, K] and summed over the rest [N, 1]."""
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
-def _reverse(log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+def _reverse(log_p: "Tensor", log_q: "Tensor", p: "Tensor", q: "Tensor") -> tuple["Tensor", "Tensor"]:
     score = log_q - log_p
     return (q * score).sum(1), score
 
 
-def _jensen_shannon(log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
-    log_mean = torch.logaddexp(log_p, log_q) - math.log(2)
+def _jensen_shannon(log_p: "Tensor", log_q: "Tensor", p: "Tensor", q: "Tensor") -> tuple["Tensor", "Tensor"]:
+    log_mean = log_p.logaddexp(log_q) - math.log(2)
     score = (log_q - log_mean) / 2
     return (p * (log_p - log_mean)).sum(1) / 2 + (q * score).sum(1), score
 
 
-BUCKET_DIVERGENCES: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]] = {
+BUCKET_DIVERGENCES: dict[str, Callable[["Tensor", "Tensor", "Tensor", "Tensor"], tuple["Tensor", "Tensor"]]] = {
     "reverse": _reverse,
     "js": _jensen_shannon,
 }
+"""The divergence of every row and f of every outcome, from log P, log Q, P and Q, all [N, K + 1]."""
+
 DIVERGENCES = ("forward", *BUCKET_DIVERGENCES)
-
-
-def bucket_divergence(
-    divergence: str, probs_NK: Tensor, bucket_N: Tensor, entries_NK: Tensor, rest_N1: Tensor
-) -> Pulls:
-    """The divergence of a student with the given log-probabilities of entries and rest; padding has q = p = 0."""
-    p = torch.cat([probs_NK, bucket_N[:, None]], 1)
-    log_p = p.clamp_min(torch.finfo(p.dtype).tiny).log()
-    log_q = torch.cat([entries_NK, rest_N1], 1)
-    q = log_q.exp()
-    value_N, score = BUCKET_DIVERGENCES[divergence](log_p, log_q, p, q)
-    pull = q * (score - (q * score).sum(1, keepdim=True))
-    return value_N, pull[:, :-1], pull[:, -1:]

@@ -12,6 +12,7 @@ acceptance_max     the student (arXiv 2211.17192, sum over all ids of min(p, q))
 calibration_error  expected calibration error of the student's most probable id against the label, 15 equal bins
 """
 
+import dataclasses
 import functools
 import math
 from typing import Any
@@ -20,7 +21,8 @@ import torch
 from torch import Tensor
 
 from stages.train_student.dataset import CacheDataset, Collate
-from stages.train_student.head import HeadLoss
+from stages.train_student.loss_settings import LossSettings
+from stages.train_student.targets import DistillationTargets
 
 BINS = 15
 CHUNK_BYTES = 64 * 2**20
@@ -30,8 +32,12 @@ CHUNK_BYTES = 64 * 2**20
 class Evaluation:
     """A held-out cache, and what to measure on it."""
 
-    def __init__(self, data: CacheDataset, head: HeadLoss, temperatures: tuple[float, ...], batch_size: int) -> None:
-        self._data, self._head, self._temperatures, self._batch_size = data, head, temperatures, batch_size
+    def __init__(
+        self, data: CacheDataset, settings: LossSettings, temperatures: tuple[float, ...], batch_size: int
+    ) -> None:
+        self._settings = dataclasses.replace(settings, tail="ghost", divergence="forward")
+        self._data, self._temperatures, self._batch_size = data, temperatures, batch_size
+        self._collate = Collate(self._settings)
 
     def run(self, trainer: Any) -> dict[str, float]:
         """The metrics, the same on every rank. Every rank calls the model equally often, as FSDP asks."""
@@ -51,7 +57,7 @@ class Evaluation:
 
     def _measure(self, trainer: Any, rows: list[int]) -> dict[str, Tensor]:
         sequences = [self._data[row] for row in rows]
-        batch = trainer._prepare_inputs(Collate(self._temperatures[0])(sequences))
+        batch = trainer._prepare_inputs(self._collate(sequences))
         teachers = {}
         for temperature in self._temperatures:
             parts = [(s.targets.probs(temperature), s.targets.tail_mass(temperature)) for s in sequences]
@@ -59,10 +65,9 @@ class Evaluation:
             teachers[temperature] = (probs.to(trainer.args.device), tail.to(trainer.args.device))
         measure = functools.partial(
             measure_rows,
-            labels_M=batch["shift_labels"],
-            ids_MK=batch["teacher_ids"],
+            targets=DistillationTargets.of_batch(batch),
             teachers=teachers,
-            head=self._head,
+            settings=self._settings,
         )
         inputs = {name: batch[name] for name in ("input_ids", "position_ids", "target_rows")}
         with torch.no_grad(), trainer.accelerator.autocast():
@@ -74,32 +79,37 @@ def measure_rows(
     weight_VH: Tensor,
     *,
     adapter: tuple[Tensor, Tensor] | None,
-    labels_M: Tensor,
-    ids_MK: Tensor,
+    targets: DistillationTargets,
     teachers: dict[float, tuple[Tensor, Tensor]],
-    head: HeadLoss,
+    settings: LossSettings,
 ) -> dict[str, Tensor]:
-    """Sums over the target tokens, float64: what `finish` makes metrics of."""
+    """Sums over the target tokens, float64: what `finish` makes metrics of; `teachers` are p_T and tail mass by T."""
     totals: dict[str, Tensor] = {}
-    rows = max(1, CHUNK_BYTES // (4 * head.vocab_size))
+    rows = max(1, CHUNK_BYTES // (4 * settings.vocab_size))
     with torch.autocast(hidden_MH.device.type, enabled=False):
         for start in range(0, len(hidden_MH), rows):
             chunk = slice(start, start + rows)
-            logits_CV = head_logits(hidden_MH[chunk], weight_VH, _rows_of(adapter, chunk), head)
-            targets = {T: (probs[chunk], tail[chunk]) for T, (probs, tail) in teachers.items()}
-            for name, value in _chunk_sums(logits_CV, labels_M[chunk], ids_MK[chunk], targets).items():
+            logits_CV = head_logits(hidden_MH[chunk], weight_VH, _rows_of(adapter, chunk), settings)
+            given = {T: (probs[chunk], tail[chunk]) for T, (probs, tail) in teachers.items()}
+            for name, value in _chunk_sums(logits_CV, targets.labels_M[chunk], targets.ids_MK[chunk], given).items():
                 totals[name] = totals.get(name, 0) + value
     return totals
 
 
-def head_logits(hidden_MH: Tensor, weight_VH: Tensor, adapter: tuple[Tensor, Tensor] | None, head: HeadLoss) -> Tensor:
+def head_logits(
+    hidden_MH: Tensor, weight_VH: Tensor, adapter: tuple[Tensor, Tensor] | None, settings: LossSettings
+) -> Tensor:
     """float32 (float64 for float64 weights) logits over the real vocabulary, as the model itself would give them."""
     dtype = torch.promote_types(weight_VH.dtype, torch.float32)
-    logits = hidden_MH.to(dtype) @ weight_VH[: head.vocab_size].to(dtype).T
+    logits = hidden_MH.to(dtype) @ weight_VH[: settings.vocab_size].to(dtype).T
     if adapter is not None:
-        logits += adapter[0].to(dtype) @ adapter[1][: head.vocab_size].to(dtype).T
-    logits *= head.logit_scale
-    return logits if head.logit_softcap is None else head.logit_softcap * torch.tanh(logits / head.logit_softcap)
+        logits += adapter[0].to(dtype) @ adapter[1][: settings.vocab_size].to(dtype).T
+    logits *= settings.logit_scale
+    return (
+        logits
+        if settings.logit_softcap is None
+        else settings.logit_softcap * torch.tanh(logits / settings.logit_softcap)
+    )
 
 
 def _rows_of(adapter: tuple[Tensor, Tensor] | None, chunk: slice) -> tuple[Tensor, Tensor] | None:

@@ -10,7 +10,7 @@ import torch
 from pipeline.files import publish, sync_folder
 from pipeline.progress import Reporter
 from pipeline.tokenizer import misreading, save_tokenizer
-from stages.train_student.lora import merged
+from stages.train_student.compat.peft_hooks import merged
 from stages.train_student.settings import TrainConfig
 
 

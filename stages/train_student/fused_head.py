@@ -7,19 +7,19 @@ Owns chunking, precision and autograd; knows no formula of a loss.
 The logits are s times a sum of products, one a pair of factors: hidden states and head, and what a low-rank adapter
 of the head makes of the hidden states and its second matrix. A soft cap c makes them c tanh(logits / c).
 
-Shapes: N tokens of a flattened batch, M of them target tokens, C rows of a chunk, B rows of a block, V the
-vocabulary, H hidden size (of an adapter's factors: its rank).
+Shapes: M target tokens, C rows of a chunk, B rows of a block, V the vocabulary, H hidden size (of an adapter's factors:
+its rank).
 """
 
 import importlib.util
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from stages.train_student.loss_settings import LossSettings
 from stages.train_student.row_loss import cross_entropy_rows_, distillation_rows_
 from stages.train_student.row_targets import RowTargets
 
@@ -30,35 +30,17 @@ BLOCK_BYTES = {"cpu": 2 * 2**20, "cuda": 64 * 2**20}
 """Bytes of the logits that are turned into loss and gradient at a time: a cache on a CPU, few launches on a GPU."""
 
 
-class TargetTokens(NamedTuple):
-    """What the loss is computed on: the target tokens of a batch."""
-
-    rows_M: Tensor
-    """Their positions among the N tokens."""
-    labels_M: Tensor
-    targets: RowTargets | None
-
-    def rows(self, rows: slice) -> "TargetTokens":
-        """Some of the target tokens (views)."""
-        targets = None if self.targets is None else self.targets.rows(rows)
-        return TargetTokens(self.rows_M[rows], self.labels_M[rows], targets)
-
-
 @dataclass(frozen=True, kw_only=True)
-class HeadSettings:
-    """How the loss is weighted, and computed."""
+class HeadStep:
+    """How one call of the loss is weighted, and computed."""
 
+    settings: LossSettings
     alpha: float
-    temperature: float
     denominator: float
     """What sums over target tokens are divided by."""
-    vocab_size: int
     chunk_bytes: int
     product_dtype: torch.dtype
     """What the three matrix products read."""
-    divergence: str
-    logit_scale: float
-    logit_softcap: float | None
     needs_grad: tuple[bool, ...]
     """For every factor in the order of FusedHead.apply."""
 
@@ -67,17 +49,17 @@ class HeadSettings:
         """Factors of dCE/dz and of T dKL/dz in the gradient of the loss; None where no gradient is asked for."""
         if not any(self.needs_grad):
             return None
-        return (1 - self.alpha) / self.denominator, self.alpha * self.temperature / self.denominator
+        return (1 - self.alpha) / self.denominator, self.alpha * self.settings.temperature / self.denominator
 
 
 @dataclass
 class _Pair:
     """Two factors of the logits and their gradients, None where none is asked for."""
 
-    hidden_NH: Tensor
+    hidden_MH: Tensor
     weight_VH: Tensor
     """Its real rows, in the dtype of the products."""
-    grad_hidden_NH: Tensor | None
+    grad_hidden_MH: Tensor | None
     grad_weight_VH: Tensor | None
     """In the dtype of the loss."""
 
@@ -85,30 +67,30 @@ class _Pair:
 class FusedHead(torch.autograd.Function):
     """loss, cross_entropy and kl; the gradient of the loss is complete when the forward returns.
 
-    `factors` are hidden states [N, H] and head [V, H], then those of an adapter.
+    `factors` are hidden states [M, H] and head [V, H], then those of an adapter.
     """
 
     @staticmethod
-    def forward(ctx, batch: TargetTokens, settings: HeadSettings, *factors: Tensor):
+    def forward(ctx, labels_M: Tensor, targets: RowTargets | None, step: HeadStep, *factors: Tensor):
         with torch.autocast(factors[0].device.type, enabled=False):
-            cross_entropy, kl, gradients = _loss_and_gradients(batch, settings, factors)
-        loss = (1 - settings.alpha) * cross_entropy
-        if settings.alpha > 0:
-            loss = loss + settings.alpha * settings.temperature**2 * kl
+            cross_entropy, kl, gradients = _loss_and_gradients(labels_M, targets, step, factors)
+        loss = (1 - step.alpha) * cross_entropy
+        if step.alpha > 0:
+            loss = loss + step.alpha * step.settings.temperature**2 * kl
         ctx.save_for_backward(*gradients)  # freed by the backward unless the graph is retained
         ctx.dtypes = [factor.dtype for factor in factors]
         ctx.mark_non_differentiable(cross_entropy, kl)
         return loss, cross_entropy, kl
 
     @staticmethod
-    def backward(ctx, grad_loss: Tensor, *_):
+    def backward(ctx, grad_loss: Tensor, grad_cross_entropy: Tensor, grad_kl: Tensor):
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "fused_distillation_loss: a backward with create_graph=True, expected first derivatives only; "
                 "take second ones of a dense loss."
             )
         gradients = (_scaled(gradient, grad_loss, dtype) for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes))
-        return None, None, *gradients
+        return None, None, None, *gradients
 
 
 def _scaled(gradient: Tensor | None, factor: Tensor, dtype: torch.dtype) -> Tensor | None:
@@ -120,99 +102,89 @@ def _scaled(gradient: Tensor | None, factor: Tensor, dtype: torch.dtype) -> Tens
 
 
 def _loss_and_gradients(
-    batch: TargetTokens, settings: HeadSettings, factors: tuple[Tensor, ...]
+    labels_M: Tensor, targets: RowTargets | None, step: HeadStep, factors: tuple[Tensor, ...]
 ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
     """cross_entropy, kl and the gradients of the loss: those of hidden states in their dtype, of weights in its own."""
     dtype = loss_dtype(factors[0])
-    pairs = _pairs(settings, factors)
-    row_losses_2M = torch.empty(2, len(batch.rows_M), dtype=dtype, device=factors[0].device)
-    logits_CV, *scratch = _buffers(pairs[0].weight_VH, len(batch.rows_M), settings, dtype)
-    for start in range(0, len(batch.rows_M), len(logits_CV)):
-        chunk = slice(start, start + len(logits_CV))
-        rows_C = batch.rows_M[chunk]
-        hiddens = [pair.hidden_NH[rows_C].to(settings.product_dtype) for pair in pairs]
-        chunk_logits_CV = logits_CV[: len(rows_C)]
+    pairs = _pairs(step, factors)
+    row_losses_2M = torch.empty(2, len(labels_M), dtype=dtype, device=factors[0].device)
+    logits_CV, *scratch = _buffers(pairs[0].weight_VH, len(labels_M), step, dtype)
+    for start in range(0, len(labels_M), len(logits_CV)):
+        chunk = slice(start, min(start + len(logits_CV), len(labels_M)))
+        hiddens = [pair.hidden_MH[chunk].to(step.product_dtype) for pair in pairs]
+        chunk_logits_CV = logits_CV[: chunk.stop - chunk.start]
         for index, (pair, hidden_CH) in enumerate(zip(pairs, hiddens)):
-            _product(hidden_CH, pair.weight_VH.t(), chunk_logits_CV, settings.logit_scale, accumulate=index > 0)
-        _chunk_losses_(chunk_logits_CV, batch.rows(chunk), settings, scratch, row_losses_2M[:, chunk])
-        if settings.row_weights is None:
+            _product(hidden_CH, pair.weight_VH.t(), chunk_logits_CV, step.settings.logit_scale, accumulate=index > 0)
+        chunk_targets = None if targets is None else targets.rows(chunk)
+        _chunk_losses_(chunk_logits_CV, labels_M[chunk], chunk_targets, step, scratch, row_losses_2M[:, chunk])
+        if step.row_weights is None:
             continue
-        grad_logits_CV = chunk_logits_CV.to(settings.product_dtype)
+        grad_logits_CV = chunk_logits_CV.to(step.product_dtype)
         for pair, hidden_CH in zip(pairs, hiddens):
-            _accumulate_gradients(pair, grad_logits_CV, hidden_CH, rows_C, settings)
-    cross_entropy = row_losses_2M[0].sum() / settings.denominator
-    has_targets = batch.targets is not None
-    kl = row_losses_2M[1].sum() / settings.denominator if has_targets else torch.full_like(cross_entropy, math.nan)
-    return cross_entropy, kl, [grad for pair in pairs for grad in (pair.grad_hidden_NH, pair.grad_weight_VH)]
+            _accumulate_gradients(pair, grad_logits_CV, hidden_CH, chunk, step.settings)
+    cross_entropy = row_losses_2M[0].sum() / step.denominator
+    has_targets = targets is not None
+    kl = row_losses_2M[1].sum() / step.denominator if has_targets else torch.full_like(cross_entropy, math.nan)
+    return cross_entropy, kl, [grad for pair in pairs for grad in (pair.grad_hidden_MH, pair.grad_weight_VH)]
 
 
-def _pairs(settings: HeadSettings, factors: tuple[Tensor, ...]) -> list[_Pair]:
+def _pairs(step: HeadStep, factors: tuple[Tensor, ...]) -> list[_Pair]:
     dtype = loss_dtype(factors[0])
     return [
         _Pair(
-            hidden_NH,
-            weight_VH[: settings.vocab_size].to(settings.product_dtype),
-            torch.zeros_like(hidden_NH) if needs_hidden_grad else None,
+            hidden_MH,
+            weight_VH[: step.settings.vocab_size].to(step.product_dtype),
+            torch.empty_like(hidden_MH) if needs_hidden_grad else None,
             torch.zeros_like(weight_VH, dtype=dtype) if needs_weight_grad else None,
         )
-        for hidden_NH, weight_VH, needs_hidden_grad, needs_weight_grad in zip(
-            factors[::2], factors[1::2], settings.needs_grad[::2], settings.needs_grad[1::2]
+        for hidden_MH, weight_VH, needs_hidden_grad, needs_weight_grad in zip(
+            factors[::2], factors[1::2], step.needs_grad[::2], step.needs_grad[1::2]
         )
     ]
 
 
 def _accumulate_gradients(
-    pair: _Pair, grad_logits_CV: Tensor, hidden_CH: Tensor, rows_C: Tensor, settings: HeadSettings
+    pair: _Pair, grad_logits_CV: Tensor, hidden_CH: Tensor, chunk: slice, settings: LossSettings
 ) -> None:
-    """Adds what a chunk's logits say about both factors."""
+    """Writes what a chunk's logits say about its hidden states, and adds what they say about the weights."""
     scale = settings.logit_scale
-    if pair.grad_hidden_NH is not None:
+    if pair.grad_hidden_MH is not None:
         grad_hidden_CH = torch.mm(grad_logits_CV, pair.weight_VH)
         if scale != 1.0:
             grad_hidden_CH *= scale
-        pair.grad_hidden_NH.index_copy_(0, rows_C, grad_hidden_CH.to(pair.grad_hidden_NH.dtype))
+        pair.grad_hidden_MH[chunk] = grad_hidden_CH
     if pair.grad_weight_VH is not None:
         out = pair.grad_weight_VH[: settings.vocab_size]
         _product(grad_logits_CV.t(), hidden_CH, out, scale, accumulate=True)
 
 
 def _chunk_losses_(
-    logits_CV: Tensor, batch: TargetTokens, settings: HeadSettings, scratch: list[Tensor], row_losses_2C: Tensor
+    logits_CV: Tensor,
+    labels_C: Tensor,
+    targets: RowTargets | None,
+    step: HeadStep,
+    scratch: list[Tensor],
+    row_losses_2C: Tensor,
 ) -> None:
     """Fills the cross-entropy and the KL of a chunk's tokens; the logits become the gradient of the loss."""
-    weights = settings.row_weights
+    settings, weights = step.settings, step.row_weights
     kernel = _row_kernel(logits_CV)
     if kernel is not None:
-        cross_entropy_C, divergence_C = kernel(
-            logits_CV,
-            batch.labels_M,
-            batch.targets,
-            settings.temperature,
-            weights,
-            settings.divergence,
-            settings.logit_softcap,
-        )
-        row_losses_2C[0] = cross_entropy_C
+        row_losses_2C[0], divergence_C = kernel(logits_CV, labels_C, targets, settings, weights)
         if divergence_C is not None:
             row_losses_2C[1] = divergence_C
         return
     for start in range(0, len(logits_CV), len(scratch[0])):
         block = slice(start, start + len(scratch[0]))
-        logits_BV, labels_B = logits_CV[block], batch.labels_M[block]
+        logits_BV, labels_B = logits_CV[block], labels_C[block]
         scratch_BV, *slope_BV = (buffer[: len(logits_BV)] for buffer in scratch)
         if settings.logit_softcap is not None:
             _cap_(logits_BV, settings.logit_softcap, slope_BV[0])
-        if batch.targets is None:
+        if targets is None:
             row_losses_2C[0, block] = cross_entropy_rows_(logits_BV, labels_B, None if weights is None else weights[0])
         else:
             row_losses_2C[0, block], row_losses_2C[1, block] = distillation_rows_(
-                logits_BV,
-                labels_B,
-                batch.targets.rows(block),
-                settings.temperature,
-                weights,
-                scratch_BV,
-                settings.divergence,
+                logits_BV, labels_B, targets.rows(block), settings, weights, scratch_BV
             )
         if settings.logit_softcap is not None and weights is not None:
             logits_BV.mul_(slope_BV[0])
@@ -260,15 +232,15 @@ def product_dtype(hidden_NH: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else hidden_NH.dtype
 
 
-def _buffers(weight_VH: Tensor, num_targets: int, settings: HeadSettings, dtype: torch.dtype) -> list[Tensor]:
+def _buffers(weight_VH: Tensor, num_targets: int, step: HeadStep, dtype: torch.dtype) -> list[Tensor]:
     """Logits of a chunk within the byte budget, and scratch for the rows of a block; at least a row of each.
 
     The chunks are evened out, so that none is a small remainder that pays for the head's whole gradient.
     """
     row_bytes = len(weight_VH) * dtype.itemsize
-    num_chunks = math.ceil(num_targets / max(1, settings.chunk_bytes // row_bytes))
+    num_chunks = math.ceil(num_targets / max(1, step.chunk_bytes // row_bytes))
     chunk_rows = math.ceil(num_targets / max(1, num_chunks))
     block_rows = max(1, BLOCK_BYTES[weight_VH.device.type] // row_bytes)
     logits_CV = weight_VH.new_empty(max(1, chunk_rows), len(weight_VH), dtype=dtype)
-    num_scratch = 1 if settings.logit_softcap is None else 2
+    num_scratch = 1 if step.settings.logit_softcap is None else 2
     return [logits_CV, *(torch.empty_like(logits_CV[:block_rows]) for _ in range(num_scratch))]

@@ -17,6 +17,8 @@ from pipeline.errors import PipelineError
 HISTORY, MIN_HISTORY = 100, 20
 SPIKE_DEVIATIONS = 20.0
 BAD_STEPS = "bad_steps.jsonl"
+BAD_LOSS_ACTIONS = {"stop": "stopped", "skip": "skipped"}
+"""What a run may do at a bad step, and how that is written down."""
 
 
 class TrainingStoppedError(PipelineError):

@@ -5,7 +5,6 @@ head (DDP, FSDP2) does so for us; reading the weight from outside would miss its
 reduction. Without targets in the call the model behaves as before.
 """
 
-import functools
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,10 +15,17 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 
 from pipeline.errors import ConfigError
+from stages.train_student.compat.peft_hooks import head_factors
 from stages.train_student.documents import target_hidden
-from stages.train_student.lora import head_adapter
-from stages.train_student.loss import fused_distillation_loss
+from stages.train_student.loss import DistillationLoss, distillation_loss
+from stages.train_student.loss_settings import LossSettings
 from stages.train_student.routers import RouterLoss
+from stages.train_student.targets import COLUMNS, DistillationTargets
+
+OTHER_COLUMNS = ("labels",)
+"""Of a batch, beside those that are targets: for the Trainer alone."""
+HeadFunction = Callable[..., Any]
+"""Of hidden states [M, H], the head's weight [V, H] and, by name, its `adapter`, as `distillation_loss` takes them."""
 
 
 @dataclass
@@ -33,86 +39,90 @@ class DistillationOutput(ModelOutput):
     """Of a mixture of experts, its share of the step; in `loss` times its weight. None where nothing balances routers."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class HeadLoss:
-    """What the loss of a student's head is, beside the batch."""
-
-    vocab_size: int
-    """Rows of the head from here on are padding."""
-    alpha: float = 0.5
-    """Where a call does not say."""
-    divergence: str = "forward"
-    logit_scale: float = 1.0
-    logit_softcap: float | None = None
-    router: RouterLoss | None = None
-
-
-def attach_fused_loss(model: PreTrainedModel, settings: HeadLoss) -> None:
+def attach_fused_loss(model: PreTrainedModel, settings: LossSettings, router: RouterLoss | None = None) -> None:
     """Make `model(**batch)` of a batch by `dataset.Collate` return a DistillationOutput.
 
     `num_items_in_batch` is the number of target tokens of the whole step, over all micro-batches
-    and ranks; without it the mean is over the batch. With `measure`, what
-    `measure(hidden_MH, head_weight_VH, adapter=...)` makes of the target rows is returned instead. With the model's
-    attribute `one_by_one` set, every document is computed as a row of its own. Raises ConfigError for a head with a bias.
+    and ranks; without it the mean is over the batch. With `measure`, a HeadFunction, what it makes of the target rows is
+    returned instead. With the model's attribute `one_by_one` set, every document is computed as a row of its own. Raises
+    ConfigError for a head with a bias.
     """
     head = model.get_output_embeddings()
     if getattr(head, "bias", None) is not None:
         raise ConfigError(f"{type(model).__name__}: its head has a bias, which the fused loss does not know.")
-    head_forward, model_forward = head.forward, model.forward
     model.one_by_one = False
+    head.forward = types.MethodType(_hooked_head(head.forward), head)
+    model.forward = types.MethodType(_hooked_model(model.forward, settings, router), model)
 
-    def fused_head(self: Any, hidden: Tensor, function: Callable[..., Any] | None = None) -> Any:
+
+def token_loss(
+    targets: DistillationTargets,
+    settings: LossSettings,
+    alpha: float | None = None,
+    num_target_tokens: float | None = None,
+) -> HeadFunction:
+    """The loss of the target tokens, to be computed in the head's forward."""
+
+    def loss(hidden_MH: Tensor, weight_VH: Tensor, *, adapter: tuple[Tensor, Tensor] | None) -> DistillationLoss:
+        weights = {"alpha": alpha, "num_target_tokens": num_target_tokens}
+        return distillation_loss(hidden_MH, weight_VH, targets, settings, **weights, adapter=adapter)
+
+    return loss
+
+
+def _hooked_head(head_forward: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
+    def forward(self: Any, hidden: Tensor, function: HeadFunction | None = None) -> Any:
         if function is None:
             return head_forward(hidden)
-        return function(hidden, getattr(self, "base_layer", self).weight, adapter=head_adapter(self, hidden))
+        weight_VH, adapter = head_factors(self, hidden)
+        return function(hidden, weight_VH, adapter=adapter)
 
+    return forward
+
+
+def _hooked_model(
+    model_forward: Callable[..., Any], settings: LossSettings, router: RouterLoss | None
+) -> Callable[..., Any]:
     def forward(
         self: Any,
         input_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
-        shift_labels: Tensor | None = None,
         target_rows: Tensor | None = None,
-        teacher_ids: Tensor | None = None,
-        teacher_probs: Tensor | None = None,
-        teacher_tail: Tensor | None = None,
-        teacher_entropy: Tensor | None = None,
-        temperature: float | None = None,
-        tail: str | None = None,
         alpha: float | None = None,
-        num_items_in_batch: Tensor | int | None = None,
-        measure: Callable[..., Any] | None = None,
-        **kwargs: Any,
+        num_items_in_batch: float | None = None,
+        measure: HeadFunction | None = None,
+        **columns: Any,
     ) -> Any:
         if target_rows is None:
-            return model_forward(input_ids=input_ids, position_ids=position_ids, **kwargs)
-        router = settings.router if measure is None else None
-        how = {"one_by_one": self.one_by_one, "routers": router is not None}
+            return model_forward(input_ids=input_ids, position_ids=position_ids, **columns)
+        _refuse_unknown(columns)
+        is_balanced = router is not None and measure is None
+        how = {"one_by_one": self.one_by_one, "routers": is_balanced}
         body = target_hidden(self, input_ids, position_ids, target_rows, **how)
+        head = self.get_output_embeddings()
         if measure is not None:
-            return self.get_output_embeddings()(body.hidden_MH, measure)
-        loss = functools.partial(
-            fused_distillation_loss,
-            labels_N=shift_labels,
-            ids_NK=teacher_ids,
-            probs_NK=teacher_probs,
-            tail_mass_N=teacher_tail,
-            teacher_entropy_N=teacher_entropy,
-            alpha=settings.alpha if alpha is None else alpha,
-            temperature=temperature,
-            tail=tail,
-            num_target_tokens=num_items_in_batch,
-            vocab_size=settings.vocab_size,
-            divergence=settings.divergence,
-            logit_scale=settings.logit_scale,
-            logit_softcap=settings.logit_softcap,
-        )
-        out = DistillationOutput(*self.get_output_embeddings()(body.hidden_MH, loss))
-        balance = router(body.router_logits) if router is not None else None
-        if balance is not None:
+            return head(body.hidden_MH, measure)
+        targets = DistillationTargets.of_batch(columns)
+        out = DistillationOutput(*head(body.hidden_MH, token_loss(targets, settings, alpha, num_items_in_batch)))
+        if is_balanced:
             share = 1.0 if num_items_in_batch is None else len(target_rows) / num_items_in_batch
-            out.router_loss = balance.detach() * share
-            out.loss = out.loss + router.weight * share * balance
+            _add_balance(out, router, body.router_logits, share)
         return out
 
-    head.forward = types.MethodType(fused_head, head)
-    model.forward = types.MethodType(forward, model)
+    return forward
+
+
+def _add_balance(out: DistillationOutput, router: RouterLoss, logits: tuple[Tensor, ...], share: float) -> None:
+    """Add the balancing loss of the routers, by the micro-batch's share of the step."""
+    balance = router(logits)
+    if balance is not None:
+        out.router_loss = balance.detach() * share
+        out.loss = out.loss + router.weight * share * balance
+
+
+def _refuse_unknown(columns: dict[str, Any]) -> None:
+    """What wraps a model hands it arguments of its own, all of them None."""
+    known = (*COLUMNS.values(), *OTHER_COLUMNS)
+    unknown = [name for name, value in columns.items() if value is not None and name not in known]
+    if unknown:
+        raise TypeError(f"a batch with {', '.join(unknown)}; the fused loss knows: {', '.join(known)}.")

@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from pipeline.errors import ConfigError
 from pipeline.models import text_body
+from stages.train_student.compat import peft_hooks
 
 PRODUCTS = (torch.nn.Linear.forward, Conv1D.forward)
 """A subclass with a forward of its own does something else, which an adapter would not."""
@@ -27,6 +28,7 @@ def add_adapters(model: Any, *, rank: int, alpha: float, on_head: bool) -> Any:
         from peft import LoraConfig, get_peft_model
     except ImportError as exc:
         raise ConfigError("lora_rank is set, but peft is not installed; `pip install --no-deps peft`.") from exc
+    peft_hooks.require()
     head = model.get_output_embeddings()
     if on_head and head.weight is model.get_input_embeddings().weight:
         raise ConfigError(f"{type(model).__name__}: its head is tied to the embeddings; train it without --lora-head.")
@@ -39,17 +41,20 @@ def add_adapters(model: Any, *, rank: int, alpha: float, on_head: bool) -> Any:
     places = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     # two adapters of one weight would both be merged into it
     alone = [name for name in products if places[id(model.get_submodule(name).weight)] == 1]
+    stacks = _expert_stacks(model, body)
+    wanted = [*(model.get_submodule(name).weight for name in alone), *map(model.get_parameter, stacks)]
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,
         target_modules=alone,
-        target_parameters=_expert_stacks(model, body),
+        target_parameters=stacks,
         task_type="CAUSAL_LM",
     )
     with warnings.catch_warnings(), _no_renaming(model.config):
         # of a setting that the weights of a Conv1D need, and that peft takes itself
         warnings.filterwarnings("ignore", message="fan_in_fan_out")
         adapted = get_peft_model(model, config)
+    peft_hooks.require_adapted(adapted, wanted)
     # peft would put a frozen head beside its adapter into every checkpoint
     adapted.save_pretrained = functools.partial(adapted.save_pretrained, save_embedding_layers=False)
     return adapted
@@ -78,16 +83,3 @@ def _no_renaming(config: Any) -> Iterator[None]:
         yield
     finally:
         del vars(config)["model_type"]
-
-
-def head_adapter(head: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """The factors that an adapted head adds to its logits; None for a plain head."""
-    if not hasattr(head, "lora_A"):
-        return None
-    (name,) = head.active_adapters
-    return head.lora_A[name](hidden) * head.scaling[name], head.lora_B[name].weight
-
-
-def merged(model: Any) -> Any:
-    """The plain model with its adapters added to the weights; the model itself if it has none."""
-    return model.merge_and_unload() if hasattr(model, "merge_and_unload") else model

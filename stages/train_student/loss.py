@@ -1,7 +1,8 @@
 """The loss of stage two: cross-entropy and sparse distillation over the student's LM head.
 
-Owns the public function, its checks and which tokens take part. fused_head.py computes value and gradient chunk by
-chunk, row_loss.py has the maths of a row, row_targets.py the teacher's side and the tail policies.
+Owns the two public functions and their checks: `fused_distillation_loss` for tensors of any origin, with every check,
+and `distillation_loss` for targets whose values were looked at where they were made. fused_head.py computes value and
+gradient chunk by chunk, row_loss.py has the maths of a row, row_targets.py the teacher's side, tails.py the policies.
 
 Shapes: N tokens of a flattened batch, M of them target tokens, K stored entries of a token, V the vocabulary,
 H hidden size.
@@ -13,16 +14,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from stages.train_student.divergences import DIVERGENCES
-from stages.train_student.fused_head import (
-    DEFAULT_CHUNK_BYTES,
-    FusedHead,
-    HeadSettings,
-    TargetTokens,
-    loss_dtype,
-    product_dtype,
-)
-from stages.train_student.row_targets import DRAWN_TAILS, TAIL_POLICIES, check_shapes, make_row_targets
+from stages.train_student.fused_head import DEFAULT_CHUNK_BYTES, FusedHead, HeadStep, loss_dtype, product_dtype
+from stages.train_student.loss_settings import LossSettings, require_alpha
+from stages.train_student.row_targets import make_row_targets
+from stages.train_student.tails import DRAWN_TAILS
+from stages.train_student.targets import DistillationTargets, require_values
 
 DTYPES = (torch.bfloat16, torch.float32, torch.float64)
 """Of hidden states and head. float16 lacks the range for the gradient of a uniform tail at the mean of a batch."""
@@ -90,91 +86,117 @@ def fused_distillation_loss(
     handed over in the weight's dtype. Raises ValueError for inputs that do not fit; a second backward without
     retain_graph and any backward with create_graph are RuntimeErrors.
     """
-    vocab_size = head_weight_VH.shape[0] if vocab_size is None else vocab_size
-    has_targets = _has_targets(ids_NK, probs_NK, tail_mass_N)
-    _check_settings(alpha, temperature, tail, chunk_bytes, has_targets)
-    _check_logits(divergence, tail, logit_scale, logit_softcap)
-    _check_student(hidden_NH, head_weight_VH, labels_N, vocab_size)
-    rows_M = (labels_N != ignore_index).nonzero().squeeze(1)
-    labels_M = labels_N[rows_M].long()
-    _check_labels(labels_M, vocab_size, ignore_index)
-    targets = None
-    if has_targets:
-        check_shapes(ids_NK, probs_NK, tail_mass_N, len(labels_N), hidden_NH.device)
-        dtype = loss_dtype(hidden_NH)
-        ids_MK, probs_MK, tail_mass_M = ids_NK[rows_M].long(), probs_NK[rows_M].to(dtype), tail_mass_N[rows_M].to(dtype)
-        targets = make_row_targets(ids_MK, probs_MK, tail_mass_M, tail, vocab_size)
-        if teacher_entropy_N is not None:
-            _check_entropy(teacher_entropy_N, tail, len(labels_N))
-            targets = targets._replace(entropy_term_N=-teacher_entropy_N[rows_M].to(dtype))
-    factors = (hidden_NH, head_weight_VH) if adapter is None else (hidden_NH, head_weight_VH, *adapter)
-    if adapter is not None:
-        _check_adapter(adapter, hidden_NH, head_weight_VH)
-    settings = HeadSettings(
-        alpha=float(alpha),
-        temperature=float(temperature),
-        denominator=_denominator(num_target_tokens, len(rows_M)),
-        vocab_size=vocab_size,
-        chunk_bytes=chunk_bytes or DEFAULT_CHUNK_BYTES[hidden_NH.device.type],
-        product_dtype=product_dtype(hidden_NH),
+    settings = LossSettings(
+        vocab_size=head_weight_VH.shape[0] if vocab_size is None else vocab_size,
+        alpha=alpha,
+        temperature=temperature,
+        tail=tail,
         divergence=divergence,
-        logit_scale=float(logit_scale),
+        logit_scale=logit_scale,
         logit_softcap=logit_softcap,
-        needs_grad=tuple(torch.is_grad_enabled() and factor.requires_grad for factor in factors),
     )
-    return DistillationLoss(*FusedHead.apply(TargetTokens(rows_M, labels_M, targets), settings, *factors))
-
-
-def _has_targets(*targets: Tensor | None) -> bool:
-    num_given = sum(target is not None for target in targets)
-    if num_given not in (0, len(targets)):
+    num_given = sum(target is not None for target in (ids_NK, probs_NK, tail_mass_N))
+    if num_given not in (0, 3):
         raise ValueError(
             f"ids_NK, probs_NK and tail_mass_N: {num_given} of 3 given, expected all of them, or none at alpha 0."
         )
-    return num_given > 0
+    targets = DistillationTargets(
+        labels_M=labels_N, ids_MK=ids_NK, probs_MK=probs_NK, tail_mass_M=tail_mass_N, entropy_M=teacher_entropy_N
+    )
+    _check_student(hidden_NH, head_weight_VH, labels_N, settings.vocab_size)
+    _check_targets(targets, settings, hidden_NH.device)
+    if adapter is not None:
+        _check_adapter(adapter, hidden_NH, head_weight_VH)
+    rows_M = (labels_N != ignore_index).nonzero().squeeze(1)
+    if len(rows_M) < len(labels_N):
+        hidden_NH, targets = hidden_NH.index_select(0, rows_M), targets.rows(rows_M)
+        adapter = None if adapter is None else (adapter[0].index_select(0, rows_M), adapter[1])
+    require_values(targets, settings.vocab_size, ignore_index)
+    return distillation_loss(
+        hidden_NH,
+        head_weight_VH,
+        targets,
+        settings,
+        num_target_tokens=None if num_target_tokens is None else float(num_target_tokens),
+        chunk_bytes=chunk_bytes,
+        adapter=adapter,
+    )
 
 
-def _check_entropy(teacher_entropy_N: Tensor, tail: str, num_tokens: int) -> None:
-    if tail not in DRAWN_TAILS or teacher_entropy_N.shape != (num_tokens,):
-        raise ValueError(
-            f"teacher_entropy_N: shape {tuple(teacher_entropy_N.shape)} with tail {tail!r}, "
-            f"expected ({num_tokens},) with a tail of draws: {' or '.join(DRAWN_TAILS)}."
-        )
+def distillation_loss(
+    hidden_MH: Tensor,
+    head_weight_VH: Tensor,
+    targets: DistillationTargets,
+    settings: LossSettings,
+    *,
+    alpha: float | None = None,
+    num_target_tokens: float | None = None,
+    chunk_bytes: int | None = None,
+    adapter: tuple[Tensor, Tensor] | None = None,
+) -> DistillationLoss:
+    """`fused_distillation_loss` of target tokens alone, which never waits for the device.
 
-
-def _denominator(num_target_tokens: int | float | Tensor | None, num_targets: int) -> float:
-    if num_target_tokens is None:
-        return float(max(1, num_targets))
-    denominator = float(num_target_tokens)
-    if num_targets > 0 and not (denominator > 0 and math.isfinite(denominator)):
-        raise ValueError(
-            f"num_target_tokens: {denominator:g} with {num_targets} target tokens in this call, expected a positive "
-            "number; give the number of target tokens of the whole step."
-        )
-    return denominator if denominator > 0 else 1.0
-
-
-def _check_settings(alpha: float, temperature: float, tail: str, chunk_bytes: int | None, has_targets: bool) -> None:
-    if tail not in TAIL_POLICIES:
-        raise ValueError(f"tail: {tail!r}, choose one of: {', '.join(TAIL_POLICIES)}.")
-    if not 0 <= alpha <= 1:
-        raise ValueError(f"alpha: {alpha}, expected a weight of the KL from 0 to 1.")
-    if not (temperature > 0 and math.isfinite(temperature)):
-        raise ValueError(f"temperature: {temperature}, expected a positive number.")
+    `targets.require_values` has looked at what they hold. `alpha` is that of the settings unless it is given.
+    """
+    alpha = settings.alpha if alpha is None else alpha
+    require_alpha(alpha)
+    _check_student(hidden_MH, head_weight_VH, targets.labels_M, settings.vocab_size)
+    _check_targets(targets, settings, hidden_MH.device)
+    if alpha > 0 and not targets.has_teacher:
+        raise ValueError(f"alpha: {alpha} without targets, expected 0; give all of ids_NK, probs_NK and tail_mass_N.")
     if chunk_bytes is not None and chunk_bytes <= 0:
         raise ValueError(f"chunk_bytes: {chunk_bytes}, expected a positive number of bytes.")
-    if alpha > 0 and not has_targets:
-        raise ValueError(f"alpha: {alpha} without targets, expected 0; give all of ids_NK, probs_NK and tail_mass_N.")
+    if adapter is not None:
+        _check_adapter(adapter, hidden_MH, head_weight_VH)
+    factors = (hidden_MH, head_weight_VH, *(adapter or ()))
+    step = HeadStep(
+        settings=settings,
+        alpha=float(alpha),
+        denominator=_denominator(num_target_tokens, len(targets)),
+        chunk_bytes=chunk_bytes or DEFAULT_CHUNK_BYTES[hidden_MH.device.type],
+        product_dtype=product_dtype(hidden_MH),
+        needs_grad=tuple(torch.is_grad_enabled() and factor.requires_grad for factor in factors),
+    )
+    rows = make_row_targets(targets, settings, loss_dtype(hidden_MH))
+    return DistillationLoss(*FusedHead.apply(targets.labels_M.long(), rows, step, *factors))
 
 
-def _check_logits(divergence: str, tail: str, logit_scale: float, logit_softcap: float | None) -> None:
-    if divergence not in DIVERGENCES:
-        raise ValueError(f"divergence: {divergence!r}, choose one of: {', '.join(DIVERGENCES)}.")
-    if divergence != "forward" and tail != "ghost":
-        raise ValueError(f"divergence: {divergence!r} with tail {tail!r}, expected tail 'ghost': it needs a whole p_T.")
-    for name, value in (("logit_scale", logit_scale), ("logit_softcap", logit_softcap)):
-        if value is not None and not (value > 0 and math.isfinite(value)):
-            raise ValueError(f"{name}: {value}, expected a positive number.")
+def _denominator(num_target_tokens: float | None, num_targets: int) -> float:
+    if num_target_tokens is None:
+        return float(max(1, num_targets))
+    if num_targets > 0 and not (num_target_tokens > 0 and math.isfinite(num_target_tokens)):
+        raise ValueError(
+            f"num_target_tokens: {num_target_tokens:g} with {num_targets} target tokens in this call, expected a positive "
+            "number; give the number of target tokens of the whole step."
+        )
+    return num_target_tokens if num_target_tokens > 0 else 1.0
+
+
+def _check_targets(targets: DistillationTargets, settings: LossSettings, device: torch.device) -> None:
+    """Raises ValueError unless a teacher's shapes and types are those of the labels, and all lie on `device`."""
+    num_tokens, entropy = len(targets), targets.entropy_M
+    if not targets.has_teacher:
+        return
+    ids, probs, tail_mass = targets.ids_MK, targets.probs_MK, targets.tail_mass_M
+    if ids.ndim != 2 or ids.shape[0] != num_tokens or ids.shape[1] == 0:
+        raise ValueError(f"ids_NK: shape {tuple(ids.shape)}, expected ({num_tokens}, K) with K of at least 1.")
+    if probs.shape != ids.shape:
+        raise ValueError(f"probs_NK: shape {tuple(probs.shape)}, expected that of ids_NK, {tuple(ids.shape)}.")
+    if tail_mass.shape != (num_tokens,):
+        raise ValueError(f"tail_mass_N: shape {tuple(tail_mass.shape)}, expected ({num_tokens},).")
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise ValueError(f"ids_NK: dtype {ids.dtype}, expected an integer dtype.")
+    for name, tensor in (("probs_NK", probs), ("tail_mass_N", tail_mass)):
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name}: dtype {tensor.dtype}, expected a floating-point dtype.")
+    for name, tensor in (("ids_NK", ids), ("probs_NK", probs), ("tail_mass_N", tail_mass)):
+        if tensor.device != device:
+            raise ValueError(f"{name}: on {tensor.device}, expected {device} as hidden_NH; move it there.")
+    if entropy is not None and (settings.tail not in DRAWN_TAILS or entropy.shape != (num_tokens,)):
+        raise ValueError(
+            f"teacher_entropy_N: shape {tuple(entropy.shape)} with tail {settings.tail!r}, "
+            f"expected ({num_tokens},) with a tail of draws: {' or '.join(DRAWN_TAILS)}."
+        )
 
 
 def _check_adapter(adapter: tuple[Tensor, Tensor], hidden_NH: Tensor, head_weight_VH: Tensor) -> None:
@@ -216,15 +238,4 @@ def _check_dtypes(hidden_NH: Tensor, head_weight_VH: Tensor) -> None:
         raise ValueError(
             f"hidden_NH: dtype {hidden_NH.dtype}, head_weight_VH: dtype {head_weight_VH.dtype}; "
             "expected the same outside of autocast: cast one of them."
-        )
-
-
-def _check_labels(labels_M: Tensor, vocab_size: int, ignore_index: int) -> None:
-    if len(labels_M) == 0:
-        return
-    smallest, largest = (int(bound) for bound in labels_M.aminmax())
-    if smallest < 0 or largest >= vocab_size:
-        raise ValueError(
-            f"labels_N: holds ids from {smallest} to {largest}, expected 0 to {vocab_size - 1}, or {ignore_index} for "
-            "positions without a loss."
         )

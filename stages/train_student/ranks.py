@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from accelerate.state import AcceleratorState
+
+from stages.train_student.compat import accelerate_hooks
 
 
 def world_size() -> int:
@@ -38,7 +39,7 @@ def own_process_group() -> Iterator[None]:
         if torch.distributed.is_initialized() and not found:
             gc.collect()
             torch.distributed.destroy_process_group()
-            AcceleratorState._reset_state(reset_partial_state=True)
+            accelerate_hooks.forget()
 
 
 def on_any_rank(flag: bool) -> bool:

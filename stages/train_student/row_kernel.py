@@ -5,11 +5,12 @@ where triton is. The stored columns become -inf before the passes and get their 
 that both passes run over the rest alone, as in row_loss.py.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from stages.train_student.divergences import DIVERGENCES
+from stages.train_student.loss_settings import LossSettings
 from stages.train_student.row_targets import RowTargets
 
 BLOCK = 2048
@@ -26,13 +27,17 @@ def _cap(logits, softcap):
 
 
 @triton.jit
-def _score(log_p, log_q, DIVERGENCE: tl.constexpr):
-    """dD/dQ of an outcome up to a constant (divergences.py), and its M for Jensen-Shannon."""
-    if DIVERGENCE == 1:
-        return log_q - log_p, log_q
-    larger = tl.maximum(log_p, log_q)
-    log_mean = larger + tl.log(tl.exp(log_p - larger) + tl.exp(log_q - larger)) - 0.6931471805599453
-    return (log_q - log_mean) * 0.5, log_mean
+def _outcomes(log_p, log_q, p, q, DIVERGENCE: tl.constexpr):
+    """What outcomes add to a bucket divergence, and its derivative dD/dQ up to a constant (divergences.py)."""
+    if DIVERGENCE == "reverse":
+        score = log_q - log_p
+        return q * score, score
+    else:
+        tl.static_assert(DIVERGENCE == "js", "row_kernel.py does not know this divergence")
+        larger = tl.maximum(log_p, log_q)
+        log_mean = larger + tl.log(tl.exp(log_p - larger) + tl.exp(log_q - larger)) - 0.6931471805599453
+        score = (log_q - log_mean) * 0.5
+        return p * (log_p - log_mean) * 0.5 + q * score, score
 
 
 @triton.jit
@@ -92,7 +97,7 @@ def _rows(
         q, q_rest = tl.exp(log_q), tl.exp(log_q_rest)
         tl.store(cross_entropy_ptr + row, log_all - (z_label - shift))
         level = 0.0
-        if DIVERGENCE == 0:
+        if DIVERGENCE == "forward":
             value = tl.load(entropy_ptr + row) - tl.sum(w * log_q, 0) - bucket * log_q_rest
             if HAS_LEVEL:
                 level = tl.load(level_ptr + row)
@@ -101,12 +106,10 @@ def _rows(
             pulls, rest_pull = total * q - w, total * q_rest - bucket
         else:
             log_p, log_p_rest = tl.log(tl.maximum(w, _TINY)), tl.log(tl.maximum(bucket, _TINY))
-            score, log_mean = _score(log_p, log_q, DIVERGENCE)
-            score_rest, log_mean_rest = _score(log_p_rest, log_q_rest, DIVERGENCE)
+            shares, score = _outcomes(log_p, log_q, w, q, DIVERGENCE)
+            rest_share, score_rest = _outcomes(log_p_rest, log_q_rest, bucket, q_rest, DIVERGENCE)
+            value = tl.sum(shares, 0) + rest_share
             mean_score = tl.sum(q * score, 0) + q_rest * score_rest
-            value = mean_score
-            if DIVERGENCE == 2:
-                value += (tl.sum(w * (log_p - log_mean), 0) + bucket * (log_p_rest - log_mean_rest)) * 0.5
             pulls, rest_pull = q * (score - mean_score), q_rest * (score_rest - mean_score)
         tl.store(divergence_ptr + row, value)
         hard_scale = hard_weight * tl.exp(rest - log_all)
@@ -150,12 +153,10 @@ def kernel_rows_(
     logits_NV: Tensor,
     labels_N: Tensor,
     targets: RowTargets | None,
-    temperature: float,
+    settings: LossSettings,
     weights: tuple[float, float] | None,
-    divergence: str = "forward",
-    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Cross-entropy and divergence of every row, as row_loss.py's functions after a soft cap; float32 logits.
+    """Cross-entropy and divergence of every row, as row_loss.py's functions after the soft cap; float32 logits.
 
     With `weights`, the logits become the gradient of the loss with respect to them before the cap. The second is None
     without targets.
@@ -174,7 +175,9 @@ def kernel_rows_(
             *(targets.bucket_N, unused if level_N is None else level_N, targets.total_N),
             *(targets.num_rest_N.float(), targets.entropy_term_N),
         )
-    if num_rows:
+    if num_rows == 0:
+        return cross_entropy_N, divergence_N
+    with torch.cuda.device_of(logits_NV):  # triton launches on the current device, wherever the tensors lie
         _rows[(num_rows,)](
             logits_NV,
             logits_NV.stride(0),
@@ -184,16 +187,16 @@ def kernel_rows_(
             unused if divergence_N is None else divergence_N,
             hard_weight,
             soft_weight,
-            1.0 / temperature,
-            softcap or 1.0,
+            1.0 / settings.temperature,
+            settings.logit_softcap or 1.0,
             vocab_size,
             k,
             SLOTS=triton.next_power_of_2(k),
             BLOCK=min(BLOCK, triton.next_power_of_2(vocab_size)),
             HAS_TARGETS=targets is not None,
             HAS_LEVEL=level_N is not None,
-            DIVERGENCE=DIVERGENCES.index(divergence),
-            HAS_SOFTCAP=softcap is not None,
+            DIVERGENCE=settings.divergence,
+            HAS_SOFTCAP=settings.logit_softcap is not None,
             HAS_GRADIENT=weights is not None,
             num_warps=8,
         )

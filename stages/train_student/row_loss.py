@@ -21,7 +21,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from stages.train_student.divergences import bucket_divergence
+from stages.train_student.divergences import BUCKET_DIVERGENCES
+from stages.train_student.loss_settings import LossSettings
 from stages.train_student.row_targets import RowTargets
 
 _ABSENT = -1e30
@@ -66,16 +67,16 @@ def distillation_rows_(
     logits_NV: Tensor,
     labels_N: Tensor,
     targets: RowTargets,
-    temperature: float,
+    settings: LossSettings,
     weights: tuple[float, float] | None,
     scratch_NV: Tensor,
-    divergence: str = "forward",
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy and divergence D of p_T and q_T of every row in nats, both [N].
 
     With `weights` (A, B), `logits_NV` becomes A dCE/dz + B T dD/dz; without it is left as scratch.
     `scratch_NV` is overwritten and must not overlap the logits.
     """
+    temperature = settings.temperature
     label_logits_N1 = logits_NV.gather(1, labels_N[:, None])
     entry_logits_NK = logits_NV.gather(1, targets.ids_NK)
     rest_sum_N = None
@@ -91,16 +92,30 @@ def distillation_rows_(
     hard = _logprobs(entry_logits_NK, rest_max_N1, rest.exp_sum_N1, 1.0)
     soft = _logprobs(entry_logits_NK, rest_max_N1, rest.softened_exp_sum_N1, temperature)
     cross_entropy_N = (hard.logsumexp_N1 - (label_logits_N1 - shift_N1)).squeeze(1)
-    if divergence == "forward":
+    if settings.divergence == "forward":
         divergence_N = _kl_rows(targets, soft, rest_sum_N, shift_N1, temperature)
         pulls = _kl_pulls(targets, soft) if weights is not None else None
     else:
-        divergence_N, *pulls = bucket_divergence(
-            divergence, targets.weights_NK, targets.bucket_N, soft.entries_NK, soft.rest_N1
-        )
+        divergence_N, *pulls = bucket_divergence(settings.divergence, targets, soft.entries_NK, soft.rest_N1)
     if weights is not None:
         _gradient_rows_(logits_NV, labels_N, targets, rest, hard, pulls, weights)
     return cross_entropy_N, divergence_N
+
+
+def bucket_divergence(
+    divergence: str, targets: RowTargets, entries_NK: Tensor, rest_N1: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The divergence in nats [N], and T dD/dz on the entries [N, K] and summed over the rest [N, 1].
+
+    Of a student with the given log-probabilities of entries and rest; padding has q = p = 0.
+    """
+    p = torch.cat([targets.weights_NK, targets.bucket_N[:, None]], 1)
+    log_p = p.clamp_min(torch.finfo(p.dtype).tiny).log()
+    log_q = torch.cat([entries_NK, rest_N1], 1)
+    q = log_q.exp()
+    divergence_N, score = BUCKET_DIVERGENCES[divergence](log_p, log_q, p, q)
+    pull = q * (score - (q * score).sum(1, keepdim=True))
+    return divergence_N, pull[:, :-1], pull[:, -1:]
 
 
 def _exponentiate_rest_(logits_NV: Tensor, temperature: float, scratch_NV: Tensor) -> _Rest:

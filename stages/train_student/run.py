@@ -1,5 +1,6 @@
 """The command `pipeline train-student`, from its settings to a finished student."""
 
+import functools
 import pickle
 from contextlib import ExitStack, closing, nullcontext
 from pathlib import Path
@@ -21,27 +22,29 @@ from pipeline.progress import Reporter
 from pipeline.stores.sealed import read_json, write_json
 from pipeline.tokenizer import load_tokenizer
 from pipeline.watchdog import Watchdog
-from stages.train_student.agreement import first_rows, require_agreement
-from stages.train_student.arguments import CHECKPOINTS, num_steps, training_arguments
+from stages.train_student.agreement import Computation, LossCheck, first_rows
+from stages.train_student.arguments import CHECKPOINTS, computation, num_steps, training_arguments
 from stages.train_student.checkpoints import (
     MarkWhole,
     newest_whole_checkpoint,
     read_mark,
     remove_torn_checkpoints,
     unpickling_problem,
-    weights_only,
 )
 from stages.train_student.checks import alone_in, open_folder, require_room, require_same_targets, require_targets
+from stages.train_student.compat import accelerate_hooks, transformers_hooks
+from stages.train_student.compat.torch_hooks import weights_only
 from stages.train_student.coverage import coverage_notes
 from stages.train_student.dataset import CacheDataset, Collate
 from stages.train_student.evaluation import Evaluation
 from stages.train_student.export import write_student
 from stages.train_student.gradients import reaches_all
-from stages.train_student.guards import TrainingStoppedError, record_bad_step
-from stages.train_student.head import HeadLoss, attach_fused_loss
+from stages.train_student.guards import BAD_LOSS_ACTIONS, TrainingStoppedError, record_bad_step
+from stages.train_student.head import attach_fused_loss
 from stages.train_student.isolation import Documents, isolate_documents, probe
 from stages.train_student.loader import BatchLoader, watch_reading
 from stages.train_student.lora import add_adapters
+from stages.train_student.loss_settings import LossSettings
 from stages.train_student.progress import ReportProgress, tensorboard_callbacks
 from stages.train_student.ranks import on_any_rank, own_process_group, rank, world_size
 from stages.train_student.report import write_report
@@ -63,6 +66,8 @@ def train_student(config: TrainConfig, reporter: Reporter | None = None) -> dict
     training. SIGTERM, SIGUSR1 or SIGINT to any rank: all of them save a checkpoint after the current step and raise
     Drained.
     """
+    transformers_hooks.require()
+    accelerate_hooks.require()
     with own_process_group(), ExitStack() as until_the_end:
         return _train_student(config, reporter or Reporter(), until_the_end)
 
@@ -167,14 +172,23 @@ def _trainer(
 ) -> DistillationTrainer:
     steps = num_steps(config, len(cache), shape)
     arguments = training_arguments(config, steps, evaluates=held_out is not None)
-    collate = Collate(config.temperature, config.tail)
+    settings = LossSettings(
+        vocab_size=student.vocab_size,
+        alpha=config.alpha,
+        temperature=config.temperature,
+        tail=config.tail,
+        divergence=config.divergence,
+        logit_scale=student.model.logit_scale,
+        logit_softcap=student.model.logit_softcap,
+    )
+    collate = Collate(settings)
     dataset = CacheDataset(cache, student.vocab_size)
     batch = collate([next(sequence for sequence in dataset if len(sequence.targets))])
-    model, head = _ready_student(config, student, cache, held_out, batch, arguments, reporter)
+    model, check = _ready_student(config, student, cache, held_out, batch, settings, arguments, reporter)
     evaluation = None
     if held_out is not None:
         temperatures = tuple(sorted({config.temperature, *({1.0} & set(held_out.manifest.temperatures))}))
-        evaluation = Evaluation(CacheDataset(held_out, student.vocab_size), head, temperatures, config.batch_size)
+        evaluation = Evaluation(CacheDataset(held_out, student.vocab_size), settings, temperatures, config.batch_size)
     on_gpu = torch.cuda.is_available()
     workers = config.loader_workers if config.loader_workers is not None else 2 if on_gpu else 0
     sampler = StreamSampler(len(cache), config.seed, shape, steps)
@@ -184,13 +198,20 @@ def _trainer(
         train_dataset=dataset,
         eval_dataset=CacheDataset(held_out, student.vocab_size) if held_out is not None else None,
         batches=BatchLoader(dataset, collate, sampler, num_workers=workers, pin=on_gpu, watchdog=watchdog),
-        alpha=AlphaSchedule.of(config),
+        alpha=AlphaSchedule(
+            shape=config.alpha_schedule,
+            peak=config.alpha,
+            end=config.alpha_end,
+            warmup_ratio=config.warmup_ratio,
+            decay_ratio=config.decay_ratio,
+        ),
         evaluation=evaluation,
         drain=drain,
         on_bad_step=_on_bad_step(config, reporter),
         epochs_per_step=shape.global_batch / len(cache),
         log_note=reporter.note,
-        has_router_loss=head.router is not None,
+        has_router_loss=check.router is not None,
+        before_training=check.where_it_is_sharded,
     )
     trainer.add_callback(MarkWhole(config.keep_checkpoints, trainer.progress))
     trainer.add_callback(ReportProgress(reporter, config.out))
@@ -205,42 +226,37 @@ def _ready_student(
     cache: Cache,
     held_out: Cache | None,
     batch: dict[str, Any],
+    settings: LossSettings,
     arguments: TrainingArguments,
     reporter: Reporter,
-) -> tuple[Any, HeadLoss]:
+) -> tuple[Any, LossCheck]:
     """The model with its loss, tried on the device of the training; says what it needs and what of it is not trained."""
     model = _load(config, student)
     base = model.get_base_model() if config.lora_rank else model
     router, router_note = router_loss(base, config.router_aux_loss)
-    head = HeadLoss(
-        vocab_size=student.vocab_size,
-        alpha=config.alpha,
-        divergence=config.divergence,
-        logit_scale=student.model.logit_scale,
-        logit_softcap=student.model.logit_softcap,
-        router=router,
-    )
-    attach_fused_loss(base, head)
+    attach_fused_loss(base, settings, router)
     if config.sharding == "none":
         model.to(arguments.device)
     caches = [cache] if held_out is None else [cache, held_out]
     probes = [probe(known, known.manifest.packing, few_tokens=config.sharding != "none") for known in caches]
-    notes = _try_out(model, base, batch, head, probes)
+    check = LossCheck(base, batch, settings, router)
+    notes = _try_out(model, check, functools.partial(computation, arguments), probes)
     if world_size() > 1 and config.sharding == "none":
         arguments.ddp_find_unused_parameters = on_any_rank(not _reaches_all(model, batch))
     for note in [*coverage_notes(model), *notes, router_note]:
         if note is not None and rank() == 0:
             reporter.note(note)
-    return model, head
+    return model, check
 
 
-def _try_out(model: Any, base: Any, batch: dict[str, Any], head: HeadLoss, probes: list[Documents]) -> list[str]:
+def _try_out(model: Any, check: LossCheck, gradients_in: Computation, probes: list[Documents]) -> list[str]:
     """Notes on what a student needs to be trained rightly; refuses one that cannot be.
 
     On the device of the training; a model that is to be sharded is still on the CPU.
     """
+    base = check.base
     with first_forward(type(base).__name__):
-        require_agreement(model, batch, head)
+        check.at_once(model, gradients_in)
         notes = [isolate_documents(model, base, documents) for documents in probes]
     base.one_by_one = on_any_rank(base.one_by_one)
     return list(dict.fromkeys(note for note in notes if note is not None))
@@ -254,7 +270,7 @@ def _on_bad_step(config: TrainConfig, reporter: Reporter) -> Any:
     """What is done about a bad step: written down by the first rank, and the end of the run unless it is skipped."""
 
     def act(step: int, problem: str, keys: list[str]) -> None:
-        action = {"skip": "skipped", "stop": "stopped"}[config.on_bad_loss]
+        action = BAD_LOSS_ACTIONS[config.on_bad_loss]
         line = f"step {step}: {problem}"
         if rank() == 0:
             line = record_bad_step(config.out, step, problem, action, keys)

@@ -6,13 +6,11 @@ from pathlib import Path
 from pipeline.errors import ConfigError
 from pipeline.settings import COMPUTED_IN, Settings, required, setting
 from pipeline.stores.store import Store
-
-TAILS = ("ghost", "hybrid", "sampled", "zero", "renormalise", "uniform")
-DIVERGENCES = ("forward", "reverse", "js")
-SCHEDULES = ("cosine", "linear", "wsd", "constant", "constant_with_warmup")
-ALPHA_SCHEDULES = ("constant", "linear", "wsd")
-SHARDINGS = ("none", "fsdp2")
-BAD_LOSS_ACTIONS = ("stop", "skip")
+from stages.train_student.divergences import DIVERGENCES
+from stages.train_student.guards import BAD_LOSS_ACTIONS
+from stages.train_student.schedules import ALPHA_SCHEDULES, SCHEDULES
+from stages.train_student.shardings import SHARDINGS
+from stages.train_student.tails import TAILS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,13 +26,13 @@ class TrainConfig(Settings):
         "constant",
         "Course of alpha: 'linear' goes to --alpha-end; 'wsd' rises from 0 as the learning rate does, stays, and goes to "
         "--alpha-end in the last --decay-ratio of the steps.",
-        choices=ALPHA_SCHEDULES,
+        choices=tuple(ALPHA_SCHEDULES),
     )
     alpha_end: float = setting(0.0, "Where a scheduled alpha ends, 0 to 1.")
     tail: str = setting(
         "ghost",
         "What stands for the teacher's probability outside the top k; 'sampled' is for caches of draws alone.",
-        choices=TAILS,
+        choices=tuple(TAILS),
     )
     divergence: str = setting(
         "forward", "Forward KL, reverse KL or Jensen-Shannon; the last two with the ghost tail.", choices=DIVERGENCES
@@ -45,7 +43,7 @@ class TrainConfig(Settings):
     batch_size: int = setting(8, "Sequences in a micro-batch, for each device.")
     gradient_accumulation: int = setting(1, "Micro-batches in an optimizer step.")
     learning_rate: float = setting(3e-4, "Peak learning rate of AdamW.")
-    schedule: str = setting("cosine", "Shape of the learning rate over the steps.", choices=SCHEDULES)
+    schedule: str = setting("cosine", "Shape of the learning rate over the steps.", choices=tuple(SCHEDULES))
     warmup_ratio: float = setting(0.03, "Share of the steps in which the learning rate rises, 0 to 1.")
     decay_ratio: float = setting(0.1, "Share of the steps in which a 'wsd' schedule falls, 0 to 1.")
     weight_decay: float = setting(0.1, "AdamW's weight decay.")
@@ -65,13 +63,13 @@ class TrainConfig(Settings):
     sharding: str = setting(
         "none",
         "Under torchrun: 'none' keeps the whole model on every rank, 'fsdp2' shards parameters, gradients and optimizer.",
-        choices=SHARDINGS,
+        choices=tuple(SHARDINGS),
     )
     on_bad_loss: str = setting(
         "stop",
         "What happens at a loss or gradient that is not finite, or a spike: 'skip' drops the step; always written down "
         "with its sequences.",
-        choices=BAD_LOSS_ACTIONS,
+        choices=tuple(BAD_LOSS_ACTIONS),
     )
     trust_remote_code: bool = setting(
         False, "Run the code that the student's folder brings along; for those whose maker you trust."
@@ -85,7 +83,7 @@ class TrainConfig(Settings):
     loader_workers: int | None = setting(
         None, "Processes that decode batches; 0 is a thread. None takes 2 with a GPU, else 0."
     )
-    tensorboard: bool = setting(False, "Log to TensorBoard too, under OUT/checkpoints/runs.")
+    tensorboard: bool = setting(False, "Log to TensorBoard too, under OUT/tensorboard.")
     seed: int = setting(0, "Seed of the initial weights and of the order of the data.")
     log_steps: int = setting(10, "Steps between two lines of the log.")
     save_steps: int = setting(500, "Steps between two checkpoints.")

@@ -5,14 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor
-from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
 from pipeline.drain import Drain
 from pipeline.errors import PipelineError
 from stages.train_student.checkpoints import Mark, whole_or_gone
+from stages.train_student.compat import accelerate_hooks, transformers_hooks
+from stages.train_student.compat.transformers_hooks import not_called
 from stages.train_student.evaluation import Evaluation
 from stages.train_student.gradients import GradientWatch
 from stages.train_student.guards import StepGuard
@@ -20,8 +20,6 @@ from stages.train_student.loader import BatchLoader
 from stages.train_student.schedules import AlphaSchedule
 
 TERMS = ("loss", "cross_entropy", "kl")
-COMPUTED_IN = {"bf16": torch.bfloat16, "fp16": torch.float16}
-"""What accelerate calls the types of a computation."""
 
 
 class DistillationTrainer(Trainer):
@@ -43,18 +41,24 @@ class DistillationTrainer(Trainer):
         epochs_per_step: float,
         log_note: Callable[[str], None],
         has_router_loss: bool = False,
+        before_training: Callable[["DistillationTrainer"], None] = lambda trainer: None,
         **kwargs: Any,
     ) -> None:
+        self._has_accelerator = False
         super().__init__(**kwargs)
-        # The loss divides by the target tokens of the whole step: the Trainer must not divide again.
-        self.model_accepts_loss_kwargs = True
+        if not self._has_accelerator:
+            raise not_called("Trainer.create_accelerator_and_postprocess", "a model may not be sharded as asked")
+        transformers_hooks.count_tokens_once(self)
+        self._before_training = before_training
         self.drained = False
         self.guard = StepGuard()
         self._batches, self._alpha, self._evaluation = batches, alpha, evaluation
         self._drain, self._on_bad_step = drain, on_bad_step
         self.epochs_per_step = epochs_per_step
         self._tokens = 0
-        self._grad_norm = 0.0
+        self._grad_norm: float | None = None
+        """Of the step that is under way; None until it is known."""
+        self._saved_step = 0
         self._step_terms: Tensor | None = None
         self._step_keys: list[str] = []
         self.terms = TERMS + (("router_loss",) if has_router_loss else ())
@@ -65,41 +69,33 @@ class DistillationTrainer(Trainer):
         self.add_callback(_StepHooks(self))
 
     def create_accelerator_and_postprocess(self) -> None:
-        """accelerate honours FSDP for accelerators alone and silently takes DDP on a CPU: insist.
-
-        In mixed precision it would also round the batch, with the teacher's probabilities, the loss, and the sums of
-        gradients over the ranks; only the gathered weights are to be rounded.
-        """
+        """Have a model sharded wherever that was asked for."""
         super().create_accelerator_and_postprocess()
-        if self.args.fsdp_plugin_args is None:
-            return
-        state, plugin = self.accelerator.state, FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
-        if state.mixed_precision in COMPUTED_IN:
-            plugin.mixed_precision_policy = MixedPrecisionPolicy(
-                param_dtype=COMPUTED_IN[state.mixed_precision], reduce_dtype=torch.float32, cast_forward_inputs=False
-            )
-        state.distributed_type, state.fsdp_plugin, self.is_fsdp_enabled = DistributedType.FSDP, plugin, True
+        self._has_accelerator = True
+        if self.args.fsdp_plugin_args is not None:
+            accelerate_hooks.insist_on_fsdp(self.accelerator.state, self.args.fsdp_plugin_args)
+            self.is_fsdp_enabled = True
 
     def get_train_dataloader(self) -> Any:
         """The run's own loader: it knows ranks, and where a resumed run begins."""
         return self._batches
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
-        """The micro-batches of a step; counts their tokens."""
+        """The micro-batches of a step and the number of their targets on all ranks, which no loss then waits for."""
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._tokens += sum(batch["input_ids"].numel() for batch in batches)
-        return batches, num_items
+        return batches, None if num_items is None else int(num_items)
 
     def compute_loss(
         self,
         model: torch.nn.Module,
         inputs: dict[str, Any],
         return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
+        num_items_in_batch: int | None = None,
     ) -> Any:
         """The loss of a micro-batch: its share of the mean over the target tokens of the step, on all ranks."""
-        if num_items_in_batch is None:
-            raise RuntimeError("the Trainer did not count the step's target tokens; the loss would be off by a factor")
+        if not isinstance(num_items_in_batch, int):
+            raise not_called("Trainer.get_batch_samples", "nothing counted the step's target tokens")
         self._step_keys += inputs.pop("keys")
         with self.accelerator.autocast():  # of sharded models accelerate does not see to it
             outputs = model(**inputs, num_items_in_batch=num_items_in_batch, alpha=self.alpha)
@@ -120,6 +116,8 @@ class DistillationTrainer(Trainer):
     def judge_step(self) -> None:
         """Let the step happen, or drop its gradients."""
         assert self._step_terms is not None
+        if self._grad_norm is None:
+            raise not_called("Trainer._get_grad_norm", "a gradient that is not finite would move the weights")
         asked_to_stop = self._step_terms.new_tensor([float(self._drain.requested)])
         total = self.accelerator.reduce(torch.cat([self._step_terms, asked_to_stop]), "sum").tolist()
         *terms, num_asked = total
@@ -135,7 +133,7 @@ class DistillationTrainer(Trainer):
         else:
             self._on_bad_step(self.state.global_step + 1, problem, self._all_keys())
             self.optimizer.zero_grad()  # AdamW leaves a parameter without a gradient as it is
-        self._step_terms, self._step_keys = None, []
+        self._step_terms, self._step_keys, self._grad_norm = None, [], None
 
     def _all_keys(self) -> list[str]:
         if self.args.world_size == 1:
@@ -183,6 +181,24 @@ class DistillationTrainer(Trainer):
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         with whole_or_gone(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"):
             super()._save_checkpoint(*args, **kwargs)
+            self._saved_step = self.state.global_step
+
+    def begin(self) -> None:
+        """Training begins: the model lies where it is trained."""
+        if self.is_fsdp_enabled:
+            accelerate_hooks.require_sharded(self.model)
+        self._before_training(self)
+        self.start_clock()
+
+    def require_judged(self) -> None:
+        """Raises PipelineError if the step that has ended was not judged."""
+        if self._step_terms is not None:
+            raise not_called("TrainerCallback.on_pre_optimizer_step", "a bad step would not be noticed")
+
+    def require_saved(self) -> None:
+        """Raises PipelineError if a checkpoint was not written by `_save_checkpoint`."""
+        if self._saved_step != self.state.global_step:
+            raise not_called("Trainer._save_checkpoint", "a full disk would leave a torn checkpoint")
 
     def start_clock(self) -> None:
         """Training time begins now: neither start-up nor an evaluation is any."""
@@ -197,13 +213,17 @@ class _StepHooks(TrainerCallback):
         self._trainer = trainer
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        self._trainer.start_clock()
+        self._trainer.begin()
 
     def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         self._trainer.judge_step()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        self._trainer.require_judged()
         state.epoch = state.global_step * self._trainer.epochs_per_step
         if self._trainer.drained:
             control.should_save = control.should_training_stop = True
         return control
+
+    def on_save(self, *args: Any, **kwargs: Any) -> None:
+        self._trainer.require_saved()

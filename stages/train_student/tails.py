@@ -1,0 +1,68 @@
+"""What stands for the teacher's mass beyond its stored entries: a table of policies, by the names that settings take.
+
+Loads no torch: the choices of a setting are read from here. row_targets.py has the formula that the weights enter.
+
+Shapes: N target tokens, K stored entries of a token.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SMALLEST_MASS = 1.1754943508222875e-38
+"""The smallest normal float32: what a division by a mass of 0 takes instead."""
+
+TailWeights = tuple["Tensor", "Tensor", "Tensor | None"]
+"""weights_NK, bucket_N and level_N (None where the policy sets no level)."""
+
+
+@dataclass(frozen=True)
+class Tail:
+    """A policy."""
+
+    weigh: Callable[["Tensor", "Tensor", "Tensor"], TailWeights]
+    """Of p_T on the stored ids, the mass of the rest, and how many ids are not stored."""
+    is_drawn: bool = False
+    """The entries include draws from the tail (arXiv 2503.16870)."""
+
+
+def _ghost(probs_NK: "Tensor", tail_mass_N: "Tensor", num_rest_N: "Tensor") -> TailWeights:
+    """The tail is one bucket: its mass is learnt, its shape is left to the student (arXiv 2503.16870)."""
+    return probs_NK, tail_mass_N, None
+
+
+def _drawn(probs_NK: "Tensor", tail_mass_N: "Tensor", num_rest_N: "Tensor") -> TailWeights:
+    """The entries hold draws from the tail with their weights: an unbiased estimate of the full gradient."""
+    return probs_NK, tail_mass_N.new_zeros(tail_mass_N.shape), None
+
+
+def _zero(probs_NK: "Tensor", tail_mass_N: "Tensor", num_rest_N: "Tensor") -> TailWeights:
+    """The tail is dropped: biased, and the sum may be negative."""
+    return probs_NK, tail_mass_N.new_zeros(tail_mass_N.shape), None
+
+
+def _renormalise(probs_NK: "Tensor", tail_mass_N: "Tensor", num_rest_N: "Tensor") -> TailWeights:
+    """The stored entries are scaled up to a sum of one."""
+    stored_mass_N1 = probs_NK.sum(1, keepdim=True).clamp_min(SMALLEST_MASS)
+    return probs_NK / stored_mass_N1, tail_mass_N.new_zeros(tail_mass_N.shape), None
+
+
+def _uniform(probs_NK: "Tensor", tail_mass_N: "Tensor", num_rest_N: "Tensor") -> TailWeights:
+    """The tail's mass is spread evenly over what is not stored."""
+    return probs_NK, tail_mass_N.new_zeros(tail_mass_N.shape), tail_mass_N / num_rest_N.clamp_min(1)
+
+
+TAILS = {
+    "ghost": Tail(_ghost),
+    "hybrid": Tail(_drawn, is_drawn=True),
+    "sampled": Tail(_drawn, is_drawn=True),
+    "zero": Tail(_zero),
+    "renormalise": Tail(_renormalise),
+    "uniform": Tail(_uniform),
+}
+
+DRAWN_TAILS = tuple(name for name, tail in TAILS.items() if tail.is_drawn)
+"""Policies whose entries include draws: with a top k, and alone (then the tail mass is 1)."""

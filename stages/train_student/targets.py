@@ -1,0 +1,114 @@
+"""What a student learns at the target tokens of a batch: the labels, and the teacher's stored probabilities.
+
+Shapes: M target tokens, K stored entries of a token.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+COLUMNS = {
+    "labels_M": "shift_labels",
+    "ids_MK": "teacher_ids",
+    "probs_MK": "teacher_probs",
+    "tail_mass_M": "teacher_tail",
+    "entropy_M": "teacher_entropy",
+}
+"""Fields of DistillationTargets, and the names of their tensors in a batch: the Trainer counts by `shift_labels`."""
+_ROUNDING = 1e-3
+"""How far a probability may lie outside [0, 1]: a bfloat16 sum."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillationTargets:
+    """Labels and teacher at M target tokens, all on one device; without a teacher all but the labels are None."""
+
+    labels_M: Tensor
+    ids_MK: Tensor | None = None
+    """Unique in a row; padding repeats slot 0 with probability 0."""
+    probs_MK: Tensor | None = None
+    """p_T over the full vocabulary, restricted to the ids."""
+    tail_mass_M: Tensor | None = None
+    """p_T of all other ids."""
+    entropy_M: Tensor | None = None
+    """Of p_T over the full vocabulary, in nats; with a tail of draws alone, and not needed there."""
+
+    def __len__(self) -> int:
+        return len(self.labels_M)
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether there is more than labels."""
+        return self.ids_MK is not None
+
+    def to(self, device: torch.device | str) -> "DistillationTargets":
+        """The same on another device."""
+        return self._each(lambda tensor: tensor.to(device))
+
+    def rows(self, rows: slice | Tensor) -> "DistillationTargets":
+        """Those of some of the target tokens; views where `rows` is a slice."""
+        return self._each(lambda tensor: tensor[rows])
+
+    def as_batch(self) -> dict[str, Tensor]:
+        """The tensors by their names in a batch: what the Trainer and DDP move is a dict."""
+        found = {column: getattr(self, name) for name, column in COLUMNS.items()}
+        return {column: tensor for column, tensor in found.items() if tensor is not None}
+
+    @classmethod
+    def of_batch(cls, batch: Mapping[str, Any]) -> "DistillationTargets":
+        """Those that `as_batch` has put into a batch, among its other entries."""
+        return cls(**{name: batch.get(column) for name, column in COLUMNS.items()})
+
+    def _each(self, function: Any) -> "DistillationTargets":
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return DistillationTargets(
+            **{name: None if tensor is None else function(tensor) for name, tensor in values.items()}
+        )
+
+
+def real_entries(ids_MK: Tensor) -> Tensor:
+    """bool [M, K]: False on padding slots, which repeat the id of slot 0."""
+    is_entry_MK = ids_MK != ids_MK[:, :1]
+    is_entry_MK[:, 0] = True
+    return is_entry_MK
+
+
+def require_values(targets: DistillationTargets, vocab_size: int, ignore_index: int | None = None) -> None:
+    """Raises ValueError unless ids lie in the vocabulary and probabilities are some; waits for the device once."""
+    if len(targets) == 0:
+        return
+    bounded = {"labels_N": targets.labels_M}
+    if targets.has_teacher:
+        bounded |= {"ids_NK": targets.ids_MK, "probs_NK": targets.probs_MK, "tail_mass_N": targets.tail_mass_M}
+    bounds = [bound.double() for tensor in bounded.values() for bound in tensor.aminmax()]
+    if targets.has_teacher:
+        bounds.append(targets.probs_MK.masked_fill(real_entries(targets.ids_MK), 0).double().sum())
+    found = torch.stack(bounds).tolist()
+    ranges = dict(zip(bounded, zip(found[::2], found[1::2])))
+    hint = "; the targets are of another vocabulary, or vocab_size is wrong."
+    or_ignored = hint if ignore_index is None else f", or {ignore_index} for positions without a loss."
+    _require_ids("labels_N", ranges["labels_N"], vocab_size, or_ignored)
+    if not targets.has_teacher:
+        return
+    _require_ids("ids_NK", ranges["ids_NK"], vocab_size, hint)
+    for name in ("probs_NK", "tail_mass_N"):
+        smallest, largest = ranges[name]
+        if not (smallest >= -_ROUNDING and largest <= 1 + _ROUNDING):  # also true of nan
+            raise ValueError(
+                f"{name}: holds values from {smallest:.6g} to {largest:.6g}, expected probabilities in [0, 1]; "
+                "logprobs have to be exponentiated first."
+            )
+    if found[-1] != 0:
+        raise ValueError(
+            f"probs_NK: a repeated id carries probability, {found[-1]:.6g} in all, expected 0; "
+            "ids are unique in a row, and padding repeats slot 0 with probability 0."
+        )
+
+
+def _require_ids(name: str, bounds: tuple[float, float], vocab_size: int, hint: str) -> None:
+    smallest, largest = map(int, bounds)
+    if smallest < 0 or largest >= vocab_size:
+        raise ValueError(f"{name}: holds ids from {smallest} to {largest}, expected 0 to {vocab_size - 1}{hint}")

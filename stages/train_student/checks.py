@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.cache.manifest import CacheManifest
-from pipeline.documents import short
-from pipeline.errors import CacheMismatchError, ConfigError, PipelineError
-from pipeline.files import held, is_vacant
+from pipeline.errors import CacheMismatchError, ConfigError
+from pipeline.files import held
+from pipeline.ownership import claim, differences, told
 from pipeline.settings import resolved
-from pipeline.stores.sealed import read_json, write_json
 from pipeline.targets import column_of
 from pipeline.weights import hash_config, hash_weights
 from stages.train_student.ranks import rank
@@ -78,25 +77,19 @@ def open_folder(config: TrainConfig, cache: CacheManifest, held_out: CacheManife
     if rank() != 0:
         return  # rank 0 looks for all
     run = _description(config, cache, held_out, shape)
-    path = config.out / RUN
-    if not path.is_file():
-        if not is_vacant(config.out) and not path.is_file():  # another process may just begin
-            raise ConfigError(f"{config.out}: exists and holds no training run; choose another --out or empty it.")
-        config.out.mkdir(parents=True, exist_ok=True)
-        write_json(path, run, first_wins=True)
-    known = _defaults() | read_json(path, PipelineError)
-    different = [key for key in run if key in known and key not in PATHS and run[key] != known[key]]
+    known = _defaults() | claim(config.out, RUN, run, "training run")
+    different = differences(known, run, [key for key in run if key in known and key not in PATHS])
     if (config.eval_cache is None) != (known["eval_cache"] is None):
-        different.append("eval_cache")
+        different["eval_cache"] = known["eval_cache"], run["eval_cache"]
     if different:
-        found = "; ".join(f"{key} was {short(known[key])}, now {short(run[key])}" for key in different)
         hint = ""
         if "global_batch" in different:
             hint = (
                 f" (batch_size {shape.batch_size} x gradient_accumulation {shape.accumulation} x {shape.world_size} "
                 "ranks); the same global batch continues with any number of ranks"
             )
-        raise ConfigError(f"{config.out}: holds a run with other settings: {found}{hint}; choose another --out.")
+        found = told(different) + hint
+        raise ConfigError(f"{config.out}: holds a run with other settings: {found}; choose another --out.")
 
 
 def alone_in(out: Path) -> AbstractContextManager[None]:

@@ -1,6 +1,5 @@
 """Batches ahead of time, and how long the model waited for them."""
 
-import queue
 import threading
 import time
 from collections.abc import Iterator
@@ -9,6 +8,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
+from pipeline.handover import Handover
 from pipeline.progress import Reporter
 from pipeline.stores.patience import patience_s
 from pipeline.stores.store import Store
@@ -103,37 +103,22 @@ def watch_reading(cache: Store, stall_s: float, reporter: Reporter) -> Watchdog:
 
 
 def _ahead(batches: Iterator[Any]) -> Iterator[Any]:
-    """The same batches, made by a thread that stays at most AHEAD in front."""
-    ready: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue(AHEAD)
-    closed = threading.Event()
-
-    def put(item: tuple[Any, BaseException | None]) -> None:
-        while not closed.is_set():
-            try:
-                return ready.put(item, timeout=0.1)
-            except queue.Full:
-                continue
+    """The same batches, made by a thread that stays at most AHEAD in front; its error is raised here."""
+    ready: Handover[Any] = Handover(AHEAD)
 
     def produce() -> None:
         try:
             for batch in batches:
-                put((batch, None))
-                if closed.is_set():
+                if not ready.put(batch):
                     return
-            put((None, StopIteration()))
-        except BaseException as error:  # the consumer raises it
-            put((None, error))
+            ready.end()
+        except BaseException as error:
+            ready.end(error)
 
     thread = threading.Thread(target=produce, name="batches", daemon=True)
     thread.start()
     try:
-        while True:
-            batch, error = ready.get()
-            if isinstance(error, StopIteration):
-                return
-            if error is not None:
-                raise error
-            yield batch
+        yield from ready
     finally:
-        closed.set()
+        ready.stop()
         thread.join()

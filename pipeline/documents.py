@@ -55,7 +55,7 @@ def document_of(kind: type[Kind], values: Any, where: object, error: Refusal, *,
     return found
 
 
-def parse_json(contents: bytes, where: object, error: Refusal) -> dict[str, Any]:
+def parse_json(contents: bytes | str, where: object, error: Refusal) -> dict[str, Any]:
     """A JSON object; raises `error(message)` if it is anything else."""
     try:
         document = json.loads(contents)

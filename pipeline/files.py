@@ -147,7 +147,7 @@ def remove_partials(folder: Path, name: str = "") -> int:
 
 
 def is_vacant(folder: Path) -> bool:
-    """True if nothing is there, or a folder in which at most something is being written, or was when its writer died."""
+    """True if nothing is there, or a folder in which something is being written at most, or was by a dead writer."""
     if not folder.is_dir():
         return not folder.exists()
     return all(name.endswith(PARTIAL) for name in os.listdir(folder))

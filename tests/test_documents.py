@@ -32,6 +32,7 @@ from pipeline.runs.failures import Failure, read_failure, record_failure
 from pipeline.runs.leases import LEASES
 from pipeline.runs.presence import WORKERS
 from pipeline.runs.status import StatusReader, describe
+from pipeline.stores.places import store_of
 from pipeline.stores.sealed import read_json, write_json
 from stages.prepare.run import prepare
 from stages.prepare.settings import PrepareConfig
@@ -88,7 +89,7 @@ def scene(tmp_path_factory) -> Scene:
         manifest = dataclasses.replace(manifest, settings={"lease_s": 60.0, "max_failures": 3, "batch_tokens": 512})
         CacheFolder.begin(folder, manifest, corpus / TOKENIZER)
         run_worker(folder, corpus)
-        record_failure(folder, Failure(partition=0, reason="a reason", owner="host.1.2", alone=True), 1)
+        record_failure(store_of(folder), Failure(partition=0, reason="a reason", owner="host.1.2", alone=True), 1)
         (folder / LEASES / "00000.1").write_text("host.1.2")
     contents = [sequence.key for sequence in open_cache(caches["arrow"])]
     return Scene(root, caches, corpus, contents)
@@ -115,7 +116,7 @@ def read_all(cache: Path, scene: Scene) -> None:
 def look(cache: Path, scene: Scene) -> None:
     assert describe(StatusReader(cache).read(num_events=20))
     if (cache / "failures" / "00000.1.json").exists():
-        assert read_failure(cache, 0, 1).partition in range(2**53)
+        assert read_failure(store_of(cache), 0, 1).partition in range(2**53)
 
 
 def verify(cache: Path, scene: Scene) -> None:
@@ -173,7 +174,7 @@ def train(cache: Path, scene: Scene) -> None:
 def plan(cache: Path, scene: Scene) -> None:
     """What a worker does with the folder before it works."""
     CacheFolder.begin(cache, CacheManifest.read(scene.caches[cache.name]), scene.corpus / TOKENIZER)
-    list_commits(cache)
+    list_commits(store_of(cache))
 
 
 QUICK = (read_all, look, verify, train, plan)
@@ -335,7 +336,7 @@ def test_what_a_terminal_obeys_is_not_printed(scene, work):
     cache, escape = work / "arrow", "\x1b]0;owned\x07\x9b2J\r\u202egnp"
     commit_path(cache, 0).unlink()
     (cache / "failures" / "00000.1.json").unlink()
-    record_failure(cache, Failure(partition=0, reason=escape, owner=escape, alone=True), 1)
+    record_failure(store_of(cache), Failure(partition=0, reason=escape, owner=escape, alone=True), 1)
     (record,) = (cache / WORKERS).iterdir()
     record.write_text(
         json.dumps(json.loads(record.read_text()) | {"state": "failed", "reason": escape, "host": escape})

@@ -83,7 +83,7 @@ def new_shard_name(partition: int, suffix: str) -> str:
 
 
 def owner_of_shard(name: str) -> str:
-    """The owner in a name by `new_shard_name`, whatever its suffix: it ends with the numbers of namespace and process."""
+    """The owner in a name by `new_shard_name`, whatever its suffix: namespace and process come last in it."""
     found = re.match(r"\d{5,15}-[0-9a-f]+-(.+\.\d+\.\d+)\.[a-z]", name, re.ASCII)
     return found[1] if found else ""
 

@@ -78,7 +78,7 @@ class CacheFolder:
 
     @contextlib.contextmanager
     def new_shard(self, partition: int) -> Iterator[Path]:
-        """Where an attempt at the shard of a partition is written; what `commit` has not published is gone at the end."""
+        """Where an attempt at a partition's shard is written; what `commit` has not published is gone at the end."""
         name = new_shard_name(partition, CONTAINERS[self.manifest.container].suffix)
         partial = (self.folder / SHARDS).workshop() / (name + PARTIAL)
         try:

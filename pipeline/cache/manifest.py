@@ -15,12 +15,13 @@ two stages. `identity` is what must be equal for two runs to write into one fold
 from dataclasses import asdict, dataclass, field, fields
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from msgspec import Meta
 
 from pipeline.documents import Count, FileName, Hash, Temperature, Text, Width, document_of, short
 from pipeline.errors import CacheCorruptError, CacheIncompleteError, CacheMismatchError
+from pipeline.formats.containers import CONTAINERS
 from pipeline.formats.grid import WARMEST
 from pipeline.formats.layout import ALIGNMENT, ShardCounts, ShardLayout
 from pipeline.ownership import Differences, differences, told
@@ -60,7 +61,8 @@ class CacheManifest:
     """Temperature of the draws; None without draws."""
     max_kl_error: Annotated[float, Meta(ge=0, le=1)]
     """Bound on the mean KL error of every shard's rounding, nats, at every temperature; 0 is lossless."""
-    container: Literal["arrow", "zarr"]
+    container: Text
+    """Name of the kind of file that a shard is."""
     corpus: Hash
     """Fingerprint of the tokenised corpus."""
     packing: Text
@@ -93,6 +95,8 @@ class CacheManifest:
             "partitions must rise from 0": starts[0] == 0 and all(one < other for one, other in pairwise(starts)),
             "vocab_size is above padded_vocab_size": self.vocab_size <= self.padded_vocab_size,
             "num_targets is above num_tokens": self.num_targets <= self.num_tokens,
+            f"container is {short(self.container)}; this version knows {', '.join(CONTAINERS)}": self.container
+            in CONTAINERS,
             f"no grid has a lowest temperature above {WARMEST:g}": not on_grid or min(self.temperatures) <= WARMEST,
         }
         if broken := [rule for rule, holds in rules.items() if not holds]:

@@ -1,18 +1,20 @@
 """Dropping what `verify_cache` found damaged, so that the next `pipeline cache-logits` makes it again."""
 
 import contextlib
+from pathlib import Path
 
 from pipeline.cache.commits import COMMITS, SHARDS, commit_path, list_shards, read_commit
 from pipeline.cache.manifest import COPY, MANIFEST, TOKENIZER
 from pipeline.cache.verify import VerifyReport
 from pipeline.errors import CacheCorruptError
+from pipeline.stores.places import store_of
 from pipeline.stores.sealed import read_json, write_json
 from pipeline.stores.store import Store
 
 
-def repair_manifest(folder: Store) -> bool:
+def repair_manifest(cache: str | Path | Store) -> bool:
     """Make a damaged or lost manifest again from its copy, or the copy from it; True if there is a manifest then."""
-    found = {}
+    folder, found = store_of(cache), {}
     for name in (MANIFEST, COPY):
         with contextlib.suppress(FileNotFoundError, CacheCorruptError):
             found[name] = read_json(folder / name, CacheCorruptError)
@@ -21,12 +23,13 @@ def repair_manifest(folder: Store) -> bool:
     return bool(found)
 
 
-def repair_cache(folder: Store, report: VerifyReport) -> None:
+def repair_cache(cache: str | Path | Store, report: VerifyReport) -> None:
     """Drop the damaged partitions, and the tokenizer if it is damaged; delete shards that no record names.
 
     A shard goes before its record: until the record is gone, no other process takes the partition, and
     a repair that is killed between the two leaves a missing shard, which the next one finds.
     """
+    folder = store_of(cache)
     shards = list_shards(folder)
     for partition in range(report.num_partitions):
         for name in _useless(folder, partition, shards[partition], report):

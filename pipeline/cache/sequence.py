@@ -1,4 +1,4 @@
-"""A sequence in the form in which a shard keeps it: made by encoding what an engine said, or copied from another shard."""
+"""A sequence in the form in which a shard keeps it: encoded from what an engine said, or copied from another shard."""
 
 from dataclasses import dataclass
 

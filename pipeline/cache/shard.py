@@ -83,7 +83,7 @@ class StoredShard:
         return f"{self.place}: sequence {row}"
 
     def decode(self, columns: dict[str, np.ndarray], row: int) -> CachedSequence:
-        """The sequence whose stored columns are given; raises CacheCorruptError unless they are as they were written."""
+        """The sequence of the given columns; raises CacheCorruptError unless they are as they were written."""
         return decode(columns, self.layout, self.where(row))
 
 

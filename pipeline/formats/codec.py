@@ -5,6 +5,7 @@ float32 values, which every reader understands; that most of them are equal is w
 """
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -77,7 +78,7 @@ def rising_in_runs(values_NK: np.ndarray, runs_NK: np.ndarray) -> np.ndarray:
     """int32 values from 0, sorted inside each run of a row; `runs_NK` are numbers that rise from run to run."""
     bits = int(values_NK.max(initial=0)).bit_length()
     narrow = bits + int(runs_NK.max(initial=0)).bit_length() < 32
-    keys = runs_NK.astype(np.int32 if narrow else np.int64)
+    keys: np.ndarray[Any, np.dtype[np.signedinteger]] = runs_NK.astype(np.int32 if narrow else np.int64)
     keys <<= bits
     keys |= values_NK
     keys.sort(axis=1)

@@ -58,13 +58,14 @@ class ContextModel:
     def _starts(self) -> tuple[np.ndarray, np.ndarray]:
         """int32 [contexts] of each kind: where the table of a context begins in `_flat`; 0 if it has none."""
         begin = TABLE_SIZE + len(self.vocabulary)
-        found = []
+        found: list[np.ndarray] = []
         for kind in self.tables:
             starts = np.zeros(int(kind.tokens.max(initial=-1)) + 2, np.int32)
             starts[kind.tokens] = begin + np.cumsum(kind.sizes) - kind.sizes
             found.append(starts)
             begin += len(kind.entries)
-        return tuple(found)
+        first, second = found
+        return first, second
 
     def encode(self, ids_NK: np.ndarray, previous_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """int32 [N, K] codes, and uint8 [N] the kind of table that each position uses."""
@@ -115,7 +116,7 @@ def learn(ids_NK: np.ndarray, previous_N: np.ndarray) -> ContextModel:
     found = np.flatnonzero(counts)
     vocabulary = found[np.argsort(-counts[found], kind="stable")].astype(np.int32)
     places = _places_in(vocabulary, ids_NK)
-    return ContextModel(vocabulary, tuple(_learn_tables(places, context) for context in (previous_N, ids_NK[:, 0])))
+    return ContextModel(vocabulary, (_learn_tables(places, previous_N), _learn_tables(places, ids_NK[:, 0])))
 
 
 def row_blocks(num_rows: int) -> Iterator[slice]:

@@ -155,7 +155,7 @@ def checksum_of(columns: dict[str, np.ndarray]) -> int:
     """xxh3-64 of the bytes of one sequence's columns, in the order of their names, its checksum left out."""
     digest = xxhash.xxh3_64()
     for name in sorted(columns.keys() - {"checksum"}):
-        digest.update(np.ascontiguousarray(columns[name]).reshape(-1).view(np.uint8))
+        digest.update(np.ascontiguousarray(columns[name]).reshape(-1).view(np.uint8).data)
     return digest.intdigest()
 
 

@@ -122,10 +122,10 @@ class Packer:
         return stored | _model_arrays(model), blocks
 
 
-def unpack(arrays: Arrays, model: ContextModel, layout: ShardLayout) -> Arrays:
+def unpack(arrays: Arrays, model: ContextModel | None, layout: ShardLayout) -> Arrays:
     """The columns of the sequences whose arrays are given; an IndexError or ValueError if they make no sense."""
     columns = dict(arrays)
-    if not layout.spec.top_k:
+    if model is None:  # draws alone
         return columns
     previous, labels = neighbours(arrays)
     codes, modes = columns.pop("codes"), columns.pop("modes")

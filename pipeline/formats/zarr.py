@@ -20,6 +20,7 @@ from numcodecs.pcodec import PCodec
 from pipeline.errors import CacheCorruptError
 from pipeline.formats.archive import Archive, ArchivedArray, bundles
 from pipeline.formats.containers import Container
+from pipeline.formats.contexts import ContextModel
 from pipeline.formats.layout import ALIGNMENT, ShardLayout
 from pipeline.formats.packing import MODEL, Packer, array_specs, model_of, unpack
 
@@ -99,7 +100,8 @@ class ZarrShard:
                 raise ValueError(f"{layout.counts.num_sequences} keys and checksums do not fit the file")
             self._arrays = {name: self._array(name, *spec) for name, spec in array_specs(layout).items()}
             model = {name: self._array(name, np.dtype(np.uint32)) for name in MODEL} if layout.spec.top_k else {}
-            self._model_arrays, self._model = model, None
+            self._model_arrays = model
+            self._model: ContextModel | None = None
             self._heads = {name: self._arrays[name][:] for name in _OF_SEQUENCES}
             counts = {name: values for name, values in self._heads.items() if name.startswith("num_")}
             self._offsets = {
@@ -188,12 +190,17 @@ def codecs(name: str, dtype: np.dtype, shape: tuple[int, ...]) -> list[dict[str,
     return [{"name": "sharding_indexed", "configuration": configuration}]
 
 
-_PCODEC = {"level": PCODEC_LEVEL, "mode_spec": "classic", "delta_spec": "try_consecutive", "delta_encoding_order": 0}
+_PCODEC: dict[str, Any] = {
+    "level": PCODEC_LEVEL,
+    "mode_spec": "classic",
+    "delta_spec": "try_consecutive",
+    "delta_encoding_order": 0,
+}
 
 
 def _compress(values: np.ndarray) -> bytes:
     if values.dtype.itemsize == 1:
-        return zstandard.ZstdCompressor(level=ZSTD_LEVEL).compress(values)
+        return zstandard.ZstdCompressor(level=ZSTD_LEVEL).compress(values.data)
     return PCodec(**_PCODEC).encode(values.ravel())
 
 

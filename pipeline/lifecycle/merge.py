@@ -126,7 +126,7 @@ def _manifest(config: MergeConfig, caches: Sequence[Cache], pieces: Sequence[_Pi
         num_tokens=sum(piece.num_tokens for piece in pieces),
         num_targets=sum(piece.num_targets for piece in pieces),
         partitions=tuple(np.cumsum([0, *(piece.num_sequences for piece in pieces)]).tolist()),
-        largest_token_id=None if None in largest else max(largest),
+        largest_token_id=None if None in largest else max(each for each in largest if each is not None),
         end_token_ids=tuple(sorted({token for manifest in manifests for token in manifest.end_token_ids})),
         settings=resolved(config) | {"merged": [manifest.settings for manifest in manifests]},
     )

@@ -109,5 +109,6 @@ def _require_reusable(cache: CacheFolder, wanted: CacheManifest) -> None:
             for name, (ours, theirs) in different.items()
         ]
         raise CacheMismatchError(
-            f"{cache.folder}: nothing of it can be reused: {'; '.join(reasons)}; leave out --reuse, or ask for the same."
+            f"{cache.folder}: nothing of it can be reused: {'; '.join(reasons)}; "
+            "leave out --reuse, or ask for the same."
         )

@@ -162,7 +162,8 @@ class StatusReader:
     def _leases(self, leases: dict[int, int], now: float) -> tuple[dict[int, float], dict[int, float]]:
         newest = sorted(leases.items())
         found = map_in_threads(lambda lease: read_lease(self.folder, *lease), newest, READERS)
-        running, orphaned = {}, {}
+        running: dict[int, float] = {}
+        orphaned: dict[int, float] = {}
         for (partition, _), lease in zip(newest, found):
             if lease is not None:
                 age = round(max(now - lease.time, 0.0), 1)

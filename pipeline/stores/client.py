@@ -1,10 +1,10 @@
-"""The clients of object stores: how long each request may take, by whom answers were given, in which process they live."""
+"""The clients of object stores: how long a request may take, who has given an answer, in which process they live."""
 
 import functools
 import os
 import re
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 
 from pipeline.stores.patience import patience_s
 
@@ -13,9 +13,11 @@ STALL_S, PART_S, LONGEST_S = 30.0, 300.0, 3600.0
 says nothing while it is sent; that any request may take. A link of 70 kB/s is fast enough for all of them."""
 UPLOAD_RETRY_S = 60.0
 """Seconds for which a part is sent again. After that the whole upload is."""
-CLIENT_OPTIONS = ("allow_http", "allow_invalid_certificates", "connect_timeout", "http1_only", "http2_only")
-CLIENT_OPTIONS += ("pool_idle_timeout", "pool_max_idle_per_host", "proxy_ca_certificate", "proxy_excludes", "proxy_url")
-CLIENT_OPTIONS += ("read_timeout", "root_certificate", "timeout", "user_agent")
+CLIENT_OPTIONS = (
+    *("allow_http", "allow_invalid_certificates", "connect_timeout", "http1_only", "http2_only"),
+    *("pool_idle_timeout", "pool_max_idle_per_host", "proxy_ca_certificate", "proxy_excludes", "proxy_url"),
+    *("read_timeout", "root_certificate", "timeout", "user_agent"),
+)
 """Of the store's client, as it reads them in the environment, behind a prefix."""
 
 
@@ -30,10 +32,11 @@ def client(root: str, retry_s: float, in_parts: bool) -> Any:
     limits = {"timeout": LONGEST_S, "read_timeout": max(1.0, min(STALL_S, 3 * retry_s))}
     if in_parts:
         limits = {"timeout": PART_S}
-    options = {name: timedelta(seconds=limit) for name, limit in limits.items()} | _client_options(root)
+    options: dict[str, Any] = {name: timedelta(seconds=limit) for name, limit in limits.items()}
+    options |= _client_options(root)
     backoff = {"init_backoff": timedelta(seconds=0.1), "max_backoff": timedelta(seconds=5), "base": 2}
-    retry = {"max_retries": 1000, "retry_timeout": timedelta(seconds=retry_s), "backoff": backoff}
-    return from_url(root, client_options=options, retry_config=retry)
+    retry: Any = {"max_retries": 1000, "retry_timeout": timedelta(seconds=retry_s), "backoff": backoff}
+    return from_url(root, client_options=cast(Any, options), retry_config=retry)
 
 
 def _client_options(root: str) -> dict[str, str]:

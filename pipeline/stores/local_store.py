@@ -48,7 +48,7 @@ class LocalStore(PosixPath, Store):
         return self.stat().st_mtime
 
     def read_dated(self, at_most: float = math.inf) -> tuple[bytes | None, float]:
-        """The whole file, None if it is larger than that or no plain file (a pipe would be waited for), and its time."""
+        """The whole file, None if it is larger or no plain file (a pipe would be waited for), and its time."""
         status = self.stat()
         fits = stat.S_ISREG(status.st_mode) and status.st_size <= at_most
         return self.read_bytes() if fits else None, status.st_mtime

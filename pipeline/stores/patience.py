@@ -35,7 +35,7 @@ OUTAGE, DOUBT, REFUSAL, ABSENT = "outage", "doubt", "refusal", "absent"
 
 Result = TypeVar("Result")
 _say = logging.getLogger(__name__).warning
-"""Standard error unless a program sets it up otherwise, in every process of ours: no stage has to hand a reporter down."""
+"""Standard error unless a program sets it up otherwise, in all our processes: no stage hands a reporter down."""
 
 
 def number_of_environment(name: str, default: float) -> float:

@@ -26,7 +26,7 @@ def write_json(path: Path | Store, document: dict[str, Any], *, first_wins: bool
 
 
 def read_json(path: Path | Store, error: Refusal) -> dict[str, Any]:
-    """The document that `write_json` wrote, less its checksum; raises `error(message)` unless every byte is as it was."""
+    """The document that `write_json` wrote, less its checksum; raises `error(message)` if a byte has changed."""
     contents = read_small(path, error)
     head, mark, _ = contents.rpartition(_MARK)
     body = head + b"\n}"

@@ -31,7 +31,7 @@ class Log(Protocol):
 
 
 class Store(ABC):
-    """A folder or a file in a store. Raises OSError, and StorageError where a store on a network refuses or is silent."""
+    """A folder or a file in a store. Raises OSError, and StorageError where a store refuses or is silent."""
 
     # A place and its neighbours
 
@@ -113,7 +113,7 @@ class Store(ABC):
 
     @abstractmethod
     def publish(self, partial: Path) -> None:
-        """Give a finished file of this machine its final name, replacing a file of that name; `partial` is gone then."""
+        """Give a finished file of this machine its final name, replacing another; `partial` is gone then."""
 
     @abstractmethod
     def build(self, fill: "Callable[[Store], None]") -> None:

@@ -15,7 +15,7 @@ PRODUCTS = {
     "bfloat16": {"avx512_bf16", "amx_bf16", "bf16"},
     "float16": {"avx512_fp16", "amx_fp16", "asimdhp"},
 }
-"""By type: the flags of x86 and ARM any of which multiplies its matrices in hardware; float32 needs none."""
+"""The flags of x86 and ARM any of which multiplies matrices of a type in hardware; float32 needs none."""
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 """Any of these in the environment says how a thread of OpenMP waits for the others."""
 SPINS = "1000"

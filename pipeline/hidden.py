@@ -16,7 +16,7 @@ from torch import Tensor
 from pipeline.errors import PipelineError
 
 EPSILON = torch.finfo(torch.float32).eps
-"""Of a float64 model too: kinds with biases by distance compute those in float32."""
+"""float32's last place, for a float64 model too: kinds with biases by distance compute those in float32."""
 PERTURBATION = 2
 """Units of epsilon by which embeddings are changed, up or down."""
 ALLOWED = 8

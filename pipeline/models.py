@@ -43,7 +43,7 @@ class ModelFolder:
 
     @property
     def path(self) -> Path:
-        """Of config.json, for messages."""
+        """The place of config.json, for messages."""
         return self.folder / "config.json"
 
     @property
@@ -83,7 +83,7 @@ class ModelFolder:
 
     @property
     def dtype(self) -> str:
-        """Of the weights, as config.json says; float32 if it does not."""
+        """The type of the weights, as config.json says; float32 if it does not."""
         dtype = getattr(self.text, "dtype", None) or getattr(self.config, "dtype", None) or "float32"
         return str(dtype).removeprefix("torch.")
 
@@ -104,7 +104,7 @@ class ModelFolder:
         return self.attribute(SOFTCAP)
 
     def attribute(self, name: str) -> Any:
-        """Of the language model, or else of the whole; None if neither has it."""
+        """An attribute of the language model's config, or else of the whole model's; None if neither has it."""
         value = getattr(self.text, name, None)
         return getattr(self.config, name, None) if value is None else value
 

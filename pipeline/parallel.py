@@ -19,7 +19,7 @@ Result = TypeVar("Result")
 LEFT = 128 + signal.SIGTERM
 """Exit code of a process of a pool that was told to end."""
 LAST_WORDS_S = 5.0
-"""In which a process that is to end removes what it has half done."""
+"""Seconds in which a process that is to end removes what it has half done."""
 
 
 def in_threads(function: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Iterator[Result]:

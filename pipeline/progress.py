@@ -23,7 +23,7 @@ WINDOW_S = 60.0
 WINDOW_SAMPLES = 8
 """A rate is that of the last minute, or of the last samples where a minute has fewer."""
 SHORTEST_WINDOW_S = 3.0
-"""Below it nothing is said of a rate."""
+"""A window shorter than this says nothing of a rate."""
 
 
 class Progress:

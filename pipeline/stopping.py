@@ -35,7 +35,7 @@ class Unwinding:
         self._since: float | None = None
 
     def begin(self) -> None:
-        """From now on; a signal that this process was started to ignore, as by nohup, stays ignored."""
+        """Hear signals from now on; one that this process was started to ignore, as by nohup, stays ignored."""
         for number in heard(SIGNALS):
             signal.signal(number, self._handle)
 

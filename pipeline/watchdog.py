@@ -35,7 +35,7 @@ class Watchdog:
         self._closed.set()
 
     def watch(self, what: str, factor: float = 1.0) -> None:
-        """From now on: `what`, for a message; in place of what was watched before."""
+        """Watch, from now on, in place of what was watched before; `what` is for a message."""
         self._watched = (what, time.monotonic(), self.limit_s * factor)
 
     def rest(self) -> None:

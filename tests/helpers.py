@@ -65,7 +65,9 @@ class Lines(Reporter):
         """Keep a line."""
         self.lines.append(line)
 
-    note = log
+    def note(self, line: str) -> None:
+        """Keep it too."""
+        self.log(line)
 
 
 def tiny_tokenizer(folder: Path, vocab_size: int = 400, chat_template: str | None = None, bos: bool = False) -> Any:

@@ -70,7 +70,8 @@ class Lines(Reporter, Progress):
     def log(self, line: str) -> None:
         self.lines.append(line)
 
-    note = log
+    def note(self, line: str) -> None:
+        self.log(line)
 
     def progress(self, what: str, total: int, unit: str = "tokens") -> Progress:
         self.total = total

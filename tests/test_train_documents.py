@@ -47,7 +47,8 @@ class Notes(Reporter):
     def log(self, line):
         self.lines.append(line)
 
-    note = log
+    def note(self, line):
+        self.log(line)
 
 
 def hooked(model):

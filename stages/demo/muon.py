@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-"""Of the odd polynomial a x + b x^3 + c x^5 that drives every singular value towards 1, quickly rather than exactly."""
+"""a, b, c of the odd polynomial a x + b x^3 + c x^5 that drives singular values towards 1, quickly and not exactly."""
 ITERATIONS = 5
 MOMENTUM = 0.95
 

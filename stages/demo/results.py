@@ -48,7 +48,7 @@ class DemoResults:
     """Largest |p_T cached - p_T float64| over the audited targets, by temperature."""
     num_audited: int
     num_tokens: int
-    """Of the train and held-out caches together, as are the next two."""
+    """Tokens of the train and held-out caches together; the next two are of both too."""
     num_targets: int
     cache_bytes: int
     top_k: int
@@ -56,9 +56,9 @@ class DemoResults:
     """Bound on the rounding's mean KL error, nats; 0 is lossless."""
     container: str
     seconds: dict[str, float]
-    """Wall time of every step, start-up included."""
+    """Wall time of every command, start-up included."""
     rates: dict[str, float]
-    """Tokens a second while a step was at work, start-up left out."""
+    """Tokens a second while a command was at work, start-up left out."""
 
     @property
     def distilled_is_better(self) -> bool:

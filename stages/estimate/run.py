@@ -27,7 +27,7 @@ ARCHIVE = {"grid": (1.24, 6.9), "lossless": (4.16, 22.4)}
 """Bytes of a stored entry and of the rest of a target in Zarr, as docs/storage.md measured them at k=64."""
 ARCHIVED_DRAW = 2.3
 STATE_BYTES = 16
-"""Of a trained parameter: itself, its gradient and AdamW's two moments, all float32."""
+"""Bytes of a trained parameter: itself, its gradient and AdamW's two moments, all float32."""
 FROZEN_BYTES = 4
 
 
@@ -37,13 +37,13 @@ class ModelSize:
 
     num_parameters: int
     body_flops: float
-    """Of a token's forward pass, without attention's products and the head; of the experts that it takes."""
+    """Operations of a token's forward pass, without attention's products and the head; of the experts that it takes."""
     head_flops: float
-    """Of a position whose logits are wanted."""
+    """Operations of a position whose logits are wanted."""
     attention_flops: float
-    """Of a token, for each token that it attends to."""
+    """Operations of a token for each token that it attends to."""
     kv_bytes: int
-    """Of a token's keys and values in half precision."""
+    """Bytes of a token's keys and values in half precision."""
     vocab_size: int
 
     @classmethod
@@ -75,7 +75,7 @@ class ModelSize:
         )
 
     def forward_flops(self, amount: "Amount") -> float:
-        """Of the forward pass over all tokens, with logits at the targets alone."""
+        """Operations of the forward pass over all tokens, with logits at the targets alone."""
         a_token = self.body_flops + self.attention_flops * amount.sequence_length / 2
         return a_token * amount.num_tokens + self.head_flops * amount.num_targets
 
@@ -104,7 +104,7 @@ class Amount:
         )
 
     def times(self, factor: float) -> "Amount":
-        """So often the same text."""
+        """The amount of the same text `factor` times."""
         return replace(self, num_tokens=round(self.num_tokens * factor), num_targets=round(self.num_targets * factor))
 
 
@@ -121,8 +121,8 @@ class Cost:
     device_hours: float
     price: float | None
     memory_gb: float
-    """Of each device: of the teacher weights, the keys and values of a step and the logits of a chunk; of the
-    student weights, gradients and optimizer, without activations."""
+    """What each device must hold: of the teacher weights, the keys and values of an engine's step and the logits of a
+    chunk; of the student weights, gradients and optimizer, without activations."""
     memory_limit_gb: float
 
     @property
@@ -144,7 +144,7 @@ class Storage:
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """Of stage one, its cache, and stage two where its settings were given."""
+    """What stage one, its cache, and stage two take, the last where its settings were given."""
 
     device: str
     utilization: float

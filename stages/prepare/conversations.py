@@ -33,7 +33,7 @@ class Conversation:
 
     messages: list[dict[str, Any]]
     trained: list[bool]
-    """Of every message, whether it carries loss."""
+    """Whether each message carries loss."""
     tools: list[dict[str, Any]] | None = None
 
     @property

@@ -105,7 +105,7 @@ class _LeftOut:
     """What is not read of folders."""
 
     ignored: Counter[str] = field(default_factory=Counter)
-    """By suffix, or by name where the suffix is one of ours."""
+    """Files by suffix, or by name where the suffix is one of ours."""
     hidden: int = 0
     dangling: list[str] = field(default_factory=list)
     repeated: int = 0

@@ -56,7 +56,9 @@ class _Said(Reporter):
         """Keep a line."""
         self.lines.append(line)
 
-    note = log
+    def note(self, line: str) -> None:
+        """Keep it too."""
+        self.log(line)
 
 
 def preview(config: PreviewConfig, color: bool) -> Iterator[str]:

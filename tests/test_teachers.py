@@ -26,7 +26,7 @@ from pipeline import open_cache
 from pipeline.corpus import Corpus, TokenSequence
 from stages.cache_logits.run import cache_logits
 from stages.cache_logits.settings import CacheConfig
-from stages.cache_logits.vllm_plugin import PREFIX, register
+from stages.cache_logits.vllm_plugin import serving
 from tests.oracle import softmax
 from tests.small import CONTEXT, llama_config, make_corpus, make_teacher, random_sequences, true_logits
 from tests.test_cache_logits import assert_exact, capture, settings
@@ -140,16 +140,21 @@ def test_family_is_exact_in_transformers(tmp_path, short_corpus, family):
 
 @pytest.mark.vllm
 @pytest.mark.filterwarnings("ignore")  # vLLM's imports use what torch has deprecated
-def test_twin_of_every_architecture_keeps_the_settings_that_go_with_its_name():
+def test_capturing_class_stands_in_for_one_architecture_while_the_engine_starts():
+    """Under its own name, by which vLLM has settings; another vLLM of the process then has its own class."""
     from vllm import ModelRegistry
-    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
-    register()
-    known = set(ModelRegistry.get_supported_archs())
-    originals = {name for name in known if name.endswith("ForCausalLM") and not name.startswith(PREFIX)}
-    assert {PREFIX + name for name in originals} <= known
-    for name in originals & MODELS_CONFIG_MAP.keys():
-        assert MODELS_CONFIG_MAP[PREFIX + name] is MODELS_CONFIG_MAP[name]
+    before = dict(ModelRegistry.models)
+    with serving("AquilaForCausalLM") as twin:  # which vLLM's Llama serves
+        changed = {name for name, model in ModelRegistry.models.items() if model != before[name]}
+        assert changed == twin.keys() == {"AquilaForCausalLM"}
+        served = ModelRegistry.models["AquilaForCausalLM"].load_model_cls()
+    assert ModelRegistry.models == before
+    original = before["AquilaForCausalLM"].load_model_cls()
+    assert issubclass(served, original)
+    assert (served.__name__, served.is_pooling_model) == (original.__name__, True)
+    with serving("BertModel"), pytest.raises(TypeError, match=r"vLLM's BertEmbeddingModel has no .* head"):
+        ModelRegistry.models["BertModel"].load_model_cls()
 
 
 @pytest.mark.vllm

@@ -191,6 +191,18 @@ def test_as_many_tokens_wait_as_all_stages_take():
     assert _tokens_in_flight(8192, concurrent_batches=4) >= (4 + 1) * 8192
 
 
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_steps_of_a_pipeline_of_two_stages_are_full(tmp_path, teacher):
+    """vLLM compiles its stages; a step of either stage is under way while the other's next one waits."""
+    corpus = make_corpus(tmp_path / "corpus", random_sequences(60, vocab_size=300))
+    changes = {"pipeline_parallel": 2, "enforce_eager": None, "batch_tokens": 256}
+    config = settings(teacher, corpus, tmp_path / "cache", engine="vllm", **changes)
+    _, *tokens = watch(config, {}).tokens
+    assert np.mean(tokens) > 0.85 * 256, tokens
+    assert_exact(config.out, teacher, corpus)
+
+
 @pytest.mark.parametrize("version", ["0.26.0", "0.31.0", "0.31.1rc2.dev7+g0a1b2c3", "0.32.0", "0.40.1", "dev"])
 def test_older_vllm_gets_a_place_more_or_refuses(tmp_path, version):
     """Where the model computes alike with it: else its scheduler would never hand over the last token."""

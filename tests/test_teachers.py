@@ -13,7 +13,9 @@ from safetensors.torch import save_file
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
+    GPT2Config,
     GPTJConfig,
+    GPTNeoXConfig,
     LlamaForCausalLM,
     MistralConfig,
     MixtralConfig,
@@ -43,21 +45,22 @@ TINY = {
     "max_position_embeddings": CONTEXT,
     "initializer_range": 0.25,
 }
-TINY_GPTJ = {
+TINY_GPT = {
     "vocab_size": HEAD_ROWS,
     "n_embd": 64,
     "n_inner": 96,
     "n_layer": 2,
     "n_head": 2,
     "n_positions": CONTEXT,
-    "rotary_dim": 16,
     "initializer_range": 0.25,
     "bos_token_id": 0,
     "eos_token_id": 0,
 }
 FAMILIES: dict[str, PreTrainedConfig] = {
     "gemma2": Gemma2Config(**TINY, head_dim=32, query_pre_attn_scalar=32, sliding_window=16),  # soft caps, tied head
-    "gptj": GPTJConfig(**TINY_GPTJ),  # a head with a bias
+    "gpt2": GPT2Config(**TINY_GPT),  # GPT2LMHeadModel
+    "gpt_neox": GPTNeoXConfig(**TINY | {"num_key_value_heads": 2}),  # in vLLM through transformers
+    "gptj": GPTJConfig(**TINY_GPT, rotary_dim=16),  # a head with a bias
     "mistral": MistralConfig(**TINY, head_dim=32, sliding_window=16),
     "mixtral": MixtralConfig(**TINY, head_dim=32, num_local_experts=4, num_experts_per_tok=2),
     "qwen2": Qwen2Config(**TINY),

@@ -1,0 +1,140 @@
+"""What an accelerator would be asked to do: run on tensors without data, on a device that has no kernels and no float64.
+
+Operators that mix devices, or need a value on the host, raise there. What is copied between the two is counted.
+"""
+
+import multiprocessing
+import types
+import warnings
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from stages.cache_logits.draws import reduce_rows
+from stages.cache_logits.reduction import LANE, Reduction
+
+CARD = "card:0"
+ROWS, VOCAB, HIDDEN, ROW_CHUNK = 24, 1003, 16, 10
+NUM_DRAWS = 3
+
+
+@dataclass
+class Work(TorchDispatchMode):
+    """What operators there were."""
+
+    uploads: int = 0
+    """Copies from the host: each waits until the device has read it, as the memory is not pinned."""
+    downloads: int = 0
+    on_host: list[str] = field(default_factory=list)
+    """Operators other than copies that had a tensor of the host's."""
+    float64: list[tuple[str, int]] = field(default_factory=list)
+    """Operators that gave float64 on the device, and how many elements."""
+
+    def __post_init__(self) -> None:
+        super().__init__()
+
+    def __torch_dispatch__(self, func: Any, kinds: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        """Note where it comes from and where it goes."""
+        result = func(*args, **(kwargs or {}))
+        given, made = ([leaf for leaf in pytree.tree_leaves(tree) if torch.is_tensor(leaf)] for tree in (args, result))
+        devices = [{tensor.device.type for tensor in tensors} for tensors in (given, made)]
+        if devices == [{"cpu"}, {"card"}]:
+            self.uploads += 1
+        elif devices == [{"card"}, {"cpu"}]:
+            self.downloads += 1
+        elif "cpu" in devices[0] | devices[1] and func is not torch.ops.prim.device.default:
+            self.on_host.append(str(func))
+        doubles = [tensor.numel() for tensor in made if tensor.dtype == torch.float64 and tensor.device.type == "card"]
+        self.float64 += [(str(func), size) for size in doubles]
+        return result
+
+
+def on_the_card(fake: FakeTensorMode, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return FakeTensor(fake, torch.empty(shape, dtype=dtype, device="meta"), torch.device(CARD))
+
+
+def in_a_process(function: Any, *arguments: Any) -> Work:
+    """What `function` did; a process has one such device, and for good."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return Work(**pool.submit(_with_a_card, function, *arguments).result(timeout=200))
+
+
+def _with_a_card(function: Any, *arguments: Any) -> dict[str, Any]:
+    from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+
+    warnings.simplefilter("ignore")
+    _setup_privateuseone_for_python_backend("card")
+    with FakeTensorMode() as fake:
+        return function(fake, *arguments)
+
+
+def _reduction(num_draws: int) -> Reduction:
+    return Reduction(8, (1.0, 2.0), num_draws, 2.0 if num_draws else None)
+
+
+def _reduce_rows(fake: FakeTensorMode, num_draws: int, ranks: int) -> dict[str, Any]:
+    logits, uniforms = on_the_card(fake, ROWS, VOCAB), on_the_card(fake, ROWS)
+    labels = on_the_card(fake, ROWS, dtype=torch.int64)
+    place = {"ranks": ranks, "rank": ranks - 1, "gather": lambda columns: columns.repeat(1, ranks)}
+    with Work() as work:
+        packed = reduce_rows(_reduction(num_draws), logits, labels, uniforms, **place)
+    assert (str(packed.device), packed.dtype, packed.shape) == (CARD, torch.int32, (ROWS, _reduction(num_draws).width))
+    return vars_of(work)
+
+
+def vars_of(work: Work) -> dict[str, Any]:
+    return {name: getattr(work, name) for name in ("uploads", "downloads", "on_host", "float64")}
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+@pytest.mark.parametrize("num_draws", [0, NUM_DRAWS])
+def test_reduction_stays_on_its_device(num_draws, ranks):
+    work = in_a_process(_reduce_rows, num_draws, ranks)
+    assert (work.uploads, work.downloads, work.on_host) == (0, 0, [])
+    assert_little_float64(work, num_draws)
+
+
+def assert_little_float64(work: Work, num_draws: int) -> None:
+    """Running sums over lanes and inside the drawn ones; never as many elements as there are logits."""
+    assert bool(work.float64) == bool(num_draws)
+    assert all(size <= ROWS * max(VOCAB // LANE + 2, num_draws * LANE) for _, size in work.float64), work.float64
+
+
+def _pool(fake: FakeTensorMode, num_draws: int) -> dict[str, Any]:
+    from stages.cache_logits.vllm_plugin import pooler as module
+
+    module.get_tensor_model_parallel_world_size, module.get_tensor_model_parallel_rank = lambda: 1, lambda: 0
+    module.tensor_model_parallel_all_gather = lambda columns: columns
+    head = types.SimpleNamespace(
+        weight=on_the_card(fake, VOCAB, HIDDEN),
+        shard_indices=types.SimpleNamespace(org_vocab_start_index=0, num_org_elements=VOCAB),
+    )
+    processor = types.SimpleNamespace(_apply_head=lambda head, hidden, bias: hidden @ head.weight.T)
+    options = {"top_k": 8, "temperatures": [1.0, 2.0], "num_draws": num_draws, "draw_temperature": 2.0}
+    model = torch.nn.Module()
+    pooler = module.SparseTargetPooler(model, reduction=options, row_chunk=ROW_CHUNK, vocab_size=VOCAB - 3)
+    model.compute_logits = lambda hidden: pooler._local_logits(processor, hidden, head)
+    rows = torch.arange(ROWS)
+    with Work() as work:
+        packed = pooler._reduce(on_the_card(fake, 2 * ROWS, HIDDEN), rows, rows, torch.zeros(ROWS))
+    assert (str(packed.device), packed.dtype, len(packed)) == (CARD, torch.int32, ROWS)
+    return vars_of(work)
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("num_draws", [0, NUM_DRAWS])
+def test_pooler_sends_three_tensors_a_step_to_the_device_and_waits_for_none(num_draws):
+    """Which rows, their labels and uniforms, however many chunks of rows there are."""
+    work = in_a_process(_pool, num_draws)
+    uniforms = 1  # zeros, made above
+    assert (work.uploads, work.downloads) == (3, 0)
+    assert [name for name in work.on_host if "zeros" not in name] == []
+    assert len(work.on_host) <= uniforms
+    assert_little_float64(work, num_draws)

@@ -60,19 +60,19 @@ def on_the_card(fake: FakeTensorMode, *shape: int, dtype: torch.dtype = torch.fl
     return FakeTensor(fake, torch.empty(shape, dtype=dtype, device="meta"), torch.device(CARD))
 
 
-def in_a_process(function: Any, *arguments: Any) -> Work:
-    """What `function` did; a process has one such device, and for good."""
+def in_a_process(function: Any, cases: list[tuple[int, ...]]) -> list[Work]:
+    """What `function` did in each case; a process has one such device, and for good."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return Work(**pool.submit(_with_a_card, function, *arguments).result(timeout=200))
+        return [Work(**work) for work in pool.submit(_with_a_card, function, cases).result(timeout=400)]
 
 
-def _with_a_card(function: Any, *arguments: Any) -> dict[str, Any]:
+def _with_a_card(function: Any, cases: list[tuple[int, ...]]) -> list[dict[str, Any]]:
     from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
     warnings.simplefilter("ignore")
     _setup_privateuseone_for_python_backend("card")
     with FakeTensorMode() as fake:
-        return function(fake, *arguments)
+        return [function(fake, *case) for case in cases]
 
 
 def _reduction(num_draws: int) -> Reduction:
@@ -93,12 +93,11 @@ def vars_of(work: Work) -> dict[str, Any]:
     return {name: getattr(work, name) for name in ("uploads", "downloads", "on_host", "float64")}
 
 
-@pytest.mark.parametrize("ranks", [1, 3])
-@pytest.mark.parametrize("num_draws", [0, NUM_DRAWS])
-def test_reduction_stays_on_its_device(num_draws, ranks):
-    work = in_a_process(_reduce_rows, num_draws, ranks)
-    assert (work.uploads, work.downloads, work.on_host) == (0, 0, [])
-    assert_little_float64(work, num_draws)
+def test_reduction_stays_on_its_device():
+    cases = [(num_draws, ranks) for num_draws in (0, NUM_DRAWS) for ranks in (1, 3)]
+    for (num_draws, _), work in zip(cases, in_a_process(_reduce_rows, cases), strict=True):
+        assert (work.uploads, work.downloads, work.on_host) == (0, 0, [])
+        assert_little_float64(work, num_draws)
 
 
 def assert_little_float64(work: Work, num_draws: int) -> None:
@@ -121,20 +120,17 @@ def _pool(fake: FakeTensorMode, num_draws: int) -> dict[str, Any]:
     model = torch.nn.Module()
     pooler = module.SparseTargetPooler(model, reduction=options, row_chunk=ROW_CHUNK, vocab_size=VOCAB - 3)
     model.compute_logits = lambda hidden: pooler._local_logits(processor, hidden, head)
-    rows = torch.arange(ROWS)
+    rows, uniforms = torch.arange(ROWS), torch.zeros(ROWS)
+    hidden_states = on_the_card(fake, 2 * ROWS, HIDDEN)
     with Work() as work:
-        packed = pooler._reduce(on_the_card(fake, 2 * ROWS, HIDDEN), rows, rows, torch.zeros(ROWS))
+        packed = pooler._reduce(hidden_states, rows, rows, uniforms)
     assert (str(packed.device), packed.dtype, len(packed)) == (CARD, torch.int32, ROWS)
     return vars_of(work)
 
 
 @pytest.mark.vllm
-@pytest.mark.parametrize("num_draws", [0, NUM_DRAWS])
-def test_pooler_sends_three_tensors_a_step_to_the_device_and_waits_for_none(num_draws):
+def test_pooler_sends_three_tensors_a_step_to_the_device_and_waits_for_none():
     """Which rows, their labels and uniforms, however many chunks of rows there are."""
-    work = in_a_process(_pool, num_draws)
-    uniforms = 1  # zeros, made above
-    assert (work.uploads, work.downloads) == (3, 0)
-    assert [name for name in work.on_host if "zeros" not in name] == []
-    assert len(work.on_host) <= uniforms
-    assert_little_float64(work, num_draws)
+    for num_draws, work in zip((0, NUM_DRAWS), in_a_process(_pool, [(0,), (NUM_DRAWS,)]), strict=True):
+        assert (work.uploads, work.downloads, work.on_host) == (3, 0, [])
+        assert_little_float64(work, num_draws)

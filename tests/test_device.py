@@ -4,10 +4,14 @@ Operators that mix devices, or need a value on the host, raise there. What is co
 """
 
 import multiprocessing
+import os
+import subprocess
+import sys
 import types
 import warnings
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,6 +27,19 @@ from stages.cache_logits.reduction import LANE, Reduction
 CARD = "card:0"
 ROWS, VOCAB, HIDDEN, ROW_CHUNK = 24, 1003, 16, 10
 NUM_DRAWS = 3
+BENCHMARK = """
+import runpy, sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {"zstandard", "numcodecs", "pcodec", "zarr", "obstore", "msgspec", "xxhash"}:
+            raise ImportError(f"{name} is not there")
+
+sys.meta_path.insert(0, Absent())
+sys.argv[1:] = "--device cpu --rows 16 --length 8 --vocab 512 --hidden 32 --ffn 64 --heads 2".split()
+sys.argv += "--kv-heads 1 --layers 1 --rounds 1 --row-chunks 16 --top-k 4".split()
+runpy.run_module("benchmarks.capture_gpu", run_name="__main__")
+"""
 
 
 @dataclass
@@ -134,3 +151,13 @@ def test_pooler_sends_three_tensors_a_step_to_the_device_and_waits_for_none():
     for num_draws, work in zip((0, NUM_DRAWS), in_a_process(_pool, [(0,), (NUM_DRAWS,)]), strict=True):
         assert (work.uploads, work.downloads, work.on_host) == (3, 0, [])
         assert_little_float64(work, num_draws)
+
+
+def test_benchmark_for_a_gpu_needs_torch_alone():
+    """A machine with a GPU may have no more than torch, and this package as a folder."""
+    root = Path(__file__).parent.parent
+    command = [sys.executable, "-W", "ignore", "-c", BENCHMARK]
+    environment = os.environ | {"PYTHONPATH": ""}
+    said = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+    assert (said.returncode, said.stderr) == (0, "")
+    assert "and reduction" in said.stdout

@@ -1,7 +1,7 @@
 """What the capture costs on a GPU: the reduction against reading the logits once, and its share of a 67B prefill step.
 
-    python benchmarks/capture_gpu.py                       # one CUDA device, about 40 GB of its memory
-    python benchmarks/capture_gpu.py --device cpu --rows 64 --vocab 4096 --hidden 256 --ffn 512 --heads 4 --kv-heads 1
+    python -m benchmarks.capture_gpu                       # one CUDA device, about 40 GB of its memory
+    python -m benchmarks.capture_gpu --device cpu --rows 64 --vocab 4096 --hidden 256 --ffn 512 --heads 4 --kv-heads 1
 
 reduction   The reduction of a step's logits alone (top k, logsumexp, tail and entropy at two temperatures), by rows
             a chunk, against the time of reading the logits once at the bandwidth that a copy reaches here.

@@ -11,14 +11,19 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pipeline.cache.commits import list_commits
 from pipeline.corpus import TokenSequence
+from pipeline.errors import EngineError
+from pipeline.models import read_model
+from pipeline.processes import owner_name
 from stages.cache_logits.engine import Request
 from stages.cache_logits.run import cache_logits
 from stages.cache_logits.settings import CacheConfig
+from stages.cache_logits.teacher import Teacher
 from stages.cache_logits.transformers_engine import _batches
-from stages.cache_logits.vllm_engine import _skips_compilation
-from stages.cache_logits.vllm_plugin import register
-from tests.small import make_corpus, random_sequences
+from stages.cache_logits.vllm_engine import PROBE_TOKENS, _max_model_len, _skips_compilation, _tokens_in_flight
+from stages.cache_logits.vllm_plugin import FRONT_END, register
+from tests.small import llama_config, make_corpus, random_sequences
 from tests.test_cache_logits import assert_exact, settings
 from tests.test_loss import LargestTensor
 from tests.test_teachers import HEAD_ROWS, make_family
@@ -111,8 +116,10 @@ def test_steps_are_full_and_full_logits_stay_a_chunk(tmp_path):
     teacher = make_family(tmp_path / "teacher", "mistral")
     changes = {"top_k": 4, "batch_tokens": budget, "row_chunk": row_chunk, "shard_tokens": 2000}
     steps = watch(settings(teacher, corpus, tmp_path / "cache", engine="vllm", **changes), {})
-    assert sum(steps.tokens) == sum(len(sequence.token_ids) for sequence in sequences)
-    assert min(steps.tokens[:-2]) > 0.9 * budget, steps.tokens
+    probe, *tokens = steps.tokens
+    assert probe == PROBE_TOKENS
+    assert sum(tokens) == sum(len(sequence.token_ids) for sequence in sequences)
+    assert min(tokens[:-2]) > 0.9 * budget, tokens
     # The bound that `row_chunk` states: chunks of logits, and the packed results (15 columns) of the whole step.
     assert steps.largest <= max(row_chunk * HEAD_ROWS, budget * 15)
     assert steps.largest < 0.1 * budget * HEAD_ROWS
@@ -138,6 +145,7 @@ def test_messages_that_follow_each_other_at_once_are_not_slept_over(monkeypatch)
 
     monkeypatch.setattr(shm_broadcast.SpinCondition.__init__, "__defaults__", (1,))
     monkeypatch.setattr(shm_broadcast, "SHM_READER_RECHECK_INTERVAL_MS", 5000)  # vLLM's own
+    monkeypatch.setenv(FRONT_END, owner_name())
     register()
     assert shm_broadcast.SpinCondition.__init__.__defaults__ == (0,)
     there, back = shm_broadcast.MessageQueue(1, 1), shm_broadcast.MessageQueue(1, 1)
@@ -176,3 +184,63 @@ def test_messages_that_follow_each_other_at_once_are_not_slept_over(monkeypatch)
 )
 def test_a_cpu_compiles_where_it_is_asked_or_must(tmp_path, changes, skips):
     assert _skips_compilation(settings(tmp_path, tmp_path, tmp_path, **changes)) == skips
+
+
+def test_as_many_tokens_wait_as_all_stages_take():
+    assert _tokens_in_flight(8192, concurrent_batches=1) == 2 * 8192
+    assert _tokens_in_flight(8192, concurrent_batches=4) >= (4 + 1) * 8192
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_steps_of_a_pipeline_of_two_stages_are_full(tmp_path, teacher):
+    """vLLM compiles its stages; a step of either stage is under way while the other's next one waits."""
+    corpus = make_corpus(tmp_path / "corpus", random_sequences(60, vocab_size=300))
+    changes = {"pipeline_parallel": 2, "enforce_eager": None, "batch_tokens": 256}
+    config = settings(teacher, corpus, tmp_path / "cache", engine="vllm", **changes)
+    _, *tokens = watch(config, {}).tokens
+    assert np.mean(tokens) > 0.85 * 256, tokens
+    assert_exact(config.out, teacher, corpus)
+
+
+@pytest.mark.parametrize("version", ["0.26.0", "0.31.0", "0.31.1rc2.dev7+g0a1b2c3", "0.32.0", "0.40.1", "dev"])
+def test_older_vllm_gets_a_place_more_or_refuses(tmp_path, version):
+    """Where the model computes alike with it: else its scheduler would never hand over the last token."""
+    rope = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4, "original_max_position_embeddings": 48}
+    llama_config(300, max_position_embeddings=192, rope_parameters=rope).save_pretrained(tmp_path)
+    teacher = Teacher(model=read_model(tmp_path), vocab_size=300, dtype="float32", quantization="none")
+    is_older = version.startswith(("0.26", "0.31"))
+    assert _max_model_len(teacher, 100, version) == (101 if is_older else 100)
+    for edge in (48, 192):
+        if not is_older:
+            assert _max_model_len(teacher, edge, version) == edge
+            continue
+        with pytest.raises(EngineError, match=rf"vLLM {version[:4]}.* of {edge}, .* --sequence-length {edge - 1} "):
+            _max_model_len(teacher, edge, version)
+
+
+def _capture_with_another_head(config: CacheConfig, change: str) -> None:
+    """Capture with a pooler that is wrong in one way, the engine's core in this process."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    from stages.cache_logits.vllm_plugin.pooler import SparseTargetPooler
+
+    right = SparseTargetPooler._local_logits
+
+    def wrong(self: SparseTargetPooler, *arguments: Any, **options: Any) -> Any:
+        logits_NV = right(self, *arguments, **options)
+        return logits_NV * 1.001 if change == "scale" else logits_NV.roll(1, 1)
+
+    SparseTargetPooler._local_logits = wrong
+    cache_logits(config)
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("change", ["scale", "shift"])
+def test_head_that_the_pooler_does_not_know_is_refused_before_anything_is_scored(tmp_path, teacher, corpus, change):
+    config = settings(teacher, corpus, tmp_path / "cache", engine="vllm")
+    with (
+        ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool,
+        pytest.raises(EngineError, match=r"vLLM gives this model other logits than its head .*; take --engine transf"),
+    ):
+        pool.submit(_capture_with_another_head, config, change).result(timeout=400)
+    assert list_commits(config.out) == set()

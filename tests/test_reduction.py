@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from pipeline.targets import SparseTargets
+from stages.cache_logits.comparison import disagreement
 from stages.cache_logits.draws import reduce_rows
 from stages.cache_logits.engine import unpack
 from stages.cache_logits.reduction import Reduction
@@ -161,3 +162,18 @@ def test_draws_depend_on_their_row_alone():
     whole = reduce_packed(logits, labels, reduction, uniforms=uniforms)
     some = reduce_packed(logits[7:9], labels[7:9], reduction, uniforms=uniforms[7:9])
     assert torch.equal(whole[7:9, -8:], some[:, -8:])
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+@pytest.mark.parametrize("top_k", [0, 5, 300])
+def test_targets_agree_with_their_own_logits_and_with_no_others(ranks, top_k):
+    """The engine's look at its own head, before anything is scored."""
+    logits, labels = 4 * torch.randn(7, 300), torch.arange(7)
+    if top_k < 300:
+        logits[:, 250] = -torch.inf  # as of an id that a model rules out; where it is kept, its target is refused
+    targets = reduce(logits, labels, Reduction(top_k, (2.0, 0.5)), ranks)
+    assert disagreement(targets, logits.numpy(), labels.numpy()) == ""
+    scaled, shifted, capped = logits * 1.001, logits.roll(1, 1), 30 * (logits / 30).tanh()
+    for other in (scaled, shifted, capped):
+        assert " is " in disagreement(targets, other.numpy(), labels.numpy())
+    assert disagreement(targets, torch.full_like(logits, torch.nan).numpy(), labels.numpy())

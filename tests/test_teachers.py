@@ -13,7 +13,9 @@ from safetensors.torch import save_file
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
+    GPT2Config,
     GPTJConfig,
+    GPTNeoXConfig,
     LlamaForCausalLM,
     MistralConfig,
     MixtralConfig,
@@ -26,7 +28,7 @@ from pipeline import open_cache
 from pipeline.corpus import Corpus, TokenSequence
 from stages.cache_logits.run import cache_logits
 from stages.cache_logits.settings import CacheConfig
-from stages.cache_logits.vllm_plugin import PREFIX, register
+from stages.cache_logits.vllm_plugin import serving
 from tests.oracle import softmax
 from tests.small import CONTEXT, llama_config, make_corpus, make_teacher, random_sequences, true_logits
 from tests.test_cache_logits import assert_exact, capture, settings
@@ -43,21 +45,22 @@ TINY = {
     "max_position_embeddings": CONTEXT,
     "initializer_range": 0.25,
 }
-TINY_GPTJ = {
+TINY_GPT = {
     "vocab_size": HEAD_ROWS,
     "n_embd": 64,
     "n_inner": 96,
     "n_layer": 2,
     "n_head": 2,
     "n_positions": CONTEXT,
-    "rotary_dim": 16,
     "initializer_range": 0.25,
     "bos_token_id": 0,
     "eos_token_id": 0,
 }
 FAMILIES: dict[str, PreTrainedConfig] = {
     "gemma2": Gemma2Config(**TINY, head_dim=32, query_pre_attn_scalar=32, sliding_window=16),  # soft caps, tied head
-    "gptj": GPTJConfig(**TINY_GPTJ),  # a head with a bias
+    "gpt2": GPT2Config(**TINY_GPT),  # GPT2LMHeadModel
+    "gpt_neox": GPTNeoXConfig(**TINY | {"num_key_value_heads": 2}),  # in vLLM through transformers
+    "gptj": GPTJConfig(**TINY_GPT, rotary_dim=16),  # a head with a bias
     "mistral": MistralConfig(**TINY, head_dim=32, sliding_window=16),
     "mixtral": MixtralConfig(**TINY, head_dim=32, num_local_experts=4, num_experts_per_tok=2),
     "qwen2": Qwen2Config(**TINY),
@@ -140,16 +143,21 @@ def test_family_is_exact_in_transformers(tmp_path, short_corpus, family):
 
 @pytest.mark.vllm
 @pytest.mark.filterwarnings("ignore")  # vLLM's imports use what torch has deprecated
-def test_twin_of_every_architecture_keeps_the_settings_that_go_with_its_name():
+def test_capturing_class_stands_in_for_one_architecture_while_the_engine_starts():
+    """Under its own name, by which vLLM has settings; another vLLM of the process then has its own class."""
     from vllm import ModelRegistry
-    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
-    register()
-    known = set(ModelRegistry.get_supported_archs())
-    originals = {name for name in known if name.endswith("ForCausalLM") and not name.startswith(PREFIX)}
-    assert {PREFIX + name for name in originals} <= known
-    for name in originals & MODELS_CONFIG_MAP.keys():
-        assert MODELS_CONFIG_MAP[PREFIX + name] is MODELS_CONFIG_MAP[name]
+    before = dict(ModelRegistry.models)
+    with serving("AquilaForCausalLM") as twin:  # which vLLM's Llama serves
+        changed = {name for name, model in ModelRegistry.models.items() if model != before[name]}
+        assert changed == twin.keys() == {"AquilaForCausalLM"}
+        served = ModelRegistry.models["AquilaForCausalLM"].load_model_cls()
+    assert ModelRegistry.models == before
+    original = before["AquilaForCausalLM"].load_model_cls()
+    assert issubclass(served, original)
+    assert (served.__name__, served.is_pooling_model) == (original.__name__, True)
+    with serving("BertModel"), pytest.raises(TypeError, match=r"vLLM's BertEmbeddingModel has no .* head"):
+        ModelRegistry.models["BertModel"].load_model_cls()
 
 
 @pytest.mark.vllm

@@ -9,6 +9,9 @@ import numpy as np
 
 from pipeline.targets import SparseTargets
 
+ALLOWED_OF_LOGITS = 1e-4
+"""How far rounding may put a float32 logit, as a share of the largest."""
+
 
 @dataclass(frozen=True)
 class Difference:
@@ -49,6 +52,36 @@ def differences(found: SparseTargets, wanted: SparseTargets, temperature: float)
         mean = float(apart.max(1).mean())
         result.append(Difference(quantity, temperature, value, mean, int(row), one, other))
     return result
+
+
+def disagreement(found: SparseTargets, logits_NV: np.ndarray, labels_N: np.ndarray) -> str:
+    """What of the targets is not that of the whole float32 logits of their positions; empty if all is.
+
+    Both come from one product of matrices, so that rounding alone may tell them apart.
+    """
+    exact_NV = logits_NV.astype(np.float64)
+    allowed = ALLOWED_OF_LOGITS * max(1.0, np.abs(exact_NV[np.isfinite(exact_NV)]).max(initial=0.0))
+    exact_NV -= exact_NV.max(1, keepdims=True)
+    best_NK = -np.sort(-exact_NV, axis=1)[:, : found.top_k]
+    pairs = {
+        "an id's logit": (found.logits, np.take_along_axis(exact_NV, found.ids.astype(np.int64), 1), allowed),
+        "a largest logit": (found.logits, best_NK, allowed),
+        "a label's logit": (found.label_logits, np.take_along_axis(exact_NV, labels_N[:, None], 1)[:, 0], allowed),
+    }
+    np.put_along_axis(rest_NV := exact_NV.copy(), found.ids.astype(np.int64), -np.inf, 1)
+    for index, temperature in enumerate(found.temperatures):
+        total_N = np.exp(exact_NV / temperature).sum(1)
+        tails = np.exp(found.tail_logprobs[:, index]), np.exp(rest_NV / temperature).sum(1) / total_N
+        stretched = allowed / min(temperature, 1.0)
+        pairs[f"the logsumexp at T={temperature:g}"] = (found.logsumexps[:, index], np.log(total_N), stretched)
+        pairs[f"the tail at T={temperature:g}"] = (*tails, stretched)
+    for name, (ours, theirs, bound) in pairs.items():
+        with np.errstate(invalid="ignore"):
+            apart = np.where(ours == theirs, 0.0, np.abs(ours - theirs))
+        if not (apart <= bound).all():
+            place = np.unravel_index(int(np.nan_to_num(apart, nan=np.inf).argmax()), apart.shape)
+            return f"{name} is {ours[place]:.5g} for {theirs[place]:.5g}"
+    return ""
 
 
 def _matched_probs(found: SparseTargets, wanted: SparseTargets, temperature: float) -> tuple[np.ndarray, np.ndarray]:

@@ -12,20 +12,40 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from pipeline.cpu import slow_products
 from pipeline.errors import EngineError
 from pipeline.processes import owner_name
 from pipeline.targets import SparseTargets
+from stages.cache_logits.comparison import disagreement
 from stages.cache_logits.engine import Request, reduction_of, unpack
 from stages.cache_logits.settings import CacheConfig
 from stages.cache_logits.teacher import Teacher
-from stages.cache_logits.vllm_plugin import FAILURES, FRONT_END, OPTIONS, WATCH_INTERVAL_S, as_capturing_text_model
+from stages.cache_logits.vllm_plugin import (
+    FAILURES,
+    FRONT_END,
+    OPTIONS,
+    PROBE,
+    WATCH_INTERVAL_S,
+    as_text_model,
+    register,
+    serving,
+)
+from stages.cache_logits.vllm_plugin.compat import (
+    installed,
+    keeps_slot_for_a_token,
+    require_known_vllm,
+    version_of,
+)
 
 PLUGIN = "pipeline_teacher"
-IN_FLIGHT_STEPS = 2
-"""Requests are handed over until this many steps' worth of tokens wait or run."""
+WAITING = 2
+"""Requests are handed over until so many times as many tokens wait or run as fit into the steps that run at a time."""
 QUIET = "ERROR"
 """vLLM's logging level unless the user has set one."""
+PROBE_TOKENS = 8
+"""Tokens on which the pooler's targets are compared with vLLM's own logits at start."""
 MAX_REQUESTS = 1024
 """Requests in a step at the most. vLLM's own limit, 256 on most machines, would leave steps of short documents unfilled."""
 
@@ -36,20 +56,27 @@ class VllmEngine:
     def __init__(self, teacher: Teacher, config: CacheConfig, longest_request: int) -> None:
         _prepare_environment(config)
         self._reduction = reduction_of(config)
-        self._budget_tokens = IN_FLIGHT_STEPS * config.batch_tokens
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # vLLM's imports use what torch has deprecated
-            with _one_line_failures(teacher):
-                self._llm = _load(teacher, config, longest_request)
         self._closed = threading.Event()
-        threading.Thread(target=self._watch_core, name="engine-watch", daemon=True).start()
-        head_dtype = self._llm.llm_engine.vllm_config.model_config.head_dtype
-        if str(head_dtype) != "torch.float32":
-            self.close()
-            raise EngineError(f"{teacher.folder}: vLLM runs its head in {head_dtype}; targets need a float32 head.")
+        with warnings.catch_warnings(), _one_line_failures(teacher):
+            warnings.simplefilter("ignore")  # vLLM's imports use what torch has deprecated
+            with _marked(), serving(teacher.model.text_architecture) as twin:
+                self._llm = _load(teacher, config, longest_request, twin)
+            concurrent_batches = self._llm.llm_engine.vllm_config.max_concurrent_batches
+            self._budget_tokens = _tokens_in_flight(config.batch_tokens, concurrent_batches)
+            threading.Thread(target=self._watch_core, name="engine-watch", daemon=True).start()
+            try:
+                self._check_head(teacher, min(PROBE_TOKENS, longest_request))
+            except BaseException:
+                self.close()
+                raise
 
     def score(self, requests: Iterable[Request]) -> Iterator[tuple[Hashable, SparseTargets]]:
         """Targets in the order in which vLLM finishes."""
+        for request, rows_NW in self._run(requests):
+            yield request.key, self._targets(request, rows_NW)
+
+    def _run(self, requests: Iterable[Request], **extra: bytes) -> Iterator[tuple[Request, np.ndarray]]:
+        """What the pooler returns of each request, which is asked for with `extra` beside its rows."""
         from vllm import PoolingParams
 
         from stages.cache_logits.vllm_plugin.pooler import pack_rows
@@ -63,7 +90,7 @@ class VllmEngine:
                 if request is None:
                     exhausted = True
                     break
-                params = PoolingParams(task="token_classify", extra_kwargs=pack_rows(request))
+                params = PoolingParams(task="token_classify", extra_kwargs=pack_rows(request) | extra)
                 (prompt,) = engine.renderer.render_cmpl([{"prompt_token_ids": request.token_ids.tolist()}])
                 engine.add_request(str(serial), prompt, params)
                 waiting[str(serial)] = request
@@ -73,7 +100,7 @@ class VllmEngine:
                 if output.finished:
                     request = waiting.pop(output.request_id)
                     tokens -= len(request.token_ids)
-                    yield request.key, self._targets(request, output.outputs.data)
+                    yield request, output.outputs.data.numpy()
 
     def close(self) -> None:
         """Stop the engine core and its workers, by SIGKILL: they have nothing to save, and SIGTERM is kept from them."""
@@ -90,11 +117,31 @@ class VllmEngine:
                 core.outputs_queue.put(RuntimeError("the engine process has died"))  # raised as EngineDeadError
                 return
 
-    def _targets(self, request: Request, rows_NW: Any) -> SparseTargets:
+    def _targets(self, request: Request, rows_NW: np.ndarray) -> SparseTargets:
         expected = (len(request.positions), self._reduction.width)
-        if tuple(rows_NW.shape) != expected:
-            raise RuntimeError(f"request {request.key}: vLLM returned {tuple(rows_NW.shape)} values of {expected}")
-        return unpack(rows_NW.numpy(), self._reduction)
+        if rows_NW.shape != expected:
+            raise RuntimeError(f"request {request.key}: vLLM returned {rows_NW.shape} values of {expected}")
+        return unpack(rows_NW, self._reduction)
+
+    def _check_head(self, teacher: Teacher, num_tokens: int) -> None:
+        """Refuse a head that the pooler reduces to other targets than those of the logits that vLLM itself computes."""
+        head_dtype = self._llm.llm_engine.vllm_config.model_config.head_dtype
+        if str(head_dtype) != "torch.float32":
+            raise EngineError(f"{teacher.folder}: vLLM runs its head in {head_dtype}; targets need a float32 head.")
+        ids = np.arange(num_tokens, dtype=np.int32) % teacher.vocab_size
+        positions = np.arange(num_tokens - 1, dtype=np.int32)
+        probe = Request("the first probe", ids, positions, np.zeros(len(positions), np.float32))
+        ((_, rows_NW),) = self._run([probe], **{PROBE: b""})
+        targets_NW, logits_NV = np.split(rows_NW, [self._reduction.width], axis=1)
+        problem = f"{logits_NV.shape[1]} ids for {teacher.vocab_size}"
+        if logits_NV.shape[1] == teacher.vocab_size:
+            logits_NV = np.ascontiguousarray(logits_NV).view(np.float32)
+            problem = disagreement(self._targets(probe, targets_NW), logits_NV, probe.labels)
+        if problem:
+            raise EngineError(
+                f"{teacher.folder}: vLLM gives this model other logits than its head alone ({problem}), so that its "
+                "targets would be wrong; take --engine transformers."
+            )
 
 
 @contextmanager
@@ -110,6 +157,8 @@ def _one_line_failures(teacher: Teacher) -> Iterator[None]:
         os.environ[FAILURES] = file.name
         try:
             yield
+        except EngineError:
+            raise
         except Exception as exc:
             reasons = Path(file.name).read_text(encoding="utf-8").splitlines()
             reason = reasons[0] if reasons else " ".join(str(exc).split()) or type(exc).__name__
@@ -120,7 +169,18 @@ def _one_line_failures(teacher: Teacher) -> Iterator[None]:
             del os.environ[FAILURES]
 
 
-def _load(teacher: Teacher, config: CacheConfig, longest_request: int) -> Any:
+@contextmanager
+def _marked() -> Iterator[None]:
+    """Processes that are started in here are our engine's, and see who drives them; so is this one prepared."""
+    os.environ[FRONT_END] = owner_name()
+    try:
+        register()
+        yield
+    finally:
+        del os.environ[FRONT_END]
+
+
+def _load(teacher: Teacher, config: CacheConfig, longest_request: int, model_classes: dict[str, str]) -> Any:
     from vllm import LLM
 
     model, architecture = teacher.model, teacher.model.text_architecture
@@ -137,14 +197,15 @@ def _load(teacher: Teacher, config: CacheConfig, longest_request: int) -> Any:
         skip_tokenizer_init=True,
         trust_remote_code=model.trust_remote_code,
         runner="pooling",
-        hf_overrides=functools.partial(as_capturing_text_model, architecture=architecture, ties_head=model.ties_head),
+        hf_overrides=functools.partial(as_text_model, architecture=architecture, ties_head=model.ties_head),
+        model_class_overrides=model_classes,
         pooler_config={"task": "token_classify"},
         additional_config={OPTIONS: options},
         dtype=teacher.dtype,
         quantization=config.quantization,
         tensor_parallel_size=config.tensor_parallel,
         pipeline_parallel_size=config.pipeline_parallel,
-        max_model_len=longest_request,
+        max_model_len=_max_model_len(teacher, longest_request, version_of(installed())),
         max_num_batched_tokens=max(config.batch_tokens, longest_request),
         max_num_seqs=min(MAX_REQUESTS, max(config.batch_tokens, longest_request)),
         gpu_memory_utilization=config.gpu_memory_utilization,
@@ -152,6 +213,33 @@ def _load(teacher: Teacher, config: CacheConfig, longest_request: int) -> Any:
         enable_prefix_caching=False,
         disable_log_stats=True,
     )
+
+
+def _tokens_in_flight(batch_tokens: int, concurrent_batches: int) -> int:
+    """Tokens that wait or run, so that a full step is there whenever one ends: a pipeline runs a step a stage at a time."""
+    return WAITING * concurrent_batches * batch_tokens
+
+
+def _max_model_len(teacher: Teacher, longest_request: int, version: str) -> int:
+    """What vLLM is told; raises EngineError for sequences whose last token an older one would never give.
+
+    Such a version needs a further place, which must not put a model beyond a length at which it computes otherwise:
+    the end of its context, of its original context (Phi-3's factors), or Llama 4's 32,768.
+    """
+    if not keeps_slot_for_a_token(version):
+        return longest_request
+    model = teacher.model
+    rope = model.attribute("rope_parameters") or {}
+    original = {model.attribute("original_max_position_embeddings"), rope.get("original_max_position_embeddings")}
+    if longest_request in {model.context_length, *original} or (
+        longest_request == 32_768 and "Llama4" in model.text_architecture
+    ):
+        raise EngineError(
+            f"{teacher.folder}: vLLM {version} keeps a place for a token behind sequences of {longest_request}, for "
+            f"which this model has no room; take vLLM 0.32 or later, or prepare again with --sequence-length "
+            f"{longest_request - 1} or less."
+        )
+    return longest_request + 1
 
 
 def _skips_compilation(config: CacheConfig) -> bool:
@@ -181,7 +269,6 @@ def _prepare_environment(config: CacheConfig) -> None:
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     os.environ.setdefault("PYTHONWARNINGS", "ignore")  # of the processes that vLLM starts
-    os.environ[FRONT_END] = owner_name()
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", _cores_of_workers(config))
 
@@ -219,6 +306,7 @@ def require_vllm(teacher: Teacher) -> None:
             from vllm import ModelRegistry
     except ImportError as exc:
         raise EngineError(f"vLLM is not installed ({exc}); see the README, or take --engine transformers.") from exc
+    require_known_vllm()
     architecture = teacher.model.text_architecture
     if architecture not in ModelRegistry.get_supported_archs():
         part = "" if architecture == teacher.architecture else f" ({architecture or 'as text alone'})"

@@ -8,18 +8,20 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from pipeline.processes import owner_is_dead, owner_name
 
-PREFIX = "SparseTargets"
-"""Put before the name of an architecture to get its capturing twin."""
 OPTIONS = "sparse_targets"
 """Key of the pooler's options in vLLM's `additional_config`."""
 ROWS = "sparse_target_rows"
 """Key of a request's positions and labels in `PoolingParams.extra_kwargs`."""
+PROBE = "sparse_target_probe"
+"""Key there that has the pooler return vLLM's own logits beside each row."""
 FRONT_END = "PIPELINE_FRONT_END"
-"""Environment variable with the `owner_name` of the process that drives the engine."""
+"""Environment variable with the `owner_name` of the process that drives the engine, while it starts one."""
 FAILURES = "PIPELINE_ENGINE_FAILURES"
 """Environment variable with the file to which vLLM's processes write why they cannot start, while it is there."""
 LANGUAGE_MODEL = {"language_model.": "", "model.language_model.": "model.", "lm_head.": "lm_head."}
@@ -31,25 +33,37 @@ RECHECK_INTERVAL_MS = 10
 
 
 def register() -> None:
-    """Add a capturing twin of every text-generation architecture to vLLM's registry. Can be called twice."""
+    """Prepare a process of our engine's; nothing is done to any other vLLM of the environment. Can be called twice."""
+    if FRONT_END in os.environ:
+        _die_with_front_end()
+        _wait_without_spinning()
+        _keep_reasons()
+
+
+@contextmanager
+def serving(architecture: str) -> Iterator[dict[str, str]]:
+    """What vLLM's `model_class_overrides` takes for the capturing twin of the class that serves an architecture.
+
+    The architecture keeps its name, by which vLLM has settings. vLLM leaves its registry changed, once for all engines
+    of a process; here it is as before afterwards.
+    """
     from vllm import ModelRegistry
-    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
-    _die_with_front_end()
-    _wait_without_spinning()
-    _keep_reasons()
-    known = set(ModelRegistry.get_supported_archs())
-    for architecture in known:
-        twin = PREFIX + architecture
-        if architecture.endswith("ForCausalLM") and not architecture.startswith(PREFIX) and twin not in known:
-            # "module:class" is looked up late: no process imports CUDA because of this.
-            ModelRegistry.register_model(twin, f"{__name__}.models:{twin}")
-            if architecture in MODELS_CONFIG_MAP:  # settings that vLLM adjusts by the architecture's name
-                MODELS_CONFIG_MAP[twin] = MODELS_CONFIG_MAP[architecture]
+    registered = ModelRegistry.models[architecture]
+    if hasattr(registered, "model_cls"):
+        module, name = registered.model_cls.__module__, registered.model_cls.__qualname__
+    else:
+        module, name = registered.module_name, registered.class_name
+    twin = f"{__name__}.models:{module}.{name}"  # looked up late: no process imports CUDA because of this
+    ModelRegistry.register_model(architecture, twin)
+    try:
+        yield {architecture: twin}
+    finally:
+        ModelRegistry.models[architecture] = registered
 
 
-def as_capturing_text_model(config: Any, architecture: str, ties_head: bool) -> Any:
-    """The config of the language model, a part of `config` or all of it, that asks for the twin of `architecture`.
+def as_text_model(config: Any, architecture: str, ties_head: bool) -> Any:
+    """The config of the language model, a part of `config` or all of it, that asks for `architecture`.
 
     Whether the head is tied to the embeddings may stand in the whole and in the part, and differ.
     """
@@ -58,7 +72,7 @@ def as_capturing_text_model(config: Any, architecture: str, ties_head: bool) -> 
         text.tie_word_embeddings = ties_head
         if getattr(config, "quantization_config", None) is not None:
             text.quantization_config = config.quantization_config
-    text.architectures = [PREFIX + architecture]
+    text.architectures = [architecture]
     return text
 
 

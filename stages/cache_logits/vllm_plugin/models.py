@@ -1,16 +1,19 @@
-"""Capturing twins of vLLM's model classes, made when they are asked for by name."""
+"""Capturing twins of vLLM's model classes, made when they are asked for: attributes named "module.class"."""
 
+import importlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from vllm import ModelRegistry
 from vllm.model_executor.models.interfaces_base import default_pooling_type
 
-from stages.cache_logits.vllm_plugin import LANGUAGE_MODEL, OPTIONS, PREFIX
+from stages.cache_logits.vllm_plugin import LANGUAGE_MODEL, OPTIONS
 from stages.cache_logits.vllm_plugin.pooler import SparseTargetPooler
 
 
-def _twin(base: type, name: str) -> type:
+def _twin(base: type) -> type:
+    if not hasattr(base, "compute_logits"):
+        raise TypeError(f"vLLM's {base.__name__} has no language model's head")
+
     @default_pooling_type(tok_pooling_type="ALL")
     class Twin(base):  # type: ignore[misc, valid-type]
         is_pooling_model = True
@@ -31,8 +34,7 @@ def _twin(base: type, name: str) -> type:
                 _require_all(self, loaded)
             return loaded
 
-    Twin.__name__ = Twin.__qualname__ = name
-    Twin.__module__ = __name__
+    Twin.__name__ = Twin.__qualname__ = base.__name__  # vLLM compares the names of classes
     return Twin
 
 
@@ -53,8 +55,8 @@ def _require_all(model: Any, loaded: set[str]) -> None:
 
 
 def __getattr__(name: str) -> type:
-    architecture = name.removeprefix(PREFIX)
-    if architecture == name or architecture not in ModelRegistry.models:
+    module, _, class_name = name.rpartition(".")
+    if not module:
         raise AttributeError(name)
-    globals()[name] = _twin(ModelRegistry.models[architecture].load_model_cls(), name)
+    globals()[name] = _twin(getattr(importlib.import_module(module), class_name))
     return globals()[name]

@@ -6,24 +6,23 @@ only candidates and sums are gathered.
 """
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from vllm.distributed import (
-    get_tensor_model_parallel_rank,
-    get_tensor_model_parallel_world_size,
-    tensor_model_parallel_all_gather,
-)
+from vllm.distributed.communication_op import tensor_model_parallel_all_gather
+from vllm.distributed.parallel_state import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
-from vllm.model_executor.layers.pooler import Pooler
+from vllm.model_executor.layers.pooler.abstract import Pooler
 from vllm.v1.pool.metadata import PoolingMetadata
 
 from stages.cache_logits.draws import reduce_rows
 from stages.cache_logits.engine import Request
 from stages.cache_logits.reduction import Reduction
-from stages.cache_logits.vllm_plugin import ROWS
+from stages.cache_logits.vllm_plugin import PROBE, ROWS
 
 
 class SparseTargetPooler(Pooler):
@@ -38,9 +37,8 @@ class SparseTargetPooler(Pooler):
         self._vocab_size = vocab_size
         self._ranks = get_tensor_model_parallel_world_size()
         # Models differ in the head's name and bias, in scales and in norms: only their compute_logits knows.
-        for processor in model.modules():
-            if isinstance(processor, LogitsProcessor):
-                processor._get_logits = functools.partial(self._local_logits, processor)
+        self._processors = [part for part in model.modules() if isinstance(part, LogitsProcessor)]
+        self._keep_local()
 
     def get_supported_tasks(self) -> set[str]:
         """The one task under which vLLM returns a row for every token."""
@@ -59,9 +57,17 @@ class SparseTargetPooler(Pooler):
         packed = self._reduce(hidden_states, *(torch.cat(parts) for parts in list(zip(*wanted))[:3]))
         results: list[Tensor | None] = []
         pieces = packed.split([len(rows) for rows, *_ in wanted])
-        for state, piece, (*_, before), count, end, length in zip(
-            pooling_metadata.pooling_states, pieces, wanted, scheduled, ends, prompt_lengths
+        for params, state, piece, (rows, *_, before), count, end, length in zip(
+            pooling_metadata.pooling_params,
+            pooling_metadata.pooling_states,
+            pieces,
+            wanted,
+            scheduled,
+            ends,
+            prompt_lengths,
         ):
+            if PROBE in (params.extra_kwargs or ()):
+                piece = torch.cat([piece, *self._own_logits(hidden_states[rows.to(piece.device)])], dim=1)
             held = state.hidden_states_cache
             if end == count:
                 held.clear()  # the first chunk, or the first again after a preemption
@@ -98,12 +104,34 @@ class SparseTargetPooler(Pooler):
             gather=_gather,
         )
 
+    def _own_logits(self, hidden_NH: Tensor) -> list[Tensor]:
+        """The bits of float32 [N, vocab_size] logits by vLLM's own road alone, on the ranks to which that gives them."""
+        with self._as_vllm_has_them():
+            logits_NV = self._model().compute_logits(hidden_NH)
+        return [] if logits_NV is None else [logits_NV[:, : self._vocab_size].float().contiguous().view(torch.int32)]
+
+    @contextmanager
+    def _as_vllm_has_them(self) -> Iterator[None]:
+        for processor in self._processors:
+            del processor._get_logits
+        yield
+        self._keep_local()
+
+    def _keep_local(self) -> None:
+        for processor in self._processors:
+            processor._get_logits = functools.partial(self._local_logits, processor)
+
     def _local_logits(
-        self, processor: LogitsProcessor, hidden_NH: Tensor, head: nn.Module, bias: Tensor | None = None, *_: bool
+        self,
+        processor: LogitsProcessor,
+        hidden_states: Tensor,
+        lm_head: nn.Module,
+        embedding_bias: Tensor | None = None,
+        skip_gather: bool = False,
     ) -> Tensor:
         """Stands in for `LogitsProcessor._get_logits`: this rank's columns, not gathered; notes which they are."""
-        self._columns = head.shard_indices
-        return processor._apply_head(head, hidden_NH, bias)
+        self._columns = lm_head.shard_indices
+        return processor._apply_head(lm_head, hidden_states, embedding_bias)
 
 
 def pack_rows(request: Request) -> dict[str, bytes]:

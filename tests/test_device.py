@@ -1,0 +1,163 @@
+"""What an accelerator would be asked to do: run on tensors without data, on a device that has no kernels and no float64.
+
+Operators that mix devices, or need a value on the host, raise there. What is copied between the two is counted.
+"""
+
+import multiprocessing
+import os
+import subprocess
+import sys
+import types
+import warnings
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from stages.cache_logits.draws import reduce_rows
+from stages.cache_logits.reduction import LANE, Reduction
+
+CARD = "card:0"
+ROWS, VOCAB, HIDDEN, ROW_CHUNK = 24, 1003, 16, 10
+NUM_DRAWS = 3
+BENCHMARK = """
+import runpy, sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {"zstandard", "numcodecs", "pcodec", "zarr", "obstore", "msgspec", "xxhash"}:
+            raise ImportError(f"{name} is not there")
+
+sys.meta_path.insert(0, Absent())
+sys.argv[1:] = "--device cpu --rows 16 --length 8 --vocab 512 --hidden 32 --ffn 64 --heads 2".split()
+sys.argv += "--kv-heads 1 --layers 1 --rounds 1 --row-chunks 16 --top-k 4".split()
+runpy.run_module("benchmarks.capture_gpu", run_name="__main__")
+"""
+
+
+@dataclass
+class Work(TorchDispatchMode):
+    """What operators there were."""
+
+    uploads: int = 0
+    """Copies from the host: each waits until the device has read it, as the memory is not pinned."""
+    downloads: int = 0
+    on_host: list[str] = field(default_factory=list)
+    """Operators other than copies that had a tensor of the host's."""
+    float64: list[tuple[str, int]] = field(default_factory=list)
+    """Operators that gave float64 on the device, and how many elements."""
+
+    def __post_init__(self) -> None:
+        super().__init__()
+
+    def __torch_dispatch__(self, func: Any, kinds: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        """Note where it comes from and where it goes."""
+        result = func(*args, **(kwargs or {}))
+        given, made = ([leaf for leaf in pytree.tree_leaves(tree) if torch.is_tensor(leaf)] for tree in (args, result))
+        devices = [{tensor.device.type for tensor in tensors} for tensors in (given, made)]
+        if devices == [{"cpu"}, {"card"}]:
+            self.uploads += 1
+        elif devices == [{"card"}, {"cpu"}]:
+            self.downloads += 1
+        elif "cpu" in devices[0] | devices[1] and func is not torch.ops.prim.device.default:
+            self.on_host.append(str(func))
+        doubles = [tensor.numel() for tensor in made if tensor.dtype == torch.float64 and tensor.device.type == "card"]
+        self.float64 += [(str(func), size) for size in doubles]
+        return result
+
+
+def on_the_card(fake: FakeTensorMode, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return FakeTensor(fake, torch.empty(shape, dtype=dtype, device="meta"), torch.device(CARD))
+
+
+def in_a_process(function: Any, cases: list[tuple[int, ...]]) -> list[Work]:
+    """What `function` did in each case; a process has one such device, and for good."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return [Work(**work) for work in pool.submit(_with_a_card, function, cases).result(timeout=400)]
+
+
+def _with_a_card(function: Any, cases: list[tuple[int, ...]]) -> list[dict[str, Any]]:
+    from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+
+    warnings.simplefilter("ignore")
+    _setup_privateuseone_for_python_backend("card")
+    with FakeTensorMode() as fake:
+        return [function(fake, *case) for case in cases]
+
+
+def _reduction(num_draws: int) -> Reduction:
+    return Reduction(8, (1.0, 2.0), num_draws, 2.0 if num_draws else None)
+
+
+def _reduce_rows(fake: FakeTensorMode, num_draws: int, ranks: int) -> dict[str, Any]:
+    logits, uniforms = on_the_card(fake, ROWS, VOCAB), on_the_card(fake, ROWS)
+    labels = on_the_card(fake, ROWS, dtype=torch.int64)
+    place = {"ranks": ranks, "rank": ranks - 1, "gather": lambda columns: columns.repeat(1, ranks)}
+    with Work() as work:
+        packed = reduce_rows(_reduction(num_draws), logits, labels, uniforms, **place)
+    assert (str(packed.device), packed.dtype, packed.shape) == (CARD, torch.int32, (ROWS, _reduction(num_draws).width))
+    return vars_of(work)
+
+
+def vars_of(work: Work) -> dict[str, Any]:
+    return {name: getattr(work, name) for name in ("uploads", "downloads", "on_host", "float64")}
+
+
+def test_reduction_stays_on_its_device():
+    cases = [(num_draws, ranks) for num_draws in (0, NUM_DRAWS) for ranks in (1, 3)]
+    for (num_draws, _), work in zip(cases, in_a_process(_reduce_rows, cases), strict=True):
+        assert (work.uploads, work.downloads, work.on_host) == (0, 0, [])
+        assert_little_float64(work, num_draws)
+
+
+def assert_little_float64(work: Work, num_draws: int) -> None:
+    """Running sums over lanes and inside the drawn ones; never as many elements as there are logits."""
+    assert bool(work.float64) == bool(num_draws)
+    assert all(size <= ROWS * max(VOCAB // LANE + 2, num_draws * LANE) for _, size in work.float64), work.float64
+
+
+def _pool(fake: FakeTensorMode, num_draws: int) -> dict[str, Any]:
+    from stages.cache_logits.vllm_plugin import pooler as module
+
+    module.get_tensor_model_parallel_world_size, module.get_tensor_model_parallel_rank = lambda: 1, lambda: 0
+    module.tensor_model_parallel_all_gather = lambda columns: columns
+    head = types.SimpleNamespace(
+        weight=on_the_card(fake, VOCAB, HIDDEN),
+        shard_indices=types.SimpleNamespace(org_vocab_start_index=0, num_org_elements=VOCAB),
+    )
+    processor = types.SimpleNamespace(_apply_head=lambda head, hidden, bias: hidden @ head.weight.T)
+    options = {"top_k": 8, "temperatures": [1.0, 2.0], "num_draws": num_draws, "draw_temperature": 2.0}
+    model = torch.nn.Module()
+    pooler = module.SparseTargetPooler(model, reduction=options, row_chunk=ROW_CHUNK, vocab_size=VOCAB - 3)
+    model.compute_logits = lambda hidden: pooler._local_logits(processor, hidden, head)
+    rows, uniforms = torch.arange(ROWS), torch.zeros(ROWS)
+    hidden_states = on_the_card(fake, 2 * ROWS, HIDDEN)
+    with Work() as work:
+        packed = pooler._reduce(hidden_states, rows, rows, uniforms)
+    assert (str(packed.device), packed.dtype, len(packed)) == (CARD, torch.int32, ROWS)
+    return vars_of(work)
+
+
+@pytest.mark.vllm
+def test_pooler_sends_three_tensors_a_step_to_the_device_and_waits_for_none():
+    """Which rows, their labels and uniforms, however many chunks of rows there are."""
+    for num_draws, work in zip((0, NUM_DRAWS), in_a_process(_pool, [(0,), (NUM_DRAWS,)]), strict=True):
+        assert (work.uploads, work.downloads, work.on_host) == (3, 0, [])
+        assert_little_float64(work, num_draws)
+
+
+def test_benchmark_for_a_gpu_needs_torch_alone():
+    """A machine with a GPU may have no more than torch, and this package as a folder."""
+    root = Path(__file__).parent.parent
+    command = [sys.executable, "-W", "ignore", "-c", BENCHMARK]
+    environment = os.environ | {"PYTHONPATH": ""}
+    said = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+    assert (said.returncode, said.stderr) == (0, "")
+    assert "and reduction" in said.stdout

@@ -17,6 +17,7 @@ from pipeline.errors import EngineError
 from pipeline.exit_codes import STALLED
 from pipeline.runs.status import StatusReader
 from pipeline.watchdog import Watchdog
+from stages.cache_logits.scoring import ScoredRow, score_rows
 from stages.cache_logits.watched_engine import WatchedEngine
 from stages.train_student.dataset import CacheDataset
 from stages.train_student.run import train_student
@@ -104,15 +105,18 @@ def test_time_in_which_the_engine_has_nothing_to_do_does_not_count(tmp_path):
     lines: list[str] = []
     watchdog = Watchdog(STALL_S, lines.append)
     engine = WatchedEngine(lambda: FakeEngine(manifest), watchdog)
-    from stages.cache_logits.scoring import score_sequences
+    whole: list[ScoredRow] = []
 
     def slow(sequences):
         for index, sequence in enumerate(sequences):
             time.sleep(2 * STALL_S if index == 1 else 0)
-            yield sequence
+            yield ScoredRow(sequence)
 
-    for index, _ in enumerate(score_sequences(engine, slow(corpus.rows()))):
-        time.sleep(2 * STALL_S if index == 3 else 0)
+    def take(row):
+        whole.append(row)
+        time.sleep(2 * STALL_S if len(whole) == 4 else 0)
+
+    score_rows(engine, slow(corpus.rows()), take)
     time.sleep(2 * STALL_S)
     watchdog.close()
     assert lines == []

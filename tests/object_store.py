@@ -18,7 +18,7 @@ from pipeline.cache.folder import CacheFolder
 from pipeline.cache.manifest import CacheManifest
 from pipeline.corpus import Corpus
 from pipeline.runs.rank import Rank
-from pipeline.stores.copies import COPIES
+from pipeline.stores.local_copies import COPIES
 from pipeline.stores.object_store import ObjectStore
 from stages.cache_logits.capture import capture
 from stages.cache_logits.engine import Engine

@@ -22,7 +22,7 @@ from pipeline.lifecycle.export import export_cache
 from pipeline.lifecycle.merge import merge_caches
 from pipeline.lifecycle.settings import ConvertConfig, ExportConfig, MergeConfig
 from pipeline.stores import object_store as storage
-from pipeline.stores.copies import COPIES
+from pipeline.stores.local_copies import COPIES
 from pipeline.stores.object_store import ObjectStore
 from stages.cache_logits.capture import capture
 from stages.cache_logits.run import cache_logits

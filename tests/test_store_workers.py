@@ -20,9 +20,9 @@ from pipeline.runs.leases import LEASES, Leases, list_leases
 from pipeline.runs.rank import Rank
 from pipeline.stores.numbered import list_names
 from pipeline.stores.patience import PATIENCE
+from stages.cache_logits.fake_engine import FakeEngine
 from tests.helpers import run, wait_until
 from tests.object_store import end_of_store_worker, start_store_worker
-from tests.small import FakeEngine
 from tests.test_workers import COUNT, AllergicEngine, HangingEngine, SlowEngine
 from tests.workers import ALONE, new_cache, run_worker, tiny_corpus
 

@@ -17,13 +17,14 @@ from pipeline.errors import EngineError
 from pipeline.exit_codes import STALLED
 from pipeline.runs.status import StatusReader
 from pipeline.watchdog import Watchdog
+from stages.cache_logits.fake_engine import FakeEngine
 from stages.cache_logits.scoring import ScoredRow, score_rows
 from stages.cache_logits.watched_engine import WatchedEngine
 from stages.train_student.dataset import CacheDataset
 from stages.train_student.run import train_student
 from stages.train_student.settings import TrainConfig
 from tests.helpers import Lines
-from tests.small import FakeEngine, llama_config, make_cache, make_corpus, random_sequences
+from tests.small import llama_config, make_cache, make_corpus, random_sequences
 from tests.test_cache_logits import run_command, settings, wait_for_commits
 from tests.workers import end_of, new_cache, run_worker, tiny_corpus
 

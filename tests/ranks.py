@@ -44,7 +44,7 @@ def main() -> int:
     loss_of: dict[str, str] = {}
 
     def watched_loss(hidden_MH: torch.Tensor, weight_VH: torch.Tensor, targets: Any, *rest: Any, **extras: Any) -> Any:
-        tensors = {"hidden": hidden_MH, "weight": weight_VH, "probs": targets.probs_MK}
+        tensors = {"hidden": hidden_MH, "weight": weight_VH, "probs": targets.teacher.probs_MK}
         loss_of.update({name: str(tensor.dtype) for name, tensor in tensors.items()})
         return loss(hidden_MH, weight_VH, targets, *rest, **extras)
 

@@ -251,7 +251,8 @@ def test_calibration_error_of_known_confidences():
             logits_MV,
             torch.eye(3, dtype=torch.float64),
             adapter=None,
-            targets=DistillationTargets(labels_M=labels, ids_MK=ids),
+            labels_M=labels,
+            ids_MK=ids,
             teachers={1.0: teacher},
             settings=LossSettings(vocab_size=3),
         )

@@ -241,9 +241,8 @@ def report(meter: Meter, num_partitions: int, num_workers: int, *, store: bool) 
     per = {"lease": num_partitions, "commit": num_partitions, "heartbeat": num_partitions}
     per |= {"start of a worker": num_workers}
     print(f"{num_partitions} partitions, {num_workers} workers; {processor()}, {os.cpu_count()} cores\n")
-    print(
-        f"{'part':<24}{'of each':<12}{'ms':>8}{'$ / 1e6' if store else 'on 1 ms':>9}  {'requests' if store else 'operations'}"
-    )
+    cost_of, calls = ("$ / 1e6", "requests") if store else ("on 1 ms", "operations")
+    print(f"{'part':<24}{'of each':<12}{'ms':>8}{cost_of:>9}  {calls}")
     for name, cost in meter.costs.items():
         count = per.get(name, 1)
         operations = {kind: number / count for kind, number in cost.operations.items()}

@@ -107,7 +107,7 @@ def start_store_worker(
     lease_s: float,
     host: str = "",
 ) -> BaseProcess:
-    """A worker in a process that believes to be on `host`; not a fork of this one, in which the client has no threads."""
+    """A worker in a process that believes to be on `host`; no fork of this one, in which the client has no threads."""
     environment = {name: value for name, value in os.environ.items() if name.startswith(("AWS_", COPIES))}
     arguments = (str(url), corpus, rank, make_engine, lease_s, host, environment)
     process = _processes.Process(target=_work, args=arguments, daemon=True)

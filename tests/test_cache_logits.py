@@ -63,7 +63,7 @@ def run_command(config: CacheConfig) -> subprocess.Popen:
 
 
 def assert_exact(folder: Path, teacher: Path, corpus: Path) -> None:
-    """Every stored number against a plain float64 forward of the same weights, within float32's arithmetic and rounding."""
+    """Every stored number against a float64 forward of the same weights, within float32's arithmetic and rounding."""
     cache = open_cache(folder)
     vocab_size, is_rounded = cache.manifest.vocab_size, cache.manifest.max_kl_error > 0
     rounding = 1e-3 if is_rounded else 0.0  # what --max-kl-error promises of every probability

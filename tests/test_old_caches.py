@@ -1,7 +1,7 @@
 """Caches that earlier versions have written are read to the bit, and runs that they began go on.
 
-tests/data/caches_of_format_2.tar.xz was written by version 0.1.0 of November 2026 with the engine of tests/small.py: one
-corpus, five finished caches of it, a run of which a partition is done, one leased and one set aside, and in
+tests/data/caches_of_format_2.tar.xz was written by version 0.1.0 of November 2026 with the engine of tests/small.py:
+one corpus, five finished caches of it, a run of which a partition is done, one leased and one set aside, and in
 expected.json what that version read from the caches, as digests of every array.
 """
 

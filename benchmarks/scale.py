@@ -37,8 +37,8 @@ from pipeline.cache.manifest import CacheManifest
 from pipeline.cache.partitions import plan_partitions
 from pipeline.formats.arrow import ArrowShardWriter
 from pipeline.formats.layout import ShardCounts
-from pipeline.runs.claims import Claims
-from pipeline.runs.presence import Presence
+from pipeline.runs.heartbeat import Heartbeat
+from pipeline.runs.partition_claims import PartitionClaims
 from pipeline.runs.rank import Rank
 from pipeline.runs.status import StatusReader
 from pipeline.runs.terms import RunTerms, begin_run
@@ -133,9 +133,9 @@ class SimulatedWorker:
 
     def __init__(self, folder: Store, manifest: CacheManifest, rank: Rank, pace: int, meter: Meter) -> None:
         self.folder, self.meter, self.pace = folder, meter, pace
-        self.presence = Presence(folder, rank, 180.0, owner=f"node{rank.worker}.1.1")
+        self.heartbeat = Heartbeat(folder, rank, 180.0, owner=f"node{rank.worker}.1.1")
         nobody = SimpleNamespace(requested=False, sleep=lambda seconds: None)
-        self.claims = Claims(folder, manifest.num_partitions, rank, self.presence, nobody, max_failures=3)
+        self.claims = PartitionClaims(folder, manifest.num_partitions, rank, self.heartbeat, nobody, max_failures=3)
         self.claims._poll_s = 0.0  # turns are shorter than minutes: look as often as a real worker would
         self.in_hand: int | None = None
         self.stream = iter(())
@@ -145,7 +145,7 @@ class SimulatedWorker:
     def begin(self) -> None:
         """The first beat, the first listing, the first lease."""
         with self.meter.part("start of a worker"):
-            self.presence._write()
+            self.heartbeat._write()
             self.claims._refresh()
         with self.meter.part("lease"):
             if self.claims.wait():
@@ -164,9 +164,9 @@ class SimulatedWorker:
             self.claims.settle(self.in_hand, won=True)
             self.in_hand = next(self.stream, None)
         with self.meter.part("heartbeat"):
-            self.presence._write()
-            self.presence.leases.renew()
-            self.presence.events.flush()
+            self.heartbeat._write()
+            self.heartbeat.leases.renew()
+            self.heartbeat.events.flush()
         return True
 
 

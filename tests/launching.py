@@ -10,8 +10,8 @@ from pipeline.cache.commits import SHARDS, list_commits
 from pipeline.cache.reader import open_cache
 from pipeline.cache.verify import verify_cache
 from pipeline.corpus import Corpus
-from pipeline.runs.notes import Notes
-from pipeline.runs.presence import WORKERS
+from pipeline.runs.ephemeral import EphemeralFiles
+from pipeline.runs.heartbeat import WORKERS
 from pipeline.stores.store import Store
 from tests.small import make_corpus, make_teacher, random_sequences
 
@@ -44,7 +44,7 @@ class SmallJob:
 
     def worker_pids(self) -> list[int]:
         """Pids that workers have recorded, whether they live or not."""
-        notes = Notes(self.cache / WORKERS)
+        notes = EphemeralFiles(self.cache / WORKERS)
         return [json.loads(note.text)["pid"] for note in map(notes.read, notes.names()) if note is not None]
 
     def assert_whole(self) -> None:

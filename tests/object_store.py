@@ -18,12 +18,13 @@ from pipeline.cache.folder import CacheFolder
 from pipeline.cache.manifest import CacheManifest
 from pipeline.corpus import Corpus
 from pipeline.runs.rank import Rank
-from pipeline.stores.copies import COPIES
+from pipeline.stores.local_copies import COPIES
 from pipeline.stores.object_store import ObjectStore
 from stages.cache_logits.capture import capture
 from stages.cache_logits.engine import Engine
+from stages.cache_logits.fake_engine import FakeEngine
 from tests.leftovers import kept
-from tests.small import FakeEngine, fake_manifest
+from tests.small import fake_manifest
 from tests.workers import ALONE, exit_code_of, run_worker
 
 _processes = multiprocessing.get_context("forkserver")

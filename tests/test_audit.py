@@ -23,12 +23,13 @@ from pipeline.stores.sealed import read_json, write_json
 from pipeline.targets import SparseTargets
 from stages.cache_logits.audit import audit_cache, sample, token_sequence
 from stages.cache_logits.comparison import differences
+from stages.cache_logits.fake_engine import fake_targets
 from stages.cache_logits.run import cache_logits
 from stages.cache_logits.settings import AuditConfig, CacheConfig
 from stages.cache_logits.teacher import hash_weights
 from tests.helpers import run
 from tests.rounding import UNIT, prob_errors
-from tests.small import fake_targets, make_teacher, rounding_of_logits, true_logits
+from tests.small import make_teacher, rounding_of_logits, true_logits
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,8 @@ from pipeline.corpus import Corpus
 from pipeline.errors import CacheMismatchError
 from pipeline.processes import owner_name
 from stages.cache_logits.capture import capture
-from tests.small import FakeEngine, fake_manifest, make_cache
+from stages.cache_logits.fake_engine import FakeEngine
+from tests.small import fake_manifest, make_cache
 
 ROOT = Path(__file__).parent.parent
 

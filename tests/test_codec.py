@@ -15,9 +15,10 @@ from pipeline.formats.grid import FINEST_LEVEL, grid_of, tail_places, tail_value
 from pipeline.formats.layout import ShardCounts, ShardLayout, decode, encode
 from pipeline.targets import SparseTargets, TargetSpec, logsumexps_of, reconstruction_errors
 from stages.cache_logits.capture import capture
+from stages.cache_logits.fake_engine import FakeEngine
 from tests.oracle import assert_within
 from tests.rounding import total_errors
-from tests.small import FakeEngine, fake_manifest, make_cache
+from tests.small import fake_manifest, make_cache
 
 VOCAB_SIZE, TOP_K = 2000, 32
 

@@ -8,7 +8,7 @@ import yaml
 from pipeline.errors import ConfigError
 from pipeline.launch.settings import SubmitConfig
 from pipeline.settings import load_config, resolved
-from pipeline.stores.copies import COPIES, copies_folder
+from pipeline.stores.local_copies import COPIES, copies_folder
 from pipeline.stores.places import store_of
 from stages.cache_logits.settings import AuditConfig, CacheConfig
 from stages.prepare.settings import PrepareConfig

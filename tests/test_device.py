@@ -133,7 +133,7 @@ def _pool(fake: FakeTensorMode, num_draws: int) -> dict[str, Any]:
         shard_indices=types.SimpleNamespace(org_vocab_start_index=0, num_org_elements=VOCAB),
     )
     processor = types.SimpleNamespace(_apply_head=lambda head, hidden, bias: hidden @ head.weight.T)
-    options = {"top_k": 8, "temperatures": [1.0, 2.0], "num_draws": num_draws, "draw_temperature": 2.0}
+    options = {"top_k": 8, "temperatures": [1.0, 2.0], "tail_samples": num_draws, "draw_temperature": 2.0}
     model = torch.nn.Module()
     pooler = module.SparseTargetPooler(model, reduction=options, row_chunk=ROW_CHUNK, vocab_size=VOCAB - 3)
     model.compute_logits = lambda hidden: pooler._local_logits(processor, hidden, head)

@@ -29,8 +29,8 @@ from pipeline.lifecycle.reuse import KnownTargets
 from pipeline.lifecycle.settings import ConvertConfig, ExportConfig, MergeConfig
 from pipeline.runs.events import EVENTS
 from pipeline.runs.failures import Failure, read_failure, record_failure
+from pipeline.runs.heartbeat import WORKERS
 from pipeline.runs.leases import LEASES
-from pipeline.runs.presence import WORKERS
 from pipeline.runs.status import StatusReader, describe
 from pipeline.stores.places import store_of
 from pipeline.stores.sealed import read_json, write_json

@@ -10,7 +10,7 @@ from pipeline.cache.commits import list_commits
 from pipeline.errors import PartitionsFailedError
 from pipeline.processes import owner_name
 from pipeline.runs.events import EVENTS, EventLog, read_events
-from pipeline.runs.presence import Presence
+from pipeline.runs.heartbeat import Heartbeat
 from pipeline.runs.rank import Rank
 from pipeline.runs.status import StatusReader
 from pipeline.stores import object_store
@@ -134,12 +134,12 @@ def test_log_that_cannot_be_written_stops_nobody(tmp_path, rows):
 
 def test_events_go_into_the_store_at_every_beat_and_into_a_new_object_when_one_is_large(url, monkeypatch):
     monkeypatch.setattr(object_store, "LOG_BYTES", 1000)
-    with Presence(url, ALONE, lease_s=LEASE_S) as presence:
+    with Heartbeat(url, ALONE, lease_s=LEASE_S) as heartbeat:
         for partition in range(100):
-            presence.events.note("claimed", partition=partition)
+            heartbeat.events.note("claimed", partition=partition)
         wait_until(lambda: len(of_kind(read_events(url, ALL), "claimed")) == 100)
         for partition in range(100, 200):
-            presence.events.note("claimed", partition=partition)
+            heartbeat.events.note("claimed", partition=partition)
     assert of_kind(read_events(url, ALL), "claimed") == list(range(200))
     assert len(list_names(url / EVENTS)) >= 2
 

@@ -19,7 +19,7 @@ from pipeline.cache.manifest import CacheManifest
 from pipeline.cache.verify import verify_cache
 from pipeline.errors import ConfigError, PipelineError, fault_of_machine
 from pipeline.files import PARTIAL, held, publish_first
-from pipeline.stores.copies import copies_folder
+from pipeline.stores.local_copies import copies_folder
 from pipeline.stores.sealed import write_json
 from tests.helpers import run, tiny_tokenizer
 from tests.small import assert_equal_caches, make_cache, make_corpus, random_sequences

@@ -11,8 +11,9 @@ from pipeline.cache.commits import COMMITS
 from pipeline.corpus import Corpus
 from pipeline.errors import EngineError
 from pipeline.targets import COLUMNS, improper, restricted
+from stages.cache_logits.fake_engine import fake_targets
 from stages.cache_logits.run import cache_logits
-from tests.small import fake_targets, llama_config, make_corpus, random_sequences
+from tests.small import llama_config, make_corpus, random_sequences
 from tests.test_cache_logits import run_command, settings
 
 

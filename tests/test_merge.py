@@ -16,8 +16,9 @@ from pipeline.errors import CacheCorruptError, CacheMismatchError, ConfigError
 from pipeline.lifecycle.merge import merge_caches
 from pipeline.lifecycle.settings import MergeConfig
 from pipeline.targets import reconstruction_errors
+from stages.cache_logits.fake_engine import fake_targets
 from tests.helpers import run
-from tests.small import contents_of, fake_targets, make_cache, make_corpus, random_sequences
+from tests.small import contents_of, make_cache, make_corpus, random_sequences
 
 ROOT = Path(__file__).parent.parent
 SEQUENCES = random_sequences(40, 300, seed=5)

@@ -22,9 +22,10 @@ from pipeline.files import PARTIAL
 from pipeline.processes import owner_name
 from pipeline.targets import SparseTargets
 from stages.cache_logits.engine import Request
+from stages.cache_logits.fake_engine import FakeEngine
 from tests.helpers import run
 from tests.object_store import put_cache
-from tests.small import FakeEngine, assert_equal_caches, make_cache
+from tests.small import assert_equal_caches, make_cache
 from tests.workers import new_cache, run_worker, tiny_corpus
 
 ROOT = Path(__file__).parent.parent

@@ -22,16 +22,17 @@ from pipeline.lifecycle.export import export_cache
 from pipeline.lifecycle.merge import merge_caches
 from pipeline.lifecycle.settings import ConvertConfig, ExportConfig, MergeConfig
 from pipeline.stores import object_store as storage
-from pipeline.stores.copies import COPIES
+from pipeline.stores.local_copies import COPIES
 from pipeline.stores.object_store import ObjectStore
 from stages.cache_logits.capture import capture
+from stages.cache_logits.fake_engine import FakeEngine
 from stages.cache_logits.run import cache_logits
 from stages.cache_logits.settings import CacheConfig
 from stages.train_student.run import train_student
 from stages.train_student.settings import TrainConfig
 from tests import azurite
 from tests.object_store import capture_into, put_cache
-from tests.small import FakeEngine, assert_equal_caches, fake_manifest, llama_config, make_cache
+from tests.small import assert_equal_caches, fake_manifest, llama_config, make_cache
 
 needs_azurite = pytest.mark.skipif(azurite.find() is None, reason="Azurite is not installed; `make slow` does it")
 

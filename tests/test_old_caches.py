@@ -18,8 +18,9 @@ from pipeline.cache.folder import CacheFolder
 from pipeline.cache.manifest import CacheManifest
 from pipeline.corpus import Corpus
 from stages.cache_logits.capture import capture
+from stages.cache_logits.fake_engine import FakeEngine
 from tests.helpers import run
-from tests.small import FakeEngine, assert_equal_caches
+from tests.small import assert_equal_caches
 
 NAMES = ("arrow", "arrow-lossless-draws", "zarr-draws", "zarr-lossless", "zarr-draws-alone")
 

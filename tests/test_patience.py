@@ -20,7 +20,7 @@ from pipeline.runs.failures import list_failures
 from pipeline.runs.leases import list_leases
 from pipeline.stopping import stop_waiting
 from pipeline.stores import client as store_client
-from pipeline.stores import copies, patience
+from pipeline.stores import local_copies, patience
 from pipeline.stores.object_store import ObjectStore
 from pipeline.stores.patience import PATIENCE
 from stages.train_student.run import train_student
@@ -140,7 +140,7 @@ def test_page_of_a_proxy_is_neither_an_empty_store_nor_damage(server, url, local
     put_cache(local, url)
     for kind in ("html", "html404"):
         for method, part in (("GET", "/commits/"), ("GET", "/shards/"), ("", "/shards/"), ("", "/tokenizer")):
-            shutil.rmtree(copies.copies_folder())
+            shutil.rmtree(local_copies.copies_folder())
             server.fail((kind, method, part, FOR_EVER))
             code, _, err = run("verify", url, "--repair")
             assert code == 2
@@ -195,7 +195,7 @@ def test_request_that_waits_is_ended_by_an_interruption(server, url, monkeypatch
     wait_until(lambda: not waiting.is_alive())
 
 
-@pytest.mark.parametrize("name", [PATIENCE, copies.COPIES_GB])
+@pytest.mark.parametrize("name", [PATIENCE, local_copies.COPIES_GB])
 @pytest.mark.parametrize("value", ["soon", "-1", "nan"])
 def test_settings_of_the_environment_are_numbers(url, local, monkeypatch, name, value):
     put_cache(local, url)
@@ -349,22 +349,24 @@ def test_folder_of_copies_that_vanishes_is_made_again(url, local, monkeypatch):
     def vanishing(path, target, num_bytes):
         download(path, target, num_bytes)
         if not gone:
-            gone.append(shutil.rmtree(copies.copies_folder()))
+            gone.append(shutil.rmtree(local_copies.copies_folder()))
 
     monkeypatch.setattr(ObjectStore, "download", vanishing)
     assert_equal_caches(url, local)
     assert gone
-    shutil.rmtree(copies.copies_folder())
+    shutil.rmtree(local_copies.copies_folder())
     assert_equal_caches(url, local)
 
 
 def test_full_disk_costs_the_copies_that_were_used_longest_ago_and_then_is_said(url, local, monkeypatch):
     put_cache(local, url)
-    monkeypatch.setattr(copies, "JUST_USED_S", 0.0)
+    monkeypatch.setattr(local_copies, "JUST_USED_S", 0.0)
     room, download = 2 * max(commit.bytes for commit in open_cache(url).commits), ObjectStore.download
 
     def limited(path, target, num_bytes):
-        kept = sum(copy.stat().st_size for copy in copies.copies_folder().iterdir() if not copy.name.startswith("."))
+        kept = sum(
+            copy.stat().st_size for copy in local_copies.copies_folder().iterdir() if not copy.name.startswith(".")
+        )
         if kept + num_bytes > room:
             raise OSError(errno.ENOSPC, "No space left on device")
         download(path, target, num_bytes)

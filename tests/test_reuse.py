@@ -16,6 +16,7 @@ from pipeline.errors import CacheCorruptError, CacheMismatchError
 from pipeline.formats.layout import encode
 from pipeline.lifecycle.reuse import KnownTargets
 from stages.cache_logits.capture import capture
+from stages.cache_logits.fake_engine import FakeEngine
 from stages.cache_logits.run import cache_logits
 from stages.cache_logits.scoring import documents_of
 from stages.cache_logits.settings import CacheConfig
@@ -23,7 +24,6 @@ from stages.prepare.run import prepare
 from stages.prepare.settings import PrepareConfig
 from tests.helpers import Lines, run, tiny_tokenizer
 from tests.small import (
-    FakeEngine,
     assert_equal_caches,
     contents_of,
     fake_manifest,

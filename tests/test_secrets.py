@@ -9,7 +9,7 @@ import pytest
 
 from pipeline.errors import ConfigError, StorageError
 from pipeline.redaction import without_secrets
-from pipeline.runs.presence import one_line
+from pipeline.runs.heartbeat import one_line
 from pipeline.settings import load_config
 from pipeline.stores.client import client
 from pipeline.stores.object_store import ObjectStore

@@ -14,7 +14,8 @@ from pipeline.corpus import Corpus
 from pipeline.errors import CacheCorruptError, CacheError, CacheIncompleteError, ConfigError
 from pipeline.formats.containers import CONTAINERS
 from pipeline.formats.layout import checksum_of
-from tests.small import fake_targets, make_cache
+from stages.cache_logits.fake_engine import fake_targets
+from tests.small import make_cache
 from tests.test_format import read_by_the_book
 
 

@@ -16,7 +16,7 @@ from pipeline.errors import (
 from pipeline.files import hash_file
 from pipeline.processes import owner_name
 from pipeline.settings import load_config
-from pipeline.stores import copies
+from pipeline.stores import local_copies
 from pipeline.stores.object_store import ObjectStore
 from pipeline.stores.patience import PATIENCE
 from pipeline.stores.sealed import write_json
@@ -80,13 +80,15 @@ def test_capture_into_the_store_commits_each_partition_once_whatever_fails(serve
     assert verify_cache(url).problems == []
     assert_equal_caches(url, local)
     assert len((url / SHARDS).names()) == len((url / COMMITS).names())
-    assert [path for path in copies.copies_folder().iterdir() if path.name.endswith(".partial")] == []
+    assert [path for path in local_copies.copies_folder().iterdir() if path.name.endswith(".partial")] == []
 
 
 def test_what_a_killed_writer_left_on_this_machine_goes(url, local):
     put_cache(local, url)
     place = owner_name().rpartition(".")[0]
-    dead, alive = (copies.copies_folder() / f"00001-0123abcd-{place}.{pid}.arrow.partial" for pid in (2**22 + 1, 1))
+    dead, alive = (
+        local_copies.copies_folder() / f"00001-0123abcd-{place}.{pid}.arrow.partial" for pid in (2**22 + 1, 1)
+    )
     for path in (dead, alive):
         path.touch()
     assert CacheFolder(url).remove_leftovers() == 1
@@ -98,24 +100,24 @@ def test_copies_keep_to_their_limit_and_the_longest_unused_goes_first(url, local
     put_cache(local, url)
     cache = open_cache(url)
     sizes = [commit.bytes for commit in cache.commits]
-    monkeypatch.setenv(copies.COPIES_GB, str((sizes[0] + max(sizes) + 100) / 1e9))
-    monkeypatch.setattr(copies, "JUST_USED_S", 0.0)
+    monkeypatch.setenv(local_copies.COPIES_GB, str((sizes[0] + max(sizes) + 100) / 1e9))
+    monkeypatch.setattr(local_copies, "JUST_USED_S", 0.0)
     starts = cache.manifest.partitions
     for partition in range(len(sizes)):
         open_cache(url)[starts[partition]]
         if partition:
             open_cache(url)[starts[0]]
-        names = {path.name for path in copies.copies_folder().iterdir()}
-        assert copies.copy_name(str(url / SHARDS / cache.commits[0].file), cache.commits[0].xxh3_128) in names
-        kept = [path for path in copies.copies_folder().iterdir() if not path.name.startswith(".")]
-        assert sum(path.stat().st_size for path in kept) <= float(os.environ[copies.COPIES_GB]) * 1e9
+        names = {path.name for path in local_copies.copies_folder().iterdir()}
+        assert local_copies.copy_name(str(url / SHARDS / cache.commits[0].file), cache.commits[0].xxh3_128) in names
+        kept = [path for path in local_copies.copies_folder().iterdir() if not path.name.startswith(".")]
+        assert sum(path.stat().st_size for path in kept) <= float(os.environ[local_copies.COPIES_GB]) * 1e9
 
 
 def test_damaged_copy_is_fetched_again(url, local):
     put_cache(local, url)
     commit = open_cache(url).commits[0]
     open_cache(url)[0]
-    copy = copies.copies_folder() / copies.copy_name(str(url / SHARDS / commit.file), commit.xxh3_128)
+    copy = local_copies.copies_folder() / local_copies.copy_name(str(url / SHARDS / commit.file), commit.xxh3_128)
     damaged = bytearray(copy.read_bytes())
     damaged[len(damaged) // 2] ^= 1
     copy.write_bytes(damaged)

@@ -13,16 +13,16 @@ from pipeline.cache.reader import open_cache
 from pipeline.cache.verify import verify_cache
 from pipeline.corpus import Corpus
 from pipeline.errors import PartitionsFailedError, StorageError
+from pipeline.runs.ephemeral import EphemeralFiles
 from pipeline.runs.failures import forget_failures, list_failures, read_failure
+from pipeline.runs.heartbeat import WORKERS, Heartbeat
 from pipeline.runs.leases import LEASES, Leases, list_leases
-from pipeline.runs.notes import Notes
-from pipeline.runs.presence import WORKERS, Presence
 from pipeline.runs.rank import Rank
 from pipeline.stores.numbered import list_names
 from pipeline.stores.patience import PATIENCE
+from stages.cache_logits.fake_engine import FakeEngine
 from tests.helpers import run, wait_until
 from tests.object_store import end_of_store_worker, start_store_worker
-from tests.small import FakeEngine
 from tests.test_workers import COUNT, AllergicEngine, HangingEngine, SlowEngine
 from tests.workers import ALONE, new_cache, run_worker, tiny_corpus
 
@@ -63,7 +63,7 @@ def place(request, tmp_path):
 
 
 def test_notes_are_made_once_renewed_while_they_are_there_replaced_and_removed(place):
-    ours, theirs = Notes(place / LEASES), Notes(place / LEASES)
+    ours, theirs = EphemeralFiles(place / LEASES), EphemeralFiles(place / LEASES)
     assert ours.create("1.1", "ours")
     assert not theirs.create("1.1", "theirs")
     assert ours.read("1.1").text == "ours"
@@ -85,7 +85,7 @@ def test_leases_have_one_holder_and_pass_on_by_generations(place):
     assert ours.acquire(7)
     assert not ours.acquire(7)
     assert not theirs.acquire(7)
-    now = Notes(place / LEASES).read("00007.1").time
+    now = EphemeralFiles(place / LEASES).read("00007.1").time
     assert not theirs.expired(7, 1, now + 4)
     assert theirs.expired(7, 1, now + 6)
     assert theirs.acquire(7, 2)
@@ -99,7 +99,7 @@ def test_leases_have_one_holder_and_pass_on_by_generations(place):
 
 def test_renewal_never_takes_a_lease_back_that_others_have_taken(url):
     """In a store a renewal is a write: it must not be one over the lease of the next holder."""
-    ours, theirs = Notes(url / LEASES), Notes(url / LEASES)
+    ours, theirs = EphemeralFiles(url / LEASES), EphemeralFiles(url / LEASES)
     assert ours.create("1.1", "ours")
     theirs.remove("1.1")
     assert theirs.create("1.1", "theirs")
@@ -172,13 +172,13 @@ def test_partition_that_fails_again_and_again_is_set_aside_and_the_rest_goes_on(
 
 
 def test_beats_that_the_store_refuses_are_left_out(server, url):
-    with Presence(url, ALONE, lease_s=0.4) as presence:
-        assert presence.leases.acquire(5)
+    with Heartbeat(url, ALONE, lease_s=0.4) as heartbeat:
+        assert heartbeat.leases.acquire(5)
         server.fail(("deny", "PUT", "/leases/", 10_000), ("deny", "PUT", "/workers/", 10_000))
         wait_until(lambda: min(server.met()) >= 2)
         server.fail()
-        renewed = Notes(url / LEASES).read("00005.1").time
-        wait_until(lambda: Notes(url / LEASES).read("00005.1").time > renewed)
+        renewed = EphemeralFiles(url / LEASES).read("00005.1").time
+        wait_until(lambda: EphemeralFiles(url / LEASES).read("00005.1").time > renewed)
 
 
 def test_capture_goes_on_while_beats_fail(server, cache, rows):
@@ -207,10 +207,10 @@ def test_commit_that_the_store_does_not_take_reaches_the_caller(server, cache, r
 
 def test_worker_leaves_a_store_that_does_not_answer(server, url, monkeypatch):
     """What it would say at last is advice: it is asked for with less patience, and then the leases expire."""
-    monkeypatch.setattr("pipeline.runs.notes.PATIENCE_S", 0.3)
-    with Presence(url, ALONE, lease_s=LONG_S) as presence:
-        assert presence.leases.acquire(5)
-        assert presence.leases.acquire(6)
+    monkeypatch.setattr("pipeline.runs.ephemeral.PATIENCE_S", 0.3)
+    with Heartbeat(url, ALONE, lease_s=LONG_S) as heartbeat:
+        assert heartbeat.leases.acquire(5)
+        assert heartbeat.leases.acquire(6)
         server.fail(("500", "PUT", "/workers/", 10_000), ("500", "POST", "/bucket", 10_000))  # a POST deletes
     assert min(server.met()) > 1
     server.fail()

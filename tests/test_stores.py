@@ -12,7 +12,7 @@ import xxhash
 
 from pipeline.errors import CacheCorruptError, ConfigError
 from pipeline.files import PARTIAL
-from pipeline.stores.copies import COPIES
+from pipeline.stores.local_copies import COPIES
 from pipeline.stores.places import SCHEMES, store_of
 from pipeline.stores.sealed import read_json, write_json
 from pipeline.stores.store import Store

@@ -148,12 +148,12 @@ def test_capturing_class_stands_in_for_one_architecture_while_the_engine_starts(
     from vllm import ModelRegistry
 
     before = dict(ModelRegistry.models)
-    with serving("AquilaForCausalLM") as twin:  # which vLLM's Llama serves
+    with serving("InternLM3ForCausalLM") as twin:  # which vLLM's Llama serves
         changed = {name for name, model in ModelRegistry.models.items() if model != before[name]}
-        assert changed == twin.keys() == {"AquilaForCausalLM"}
-        served = ModelRegistry.models["AquilaForCausalLM"].load_model_cls()
+        assert changed == twin.keys() == {"InternLM3ForCausalLM"}
+        served = ModelRegistry.models["InternLM3ForCausalLM"].load_model_cls()
     assert ModelRegistry.models == before
-    original = before["AquilaForCausalLM"].load_model_cls()
+    original = before["InternLM3ForCausalLM"].load_model_cls()
     assert issubclass(served, original)
     assert (served.__name__, served.is_pooling_model) == (original.__name__, True)
     with serving("BertModel"), pytest.raises(TypeError, match=r"vLLM's BertEmbeddingModel has no .* head"):

@@ -17,12 +17,14 @@ from pipeline.errors import EngineError
 from pipeline.exit_codes import STALLED
 from pipeline.runs.status import StatusReader
 from pipeline.watchdog import Watchdog
+from stages.cache_logits.fake_engine import FakeEngine
+from stages.cache_logits.scoring import ScoredRow, score_rows
 from stages.cache_logits.watched_engine import WatchedEngine
 from stages.train_student.dataset import CacheDataset
 from stages.train_student.run import train_student
 from stages.train_student.settings import TrainConfig
 from tests.helpers import Lines
-from tests.small import FakeEngine, llama_config, make_cache, make_corpus, random_sequences
+from tests.small import llama_config, make_cache, make_corpus, random_sequences
 from tests.test_cache_logits import run_command, settings, wait_for_commits
 from tests.workers import end_of, new_cache, run_worker, tiny_corpus
 
@@ -104,15 +106,18 @@ def test_time_in_which_the_engine_has_nothing_to_do_does_not_count(tmp_path):
     lines: list[str] = []
     watchdog = Watchdog(STALL_S, lines.append)
     engine = WatchedEngine(lambda: FakeEngine(manifest), watchdog)
-    from stages.cache_logits.scoring import score_sequences
+    whole: list[ScoredRow] = []
 
     def slow(sequences):
         for index, sequence in enumerate(sequences):
             time.sleep(2 * STALL_S if index == 1 else 0)
-            yield sequence
+            yield ScoredRow(sequence)
 
-    for index, _ in enumerate(score_sequences(engine, slow(corpus.rows()))):
-        time.sleep(2 * STALL_S if index == 3 else 0)
+    def take(row):
+        whole.append(row)
+        time.sleep(2 * STALL_S if len(whole) == 4 else 0)
+
+    score_rows(engine, slow(corpus.rows()), take)
     time.sleep(2 * STALL_S)
     watchdog.close()
     assert lines == []

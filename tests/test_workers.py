@@ -17,8 +17,8 @@ from pipeline.errors import ConfigError, PartitionsFailedError
 from pipeline.runs.failures import FAILURES, list_failures, read_failure
 from pipeline.runs.leases import LEASES, Leases
 from pipeline.runs.rank import Rank, rank_from_environment
+from stages.cache_logits.fake_engine import FakeEngine
 from tests.helpers import wait_until
-from tests.small import FakeEngine
 from tests.workers import end_of, new_cache, run_worker, start_worker, tiny_corpus
 
 ROOT = Path(__file__).parent.parent

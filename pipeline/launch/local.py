@@ -11,7 +11,7 @@ from pipeline.exit_codes import AGAIN, DONE, MENDABLE
 from pipeline.launch.job import Job, Launcher
 from pipeline.processes import Child, last_lines
 from pipeline.progress import Reporter
-from pipeline.runs.notes import PATIENCE_S
+from pipeline.runs.ephemeral import PATIENCE_S
 from pipeline.runs.status import StatusReader, describe
 
 POLL_S = 0.2

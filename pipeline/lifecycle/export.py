@@ -18,7 +18,7 @@ from pipeline.errors import CacheMismatchError, ConfigError
 from pipeline.files import canonical_json, remove_partials, replacing
 from pipeline.formats.layout import ALIGNMENT
 from pipeline.lifecycle.copying import sequences_of_shard
-from pipeline.lifecycle.exported import ExportLayout, Row
+from pipeline.lifecycle.export_layouts import ExportLayout, Row
 from pipeline.lifecycle.settings import EXPORT_LAYOUTS, ExportConfig
 from pipeline.ownership import claim, differences, told
 from pipeline.parallel import in_processes

@@ -11,7 +11,7 @@ from pipeline.stores.store import Store
 from pipeline.tables import Table
 
 EXPORT_LAYOUTS: Table[Any] = Table(
-    {"plain": "pipeline.lifecycle.exported:PLAIN", "axolotl": "pipeline.lifecycle.exported:AXOLOTL"}
+    {"plain": "pipeline.lifecycle.export_layouts:PLAIN", "axolotl": "pipeline.lifecycle.export_layouts:AXOLOTL"}
 )
 """Each an `exported.ExportLayout`."""
 

@@ -20,11 +20,11 @@ from pipeline.exit_codes import DONE, INCOMPLETE, SET_ASIDE
 from pipeline.parallel import in_threads, map_in_threads
 from pipeline.processes import owner_is_dead, owner_name
 from pipeline.progress import duration
+from pipeline.runs.ephemeral import NOT_WRITTEN, EphemeralFile, EphemeralFiles
 from pipeline.runs.events import describe_event, read_events
 from pipeline.runs.failures import list_failures, read_failure
+from pipeline.runs.heartbeat import BEATS_A_LEASE, ENDED, RECORD_NAME, WORKERS, WorkerRecord
 from pipeline.runs.leases import list_leases, read_lease
-from pipeline.runs.notes import NOT_WRITTEN, Note, Notes
-from pipeline.runs.presence import BEATS_A_LEASE, ENDED, RECORD_NAME, WORKERS, WorkerRecord
 from pipeline.runs.terms import read_terms
 from pipeline.stores.places import store_of
 from pipeline.stores.store import Store
@@ -92,7 +92,7 @@ class StatusReader:
     def __init__(self, folder: str | Path | Store) -> None:
         self.folder = store_of(folder)
         self.manifest = CacheManifest.read(self.folder)
-        self._records = Notes(self.folder / WORKERS)
+        self._records = EphemeralFiles(self.folder / WORKERS)
         self._commits: dict[int, tuple[int, int, float]] = {}
 
     def read(self, num_events: int = 0) -> RunStatus:
@@ -183,8 +183,8 @@ class StatusReader:
 
     def _workers(self, now: float) -> list[WorkerStatus]:
         names = sorted(name for name in self._records.names() if RECORD_NAME.fullmatch(name))
-        notes = filter(None, map_in_threads(self._records.read, names, READERS))
-        found = [(self._record(note), max(now - note.time, 0.0)) for note in notes]
+        files = filter(None, map_in_threads(self._records.read, names, READERS))
+        found = [(self._record(file), max(now - file.time, 0.0)) for file in files]
         states = [_state(record, age) for record, age in found]
         speeds = [record.tokens_per_s for (record, _), state in zip(found, states) if state == "capturing"]
         limit = SLOW * statistics.median(speeds) if speeds else 0.0
@@ -198,9 +198,9 @@ class StatusReader:
             for (record, age), state in zip(found, states)
         ]
 
-    def _record(self, note: Note) -> WorkerRecord:
-        where = self.folder / WORKERS / note.name
-        document = parse_json(note.text, where, CacheCorruptError)
+    def _record(self, file: EphemeralFile) -> WorkerRecord:
+        where = self.folder / WORKERS / file.name
+        document = parse_json(file.text, where, CacheCorruptError)
         return document_of(WorkerRecord, document, where, CacheCorruptError, newer=True)
 
 

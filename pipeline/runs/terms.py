@@ -15,8 +15,8 @@ from pipeline.documents import entry_of
 from pipeline.errors import CacheCorruptError
 from pipeline.runs.events import EVENTS
 from pipeline.runs.failures import FAILURES
+from pipeline.runs.heartbeat import WORKERS
 from pipeline.runs.leases import LEASES
-from pipeline.runs.presence import WORKERS
 from pipeline.stores.sealed import read_document, write_json
 from pipeline.stores.store import Store
 

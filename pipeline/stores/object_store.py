@@ -1,6 +1,6 @@
 """Object stores: a cache at s3://bucket/folder (or gs://, az://) instead of in a folder.
 
-A file comes into being whole, by one PUT, and is read through a copy on this machine (pipeline/stores/copies.py).
+A file comes into being whole, by one PUT, and is read through a copy on this machine (pipeline/stores/local_copies.py).
 
 Credentials and endpoint come from the environment (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, ...), as the
 store's own tools read them. What fails is tried again as pipeline/stores/patience.py says.
@@ -27,7 +27,7 @@ from pipeline.parallel import in_threads
 from pipeline.processes import PARENT, follow_parent
 from pipeline.redaction import without_secrets
 from pipeline.stores.client import client, head, is_forked, of_a_store
-from pipeline.stores.copies import copies_folder, local_copy
+from pipeline.stores.local_copies import copies_folder, local_copy
 from pipeline.stores.patience import DOUBT, ask, is_bucket_missing, kind_of
 from pipeline.stores.sealed import read_small
 from pipeline.stores.store import Log, Store, Version

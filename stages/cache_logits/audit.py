@@ -1,7 +1,7 @@
 """The command `pipeline audit`: a sample of a cache scored again by its teacher, and compared."""
 
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from pipeline.settings import load_config
 from stages.cache_logits.comparison import Difference, differences
 from stages.cache_logits.engines import ENGINES
 from stages.cache_logits.scoring import ScoredRow, score_rows
-from stages.cache_logits.settings import AuditConfig, CacheConfig
+from stages.cache_logits.settings import AuditConfig, TeacherConfig
 from stages.cache_logits.teacher import read_teacher
 from stages.cache_logits.vllm_engine import notes, require_vllm
 
@@ -63,7 +63,7 @@ def audit_cache(config: AuditConfig, reporter: Reporter | None = None) -> AuditR
     cache = open_cache(config.cache)
     indexes = sample(len(cache), config.fraction, config.sequences, config.seed)
     capture = _capture_settings(config, cache.manifest)
-    teacher = read_teacher(capture, cache.manifest, cache.largest_token_id)
+    teacher = read_teacher(capture, cache.manifest, cache.folder, cache.largest_token_id)
     _require_same(teacher.identity(), cache.manifest, config)
     if capture.engine == "vllm":
         require_vllm(teacher)
@@ -124,31 +124,26 @@ def _compare(cache: Cache, index: int, row: ScoredRow, report: AuditReport) -> l
     return found
 
 
-def _capture_settings(config: AuditConfig, manifest: CacheManifest) -> CacheConfig:
+def _capture_settings(config: AuditConfig, manifest: CacheManifest) -> TeacherConfig:
     """The settings of the capture, with what the audit's own say on top."""
     values = {name: value for name, value in manifest.settings.items() if name in _TAKEN_OVER}
     own = {name: getattr(config, name) for name in _OWN}
     values |= {name: value for name, value in own.items() if value is not None}
     decided = {
         "teacher": config.teacher,
-        "corpus": config.cache,
-        "out": config.cache,
-        "top_k": manifest.top_k,
-        "temperatures": manifest.temperatures,
-        "tail_samples": manifest.tail_samples,
-        "draw_temperature": manifest.draw_temperature,
+        **asdict(manifest.spec),
         "dtype": manifest.teacher.get("dtype"),
         "engine": config.engine or manifest.teacher.get("engine"),
     }
     try:
-        return load_config(CacheConfig, None, values | decided)
+        return load_config(TeacherConfig, None, values | decided)
     except ConfigError as exc:
         raise CacheMismatchError(f"{config.cache}: its manifest has settings that no capture has: {exc}") from exc
 
 
 _ARITHMETIC = ("tensor_parallel", "pipeline_parallel", "batch_tokens", "gpu_memory_utilization", "enforce_eager")
 _OWN = (*_ARITHMETIC, "trust_remote_code")
-_TAKEN_OVER = (*_ARITHMETIC, "max_kl_error", "row_chunk", "quantization")
+_TAKEN_OVER = (*_ARITHMETIC, "row_chunk", "quantization")
 """Settings of the capture that decide its arithmetic. A manifest may come from a stranger: nothing else is taken."""
 
 

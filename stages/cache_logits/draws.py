@@ -42,10 +42,10 @@ def reduce_rows(
     shard_NW = reduction.reduce_shard(logits_NV, labels_N, first_id)
     shards_NRW = gather(shard_NW).unflatten(1, (ranks, reduction.shard_width))
     packed_NW = reduction.merge(shards_NRW)
-    if reduction.num_draws == 0:
+    if reduction.tail_samples == 0:
         return packed_NW
     draws_ND = draw(reduction, logits_NV, shards_NRW, uniforms_N, rank, first_id)
-    draws_ND = gather(draws_ND.contiguous()).unflatten(1, (ranks, reduction.num_draws)).amax(1)
+    draws_ND = gather(draws_ND.contiguous()).unflatten(1, (ranks, reduction.tail_samples)).amax(1)
     return torch.cat([packed_NW, draws_ND], dim=1)
 
 
@@ -56,15 +56,16 @@ def draw(
 
     `relative_NV` is what `reduce_shard` left of this rank's logits, `shards_NRW` all ranks' partial results.
     """
-    index = reduction.temperatures.index(reduction.draw_temperature)
     temperature = reduction.draw_temperature
+    assert temperature is not None, "draws have a temperature"
+    index = reduction.temperatures.index(temperature)
     _, ids, rest, _, _ = reduction.split_shard(shards_NRW)
     _, _, _, shift, others = reduction.common_scale(shards_NRW)
     stretches_NR = ((shift[:, :, 0] / temperature).exp() * rest[:, :, index]).double()
     dropped = (others / temperature).exp().double()
     ends = torch.cat([stretches_NR, dropped], dim=1).cumsum(1)
-    steps = torch.arange(reduction.num_draws, device=ends.device, dtype=torch.float64)
-    points_ND = (uniforms_N.to(ends)[:, None] + steps) / reduction.num_draws * ends[:, -1:] * _BELOW_ONE
+    steps = torch.arange(reduction.tail_samples, device=ends.device, dtype=torch.float64)
+    points_ND = (uniforms_N.to(ends)[:, None] + steps) / reduction.tail_samples * ends[:, -1:] * _BELOW_ONE
     places_ND = torch.searchsorted(ends, points_ND, right=True).clamp(max=ends.shape[1] - 1)
     num_ranks = shards_NRW.shape[1]
     starts_ND = torch.nn.functional.pad(ends, (1, 0)).gather(1, places_ND)

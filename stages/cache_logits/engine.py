@@ -8,7 +8,7 @@ import numpy as np
 
 from pipeline.targets import SparseTargets
 from stages.cache_logits.reduction import Reduction
-from stages.cache_logits.settings import CacheConfig
+from stages.cache_logits.settings import TeacherConfig
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class NoEngine:
         """Nothing was started."""
 
 
-def reduction_of(config: CacheConfig) -> Reduction:
+def reduction_of(config: TeacherConfig) -> Reduction:
     """What a run's settings keep of a row."""
     spec = config.spec
     return Reduction(spec.top_k, spec.temperatures, spec.tail_samples, spec.draw_temperature)

@@ -47,7 +47,7 @@ def plan_cache(config: CacheConfig, check: Callable[[Teacher], None] = lambda te
     planned = _planned(config, corpus)
     recorded = planned.largest_token_id if planned else None
     largest_id = functools.cache(lambda: corpus.largest_token_id() if recorded is None else recorded)
-    teacher = read_teacher(config, corpus.manifest, largest_id)
+    teacher = read_teacher(config, corpus.manifest, config.corpus, largest_id)
     check(teacher)
     partitions = planned.partitions if planned else plan_partitions(corpus.lengths()[0], config.shard_tokens)
     manifest = _manifest(config, corpus, teacher, partitions, recorded if planned else largest_id())

@@ -39,7 +39,7 @@ class Reduction:
 
     top_k: int
     temperatures: tuple[float, ...]
-    num_draws: int = 0
+    tail_samples: int = 0
     """Draws from what is left of p_T when the top k are taken out, at `draw_temperature`."""
     draw_temperature: float | None = None
 
@@ -56,7 +56,7 @@ class Reduction:
     @property
     def width(self) -> int:
         """Columns of the packed final result."""
-        return 2 * self.top_k + 3 * len(self.temperatures) + 1 + self.num_draws
+        return 2 * self.top_k + 3 * len(self.temperatures) + 1 + self.tail_samples
 
     def reduce_shard(self, logits_NV: Tensor, labels_N: Tensor, first_id: int = 0) -> Tensor:
         """float32 [N, shard_width]: values | ids | rest | moment | label's logit, of columns from `first_id` on.
@@ -70,14 +70,16 @@ class Reduction:
         workers = torch.get_num_threads()
         parts = zip(logits_NV.tensor_split(workers), labels_N.tensor_split(workers))
         inference = torch.is_inference_mode_enabled()  # a property of the thread
-        reduced = _cpu_threads(workers).map(lambda part: self._reduce_blocks(*part, first_id, inference), parts)
+        reduced = _cpu_threads(workers).map(
+            lambda part: self._reduce_blocks(part[0], part[1], first_id, inference), parts
+        )
         return torch.cat(list(reduced))
 
     def _reduce_blocks(self, logits_NV: Tensor, labels_N: Tensor, first_id: int, inference: bool) -> Tensor:
         with torch.inference_mode(inference), torch.no_grad():
             scratch_NV = torch.empty_like(logits_NV[:CPU_BLOCK_ROWS])  # fresh memory for every block costs page faults
             blocks = zip(logits_NV.split(CPU_BLOCK_ROWS), labels_N.split(CPU_BLOCK_ROWS))
-            return torch.cat([self._reduce_block(*block, first_id, scratch_NV[: len(block[0])]) for block in blocks])
+            return torch.cat([self._reduce_block(z, labels, first_id, scratch_NV[: len(z)]) for z, labels in blocks])
 
     def _reduce_block(self, z_NV: Tensor, labels_N: Tensor, first_id: int, scratch_NV: Tensor | None = None) -> Tensor:
         num_rows, num_columns = z_NV.shape
@@ -99,7 +101,7 @@ class Reduction:
         weights = scratch_NV
         for index, previous in self._by_falling_temperature():
             temperature = self.temperatures[index]
-            if previous == 2 * temperature:
+            if weights is not None and previous == 2 * temperature:
                 weights *= weights  # exp(d / T) is exp(d / 2T) squared
             else:
                 # Through exp2: torch.exp takes almost three times as long on some CPUs.
@@ -114,7 +116,7 @@ class Reduction:
         return [(index, self.temperatures[order[i - 1]] if i else None) for i, index in enumerate(order)]
 
     def merge(self, shards_NRW: Tensor) -> Tensor:
-        """int32 [N, width - num_draws]: the bits of ids | logits | logsumexps | log tails | entropies | label's logit.
+        """int32 [N, width - tail_samples]: bits of ids | logits | logsumexps | log tails | entropies | label's logit.
 
         `shards_NRW` is float32 [N, ranks, shard_width]: what `reduce_shard` gave on every rank.
         """

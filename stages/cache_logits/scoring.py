@@ -3,7 +3,7 @@
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, cast
 
 import numpy as np
 
@@ -19,7 +19,9 @@ from stages.cache_logits.engine import Engine, Request
 class Row(Protocol):
     """A sequence on its way into a shard."""
 
-    sequence: TokenSequence
+    @property
+    def sequence(self) -> TokenSequence:
+        """The sequence."""
 
     def requests(self) -> Iterator[Request]:
         """What an engine has to score of it; the key of a request is this row and the document's place in it."""
@@ -134,7 +136,8 @@ def score_rows(engine: Engine, rows: Iterable[AnyRow], on_whole: Callable[[AnyRo
             yield from row.requests()
             hand_over()  # of a known row nothing was asked
 
-    for (row, document), targets in engine.score(requests()):
+    for key, targets in engine.score(requests()):
+        row, document = cast(tuple[Row, int], key)  # as `Row.requests` has made it
         row.answer(document, targets)
         hand_over()
     if pending:

@@ -13,12 +13,11 @@ from stages.cache_logits.engines import ENGINES
 
 
 @dataclass(frozen=True, kw_only=True)
-class CacheConfig(Settings):
-    """Settings of `pipeline cache-logits`."""
+class TeacherConfig(Settings):
+    """How a teacher is run, and what is kept of what it says."""
 
     teacher: Path = required("Folder of the teacher: config.json, weights, tokenizer.")
-    corpus: Path = required("Folder that `pipeline prepare` wrote.")
-    out: Store = required("Folder or URL to write the cache to.")
+    engine: str = setting("vllm", "What runs the teacher.", choices=ENGINES.names)
     top_k: int = setting(64, "Largest probabilities kept for each position.")
     temperatures: tuple[float, ...] = setting(
         (1.0, 2.0), "A temperature T at which targets are exact; repeatable.", flag="--temperature"
@@ -27,19 +26,11 @@ class CacheConfig(Settings):
     draw_temperature: float | None = setting(
         None, "Captured temperature T of the draws; none takes the largest.  Train with --tail hybrid at this T."
     )
-    engine: str = setting("vllm", "What runs the teacher.", choices=ENGINES.names)
-    format: str = setting("arrow", "Container of the shards.", choices=CONTAINERS.names)
     max_kl_error: float = setting(
         1e-4,
         "Largest mean KL(teacher || stored) that rounding may cost in a shard, in nats, at every temperature; "
         "'lossless' keeps every float32. No probability is off by more than 0.001 either way.",
         words={"lossless": 0.0},
-    )
-    shard_tokens: int = setting(1_048_576, "Tokens in one shard: the work that a crash can lose.")
-    reuse: tuple[Store, ...] = setting(
-        (),
-        "A cache by the same teacher and settings, finished or not: sequences that it holds are copied instead of "
-        "scored; repeatable.",
     )
     dtype: str = setting(
         "auto", "Type of the teacher's body; its head always runs in float32.", choices=("auto", *COMPUTED_IN)
@@ -56,35 +47,14 @@ class CacheConfig(Settings):
     trust_remote_code: bool = setting(
         False, "Run the code that the teacher's folder brings along; for those whose maker you trust."
     )
-    worker: int = setting(0, "Number of this worker, from 0; any number of workers may share one --out.")
-    workers: int = setting(1, "Workers that share the cache: each begins with its share and then takes what is left.")
-    worker_from_env: bool = setting(
-        False, "Take both from PIPELINE_WORKER, a Slurm array, a Kubernetes Indexed Job or srun, in this order."
-    )
-    lease_s: float = setting(
-        180.0, "Seconds without a heartbeat after which others take a worker's partitions.", flag="--lease-seconds"
-    )
-    stall_s: float = setting(
-        1800.0,
-        "Seconds in which the engine finishes nothing although it has requests, or four times as many in which it does "
-        "not get loaded, after which this worker gives up with exit code 70.",
-        flag="--stall-seconds",
-    )
-    max_failures: int = setting(3, "Failures of a partition after which it is set aside and the rest goes on.")
-    retry_failed: bool = setting(False, "Try again what was set aside.")
 
     def check(self) -> None:
         self.at_least("top_k", 0)
         self.at_least("tail_samples", 0)
         if self.top_k + self.tail_samples == 0:
             raise ConfigError("top_k is 0 and tail_samples is 0; keep at least one entry of a position.")
-        for name in ("shard_tokens", "tensor_parallel", "pipeline_parallel", "batch_tokens", "row_chunk"):
+        for name in ("tensor_parallel", "pipeline_parallel", "batch_tokens", "row_chunk"):
             self.at_least(name, 1)
-        self.at_least("max_failures", 1)
-        self.positive("lease_s", (self.lease_s,))
-        self.positive("stall_s", (self.stall_s,))
-        if not 0 <= self.worker < self.workers:
-            raise ConfigError(f"worker is {self.worker} of {self.workers} workers; count from 0.")
         if not self.temperatures:
             raise ConfigError("temperatures is empty; give at least one, such as --temperature 2.0.")
         self.positive("temperatures", self.temperatures)
@@ -110,6 +80,46 @@ class CacheConfig(Settings):
             draw_temperature=warmest if self.tail_samples else None,
             max_kl_error=self.max_kl_error,
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheConfig(TeacherConfig):
+    """Settings of `pipeline cache-logits`."""
+
+    corpus: Path = required("Folder that `pipeline prepare` wrote.")
+    out: Store = required("Folder or URL to write the cache to.")
+    format: str = setting("arrow", "Container of the shards.", choices=CONTAINERS.names)
+    shard_tokens: int = setting(1_048_576, "Tokens in one shard: the work that a crash can lose.")
+    reuse: tuple[Store, ...] = setting(
+        (),
+        "A cache by the same teacher and settings, finished or not: sequences that it holds are copied instead of "
+        "scored; repeatable.",
+    )
+    worker: int = setting(0, "Number of this worker, from 0; any number of workers may share one --out.")
+    workers: int = setting(1, "Workers that share the cache: each begins with its share and then takes what is left.")
+    worker_from_env: bool = setting(
+        False, "Take both from PIPELINE_WORKER, a Slurm array, a Kubernetes Indexed Job or srun, in this order."
+    )
+    lease_s: float = setting(
+        180.0, "Seconds without a heartbeat after which others take a worker's partitions.", flag="--lease-seconds"
+    )
+    stall_s: float = setting(
+        1800.0,
+        "Seconds in which the engine finishes nothing although it has requests, or four times as many in which it does "
+        "not get loaded, after which this worker gives up with exit code 70.",
+        flag="--stall-seconds",
+    )
+    max_failures: int = setting(3, "Failures of a partition after which it is set aside and the rest goes on.")
+    retry_failed: bool = setting(False, "Try again what was set aside.")
+
+    def check(self) -> None:
+        super().check()
+        self.at_least("shard_tokens", 1)
+        self.at_least("max_failures", 1)
+        self.positive("lease_s", (self.lease_s,))
+        self.positive("stall_s", (self.stall_s,))
+        if not 0 <= self.worker < self.workers:
+            raise ConfigError(f"worker is {self.worker} of {self.workers} workers; count from 0.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,17 +9,23 @@ from pipeline.cache.manifest import TOKENIZER
 from pipeline.errors import ConfigError
 from pipeline.models import ModelFolder, read_model
 from pipeline.settings import COMPUTED_IN
+from pipeline.stores.store import Store
 from pipeline.tokenizer import TokenizerIdentity, has_tokenizer, identify, load_tokenizer
 from pipeline.vocabulary import difference_in_use, extra_tokens
 from pipeline.weights import common_pattern, hash_config, hash_weights, named, weight_files
-from stages.cache_logits.settings import CacheConfig
+from stages.cache_logits.settings import TeacherConfig
 
 
 class Scored(Protocol):
     """What a teacher is held against: the manifest of a corpus, or of a cache for an audit of it."""
 
-    tokenizer: TokenizerIdentity
-    sequence_length: int
+    @property
+    def tokenizer(self) -> TokenizerIdentity:
+        """Of the ids."""
+
+    @property
+    def sequence_length(self) -> int:
+        """Longest sequence, tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +72,9 @@ class Teacher:
         return identity | ({"trust_remote_code": True} if self.model.trust_remote_code else {})
 
 
-def read_teacher(config: CacheConfig, scored: Scored, largest_id: Callable[[], int]) -> Teacher:
+def read_teacher(
+    config: TeacherConfig, scored: Scored, folder_of_scored: Path | Store, largest_id: Callable[[], int]
+) -> Teacher:
     """The teacher, checked against the settings and what it is to score; raises ConfigError.
 
     `largest_id` gives the largest token id there, and is asked only if the vocabularies differ.
@@ -74,7 +82,7 @@ def read_teacher(config: CacheConfig, scored: Scored, largest_id: Callable[[], i
     folder = config.teacher
     read_config = _as_vllm_reads_it if config.engine == "vllm" else None
     model = read_model(folder, trust_remote_code=config.trust_remote_code, read_config=read_config)
-    notes = _check_tokenizer(model, scored, config.corpus / TOKENIZER, largest_id)
+    notes = _check_tokenizer(model, scored, folder_of_scored / TOKENIZER, largest_id)
     left_out = model.require_weights()
     if left_out:
         notes.append(f"{folder}: {named(left_out)}: no part of the teacher, left out.")
@@ -93,7 +101,7 @@ def read_teacher(config: CacheConfig, scored: Scored, largest_id: Callable[[], i
         raise ConfigError(f"top_k is {config.top_k}; the vocabulary of {folder} has {teacher.vocab_size} ids.")
     if scored.sequence_length > model.context_length:
         raise ConfigError(
-            f"{config.corpus}: sequences of up to {scored.sequence_length} tokens; the context of {folder} is "
+            f"{folder_of_scored}: sequences of up to {scored.sequence_length} tokens; the context of {folder} is "
             f"{model.context_length}; prepare again with --sequence-length {model.context_length} or less."
         )
     return teacher
@@ -106,7 +114,9 @@ def _as_vllm_reads_it(folder: Path, trust_remote_code: bool) -> Any:
     return get_config(str(folder), trust_remote_code)
 
 
-def _check_tokenizer(model: ModelFolder, scored: Scored, tokenizer: Path, largest_id: Callable[[], int]) -> list[str]:
+def _check_tokenizer(
+    model: ModelFolder, scored: Scored, tokenizer: Path | Store, largest_id: Callable[[], int]
+) -> list[str]:
     """Notes; raises ConfigError unless every id that is to be scored means the same to the teacher."""
     notes = []
     if has_tokenizer(model.folder):

@@ -16,7 +16,7 @@ from pipeline.models import text_body
 from pipeline.targets import SparseTargets
 from stages.cache_logits.draws import reduce_rows
 from stages.cache_logits.engine import Request, reduction_of, unpack
-from stages.cache_logits.settings import CacheConfig
+from stages.cache_logits.settings import TeacherConfig
 from stages.cache_logits.teacher import Teacher
 from stages.cache_logits.wide_products import WideProducts
 
@@ -31,7 +31,7 @@ SORTED_BATCHES = 16
 class TransformersEngine:
     """A teacher in transformers, on the first CUDA device if there is one."""
 
-    def __init__(self, teacher: Teacher, config: CacheConfig, longest_request: int) -> None:
+    def __init__(self, teacher: Teacher, config: TeacherConfig, longest_request: int) -> None:
         if config.tensor_parallel > 1 or config.pipeline_parallel > 1 or teacher.quantization != "none":
             raise ConfigError("--engine transformers runs on one device, unquantised; take --engine vllm for more.")
         self._reduction = reduction_of(config)
@@ -107,7 +107,7 @@ class TransformersEngine:
 
     @torch.inference_mode()
     def _check_padding(self) -> None:
-        """Refuse a model whose hidden states change with what follows: padding, or more text as in one that looks ahead."""
+        """Refuse a model whose hidden states change with what follows: padding, or text as in one that looks ahead."""
         whole = torch.randint(self._vocab_size, (PADDING_PROBE,), generator=torch.Generator().manual_seed(0))
         short = whole[: PADDING_PROBE // 2]
         alone, short_alone = self._hidden([whole])[0], self._hidden([short])[0]
@@ -118,13 +118,13 @@ class TransformersEngine:
         difference = max(mean_difference(*pair) for pair in pairs)
         if not difference <= allowed:
             raise EngineError(
-                f"{type(self._model).__name__}: the hidden states of a text differ by {difference:.2g} when other text or "
-                f"padding follows it, and arithmetic explains {allowed:.2g}; take another teacher."
+                f"{type(self._model).__name__}: the hidden states of a text differ by {difference:.2g} when other text "
+                f"or padding follows it, and arithmetic explains {allowed:.2g}; take another teacher."
             )
 
 
 def _batches(requests: Iterable[Request], budget_tokens: int) -> Iterator[list[Request]]:
-    """Batches whose padded size stays within the budget: requests of like length, out of SORTED_BATCHES' worth of them."""
+    """Batches whose padded size stays within the budget: requests of like length, out of SORTED_BATCHES' worth."""
     requests = iter(requests)
     while window := _window(requests, SORTED_BATCHES * budget_tokens):
         window.sort(key=lambda request: -len(request.token_ids))

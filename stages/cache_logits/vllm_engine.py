@@ -20,7 +20,7 @@ from pipeline.processes import owner_name
 from pipeline.targets import SparseTargets
 from stages.cache_logits.comparison import disagreement
 from stages.cache_logits.engine import Request, reduction_of, unpack
-from stages.cache_logits.settings import CacheConfig
+from stages.cache_logits.settings import TeacherConfig
 from stages.cache_logits.teacher import Teacher
 from stages.cache_logits.vllm_plugin import (
     FAILURES,
@@ -47,13 +47,13 @@ QUIET = "ERROR"
 PROBE_TOKENS = 8
 """Tokens on which the pooler's targets are compared with vLLM's own logits at start."""
 MAX_REQUESTS = 1024
-"""Requests in a step at the most. vLLM's own limit, 256 on most machines, would leave steps of short documents unfilled."""
+"""Requests in a step at most. vLLM's own limit, 256 on most machines, would leave steps of short documents unfilled."""
 
 
 class VllmEngine:
     """A teacher in vLLM. Construction loads the model and takes 10 s to minutes."""
 
-    def __init__(self, teacher: Teacher, config: CacheConfig, longest_request: int) -> None:
+    def __init__(self, teacher: Teacher, config: TeacherConfig, longest_request: int) -> None:
         _prepare_environment(config)
         self._reduction = reduction_of(config)
         self._closed = threading.Event()
@@ -103,7 +103,7 @@ class VllmEngine:
                     yield request, output.outputs.data.numpy()
 
     def close(self) -> None:
-        """Stop the engine core and its workers, by SIGKILL: they have nothing to save, and SIGTERM is kept from them."""
+        """Stop the engine core and its workers, by SIGKILL: they have nothing to save, and get no SIGTERM."""
         self._closed.set()
         self._llm.llm_engine.engine_core.shutdown(timeout=0)
 
@@ -163,7 +163,8 @@ def _one_line_failures(teacher: Teacher) -> Iterator[None]:
             reasons = Path(file.name).read_text(encoding="utf-8").splitlines()
             reason = reasons[0] if reasons else " ".join(str(exc).split()) or type(exc).__name__
             raise EngineError(
-                f"{teacher.folder}: vLLM cannot serve this teacher: {reason[:400]} (VLLM_LOGGING_LEVEL=INFO shows more)."
+                f"{teacher.folder}: vLLM cannot serve this teacher: {reason[:400]} "
+                "(VLLM_LOGGING_LEVEL=INFO shows more)."
             ) from exc
         finally:
             del os.environ[FAILURES]
@@ -180,7 +181,7 @@ def _marked() -> Iterator[None]:
         del os.environ[FRONT_END]
 
 
-def _load(teacher: Teacher, config: CacheConfig, longest_request: int, model_classes: dict[str, str]) -> Any:
+def _load(teacher: Teacher, config: TeacherConfig, longest_request: int, model_classes: dict[str, str]) -> Any:
     from vllm import LLM
 
     model, architecture = teacher.model, teacher.model.text_architecture
@@ -216,7 +217,7 @@ def _load(teacher: Teacher, config: CacheConfig, longest_request: int, model_cla
 
 
 def _tokens_in_flight(batch_tokens: int, concurrent_batches: int) -> int:
-    """Tokens that wait or run, so that a full step is there whenever one ends: a pipeline runs a step a stage at a time."""
+    """Tokens that wait or run, so that a full step is there whenever one ends: a pipeline runs one a stage."""
     return WAITING * concurrent_batches * batch_tokens
 
 
@@ -242,7 +243,7 @@ def _max_model_len(teacher: Teacher, longest_request: int, version: str) -> int:
     return longest_request + 1
 
 
-def _skips_compilation(config: CacheConfig) -> bool:
+def _skips_compilation(config: TeacherConfig) -> bool:
     """What the settings say, else what pays: a CPU's compilation takes minutes and a C++ compiler.
 
     Stages of a pipeline are compiled in any case: without, vLLM fails on a CPU.
@@ -254,7 +255,7 @@ def _skips_compilation(config: CacheConfig) -> bool:
     return current_platform.is_cpu() and config.pipeline_parallel == 1
 
 
-def _prepare_environment(config: CacheConfig) -> None:
+def _prepare_environment(config: TeacherConfig) -> None:
     """Defaults for what vLLM reads from the environment; what the user has set stays."""
     names = {entry.name for entry in importlib.metadata.entry_points(group="vllm.general_plugins")}
     if PLUGIN not in names:
@@ -273,7 +274,7 @@ def _prepare_environment(config: CacheConfig) -> None:
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", _cores_of_workers(config))
 
 
-def _cores_of_workers(config: CacheConfig) -> str:
+def _cores_of_workers(config: TeacherConfig) -> str:
     """Which cores each worker gets, in vLLM's notation; read on a CPU only.
 
     Left to itself vLLM takes a NUMA node a worker: it binds a single one to the cores of one node, in

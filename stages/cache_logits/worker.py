@@ -14,10 +14,10 @@ from pipeline.drain import Drain
 from pipeline.errors import MENDABLE, CorpusError, Drained, EngineError, PartitionsFailedError, PipelineError
 from pipeline.lifecycle.reuse import KnownTargets
 from pipeline.progress import Progress, Rate, Reporter, duration
-from pipeline.runs.claims import Claims
 from pipeline.runs.failures import read_failure
+from pipeline.runs.heartbeat import Heartbeat, one_line
 from pipeline.runs.leases import remove_leases
-from pipeline.runs.presence import Presence, one_line
+from pipeline.runs.partition_claims import PartitionClaims
 from pipeline.runs.rank import Rank
 from pipeline.runs.terms import RunTerms, begin_run
 from pipeline.stores.store import Store
@@ -50,16 +50,18 @@ def work(
     """
     folder, manifest = cache.folder, cache.manifest
     begin_run(folder, terms)
-    with Presence(folder, rank, terms.lease_s) as presence, Drain(presence.leases.release_all) as drain:
-        claims = Claims(folder, manifest.num_partitions, rank, presence, drain, max_failures=terms.max_failures)
+    with Heartbeat(folder, rank, terms.lease_s) as heartbeat, Drain(heartbeat.leases.release_all) as drain:
+        claims = PartitionClaims(
+            folder, manifest.num_partitions, rank, heartbeat, drain, max_failures=terms.max_failures
+        )
         todo = manifest.num_partitions - len(cache.done())
         share = manifest.num_tokens * todo // manifest.num_partitions // rank.workers
         with reporter.progress("cache-logits", share) as progress:
-            worker = _Worker(cache, corpus, known, claims, presence, drain, reporter, progress)
-            with closing(Watchdog(stall_s, functools.partial(_give_up, folder, presence, reporter))) as watchdog:
+            worker = _Worker(cache, corpus, known, claims, heartbeat, drain, reporter, progress)
+            with closing(Watchdog(stall_s, functools.partial(_give_up, folder, heartbeat, reporter))) as watchdog:
                 worker.run(watchdog, make_engine)
         if drain.requested and claims.unsettled():
-            presence.say("drained")
+            heartbeat.say("drained")
             raise Drained(f"{folder}: drained; run the same command again to continue.")
         if not claims.unsettled():
             remove_leases(folder)
@@ -89,14 +91,14 @@ class _Worker:
         cache: CacheFolder,
         corpus: Corpus,
         known: KnownTargets | None,
-        claims: Claims,
-        presence: Presence,
+        claims: PartitionClaims,
+        heartbeat: Heartbeat,
         drain: Drain,
         reporter: Reporter,
         progress: Progress,
     ) -> None:
         self._cache, self._corpus, self._known = cache, corpus, known
-        self._claims, self._presence, self._drain = claims, presence, drain
+        self._claims, self._heartbeat, self._drain = claims, heartbeat, drain
         self._reporter, self._progress = reporter, progress
         self._tally = _Tally(cache.manifest.temperatures[-1])
         self._bytes = 0
@@ -112,7 +114,7 @@ class _Worker:
             engine = None
             while self._claims.wait():
                 if engine is None:
-                    self._presence.say("loading")
+                    self._heartbeat.say("loading")
                     self._start.enter_context(
                         self._reporter.waiting("starting the teacher: weights, warm-up, first tokens")
                     )
@@ -128,7 +130,7 @@ class _Worker:
                     self._blame(exc)
 
     def _capture(self, engine: Engine) -> None:
-        self._presence.say("capturing")
+        self._heartbeat.say("capturing")
         capture(
             engine,
             self._corpus,
@@ -144,7 +146,7 @@ class _Worker:
         """Count a failure against the partitions in hand, unless it would have met any of them."""
         if isinstance(exc, PipelineError) or (isinstance(exc, OSError) and exc.errno in MENDABLE):
             raise exc
-        held, reason = self._presence.leases.held, one_line(exc)
+        held, reason = self._heartbeat.leases.held, one_line(exc)
         self._reporter.note(f"{self._cache.folder}: partitions {_some(held)} failed: {reason}")
         self._claims.fail(reason)
         if all(earlier.isdisjoint(held) for earlier in self._blamed):
@@ -154,7 +156,7 @@ class _Worker:
 
     def _on_sequence(self, sequence: TokenSequence, targets: SparseTargets | None) -> None:
         num_tokens = len(sequence.token_ids)
-        self._presence.advance(num_tokens)
+        self._heartbeat.advance(num_tokens)
         if targets is None:  # it was known
             self._progress.recall(num_tokens)
         else:
@@ -166,8 +168,8 @@ class _Worker:
 
     def _announce_drain(self) -> None:
         self._announced = True
-        self._presence.say("draining")
-        held = self._presence.leases.held
+        self._heartbeat.say("draining")
+        held = self._heartbeat.leases.held
         manifest = self._cache.manifest
         tokens = manifest.num_tokens / manifest.num_partitions * len(held)
         rate = self._rate.lately()
@@ -179,18 +181,18 @@ class _Worker:
         self._blamed.clear()
         if commit is not None:
             self._bytes += commit.bytes
-            self._presence.committed(commit.bytes)
+            self._heartbeat.committed(commit.bytes)
 
     def _on_unreadable(self, partition: int, error: CorpusError) -> None:
         self._reporter.note(f"{self._cache.folder}: partition {partition} is set aside: {error}")
         self._claims.reject(partition, one_line(error))
 
 
-def _give_up(folder: Store, presence: Presence, reporter: Reporter, line: str) -> None:
+def _give_up(folder: Store, heartbeat: Heartbeat, reporter: Reporter, line: str) -> None:
     """End this process, whose engine hangs: others may have its partitions, which are blamed for nothing."""
     problem = EngineError(f"{folder}: {line}")
     reporter.note(f"error: {problem}")
-    end_process(functools.partial(presence.__exit__, EngineError, problem, None))
+    end_process(functools.partial(heartbeat.__exit__, EngineError, problem, None))
 
 
 def _what_failed(folder: Store, failures: dict[int, int]) -> str:

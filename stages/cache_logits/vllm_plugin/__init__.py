@@ -96,7 +96,8 @@ def _keep_reasons() -> None:
     """Have exceptions that vLLM logs while it starts written down, the last line of each, in place of the traceback."""
     path = os.environ.get(FAILURES)
     handlers = logging.getLogger("vllm").handlers
-    if path is None or any(keeper.name == path for handler in handlers for keeper in handler.filters):
+    kept = [keeper.name for handler in handlers for keeper in handler.filters if isinstance(keeper, _Reasons)]
+    if path is None or path in kept:
         return
     for handler in handlers:
         handler.addFilter(_Reasons(path))

@@ -1,6 +1,6 @@
 """Every name of vLLM that this project leans on, and whether a version of vLLM has it as it is known here.
 
-    python -m stages.cache_logits.vllm_plugin.compat FOLDER    # a wheel's folder `vllm`, unpacked; else the installed one
+    python -m stages.cache_logits.vllm_plugin.compat FOLDER    # `vllm` of an unpacked wheel; else the installed one
 
 Reads vLLM's source and imports nothing of it: a build for a GPU can be judged on any machine.
 """
@@ -32,7 +32,7 @@ class Hook:
     takes: tuple[str, ...] = ()
     """Parameters by which we call it; of a class without a constructor of its own, fields."""
     may_take: tuple[str, ...] | None = None
-    """Where our code stands in for it or is called like it: what else it may have. A further parameter would be lost."""
+    """Where our code stands in for it or is called like it: what else it may have. Others would be lost."""
     mentions: str = ""
     """What its source has to speak of."""
     only_speed: bool = False
@@ -177,11 +177,12 @@ def _difference(hook: Hook, source: ast.Module | None) -> str:
     """What is not as we know it; empty if nothing."""
     if source is None:
         return "there is no such module"
-    node: ast.AST | None = source
+    node: ast.AST = source
     for part in hook.name.split("."):
-        node = _members(node).get(part)
-        if node is None:
+        members = _members(node)
+        if part not in members:
             return "there is no such name"
+        node = members[part]
     takes = _parameters(node)
     missing = [name for name in hook.takes if name not in takes]
     if missing:

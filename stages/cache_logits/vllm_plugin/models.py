@@ -15,7 +15,7 @@ def _twin(base: type) -> type:
         raise TypeError(f"vLLM's {base.__name__} has no language model's head")
 
     @default_pooling_type(tok_pooling_type="ALL")
-    class Twin(base):  # type: ignore[misc, valid-type]
+    class Twin(base):
         is_pooling_model = True
 
         def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:

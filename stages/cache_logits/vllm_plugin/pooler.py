@@ -105,7 +105,7 @@ class SparseTargetPooler(Pooler):
         )
 
     def _own_logits(self, hidden_NH: Tensor) -> list[Tensor]:
-        """The bits of float32 [N, vocab_size] logits by vLLM's own road alone, on the ranks to which that gives them."""
+        """The bits of float32 [N, vocab_size] logits by vLLM's own road alone, on ranks to which that gives them."""
         with self._as_vllm_has_them():
             logits_NV = self._model().compute_logits(hidden_NH)
         return [] if logits_NV is None else [logits_NV[:, : self._vocab_size].float().contiguous().view(torch.int32)]

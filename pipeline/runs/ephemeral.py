@@ -13,16 +13,16 @@ from pipeline.stores.numbered import list_names
 from pipeline.stores.store import Store, Version
 
 PATIENCE_S = 15.0
-"""Seconds for which a store is asked to renew, to replace or to delete a note."""
-LARGEST_NOTE = 1 << 20
+"""Seconds for which a store is asked to renew, to replace or to delete a file."""
+LARGEST_FILE = 1 << 20
 """Bytes."""
 NOT_WRITTEN = (OSError, StorageError)
 """What `renew` and `replace` raise."""
 
 
 @dataclass(frozen=True)
-class Note:
-    """A note as it was read."""
+class EphemeralFile:
+    """A file as it was read."""
 
     name: str
     text: str
@@ -30,19 +30,19 @@ class Note:
     """Of its last change, by the server's clock."""
 
 
-class Notes:
-    """The notes in a folder, which must be there. Those that this process has made, it can renew."""
+class EphemeralFiles:
+    """Those in a folder, which must be there. Those that this process has made, it can renew."""
 
     def __init__(self, folder: Store) -> None:
         self._folder, self._hasty = folder, folder.hasty(PATIENCE_S)
         self._mine: dict[str, tuple[bytes, Version]] = {}
 
     def names(self) -> list[str]:
-        """Names of all notes, from one listing; those that do not begin with a digit are left out."""
+        """Names of all files, from one listing; those that do not begin with a digit are left out."""
         return list_names(self._folder)
 
     def create(self, name: str, text: str) -> bool:
-        """Make a note; False if there is one of that name."""
+        """Make a file; False if there is one of that name."""
         contents = text.encode()
         version = (self._folder / name).create(contents, lasting=False)
         if version is not None:
@@ -50,7 +50,7 @@ class Notes:
         return version is not None
 
     def renew(self, name: str) -> bool:
-        """Set the time of a note that `create` has made to now; False if it is gone. It never makes one anew."""
+        """Set the time of a file that `create` has made to now; False if it is gone. It never makes one anew."""
         mine = self._mine.get(name)  # another thread may just have given it back
         version = (self._hasty / name).renew(*mine) if mine is not None else None
         if mine is not None and version is not None and name in self._mine:
@@ -58,21 +58,21 @@ class Notes:
         return version is not None
 
     def replace(self, name: str, text: str, *, patient: bool = False) -> None:
-        """Write a note, whether there is one or not; readers see the old one or the new one."""
+        """Write a file, whether there is one or not; readers see the old one or the new one."""
         ((self._folder if patient else self._hasty) / name).write(text.encode(), lasting=False)
 
-    def read(self, name: str) -> Note | None:
-        """A note; None if it is not there."""
+    def read(self, name: str) -> EphemeralFile | None:
+        """A file; None if it is not there."""
         try:
-            contents, time = (self._folder / name).read_dated(at_most=LARGEST_NOTE)
+            contents, time = (self._folder / name).read_dated(at_most=LARGEST_FILE)
         except FileNotFoundError:
             return None
         if contents is None:
-            raise CacheCorruptError(f"{self._folder / name}: more than {LARGEST_NOTE:,} bytes; not a note of a run.")
-        return Note(name, contents.decode(errors="replace"), time)
+            raise CacheCorruptError(f"{self._folder / name}: more than {LARGEST_FILE:,} bytes; not a file of a run.")
+        return EphemeralFile(name, contents.decode(errors="replace"), time)
 
     def remove(self, name: str) -> None:
-        """Delete a note, if it is there."""
+        """Delete a file, if it is there."""
         self._mine.pop(name, None)
         with contextlib.suppress(StorageError):  # a lease that stays there expires
             (self._hasty / name).unlink(missing_ok=True)

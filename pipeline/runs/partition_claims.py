@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from pipeline.cache.commits import is_committed, list_commits
 from pipeline.drain import Drain
 from pipeline.runs.failures import Failure, list_failures, record_failure
+from pipeline.runs.heartbeat import Heartbeat
 from pipeline.runs.leases import list_leases
-from pipeline.runs.presence import Presence
 from pipeline.runs.rank import Rank
 from pipeline.stores.store import Store
 
@@ -35,7 +35,7 @@ class _View:
     read_at: float = float("-inf")
 
 
-class Claims:
+class PartitionClaims:
     """Takes partitions for one worker and accounts for each: committed, failed or given back."""
 
     def __init__(
@@ -43,14 +43,14 @@ class Claims:
         folder: Store,
         num_partitions: int,
         rank: Rank,
-        presence: Presence,
+        heartbeat: Heartbeat,
         drain: Drain,
         *,
         max_failures: int,
     ) -> None:
         self._folder, self._num_partitions, self._rank = folder, num_partitions, rank
-        self._presence, self._drain, self._max_failures = presence, drain, max_failures
-        self._leases, self._events = presence.leases, presence.events
+        self._heartbeat, self._drain, self._max_failures = heartbeat, drain, max_failures
+        self._leases, self._events = heartbeat.leases, heartbeat.events
         self._own = rank.share(num_partitions)
         self._view = _View()
         self._free: deque[int] = deque()
@@ -58,7 +58,7 @@ class Claims:
         self._alone = False
         self._taken_at: dict[int, float] = {}
         # The tail of a run: idle workers look again now and then, all together a few times a second at most.
-        self._poll_s = min(presence.lease_s / 4, 2 + rank.workers / 8, LONGEST_POLL_S)
+        self._poll_s = min(heartbeat.lease_s / 4, 2 + rank.workers / 8, LONGEST_POLL_S)
 
     def wait(self) -> bool:
         """Take something to do, or wait for it; False once all is settled or a drain was asked for."""
@@ -71,7 +71,7 @@ class Claims:
                 return True
             if not self.unsettled():
                 return False
-            self._presence.say("waiting")
+            self._heartbeat.say("waiting")
             self._drain.sleep(self._poll_s)
             self._refresh()
         return False
@@ -111,7 +111,7 @@ class Claims:
         return {part: view.failures[part] for part in sorted(view.failures) if self._aside(part)}
 
     def _fail(self, partition: int, reason: str, *, ordinal: int, alone: bool) -> None:
-        failure = Failure(partition=partition, reason=reason, owner=self._presence.owner, alone=alone)
+        failure = Failure(partition=partition, reason=reason, owner=self._heartbeat.owner, alone=alone)
         record_failure(self._folder, failure, ordinal)
         what = "set aside" if ordinal >= self._max_failures else "failed"
         self._events.note(what, partition=partition, failures=ordinal, reason=reason)
@@ -156,7 +156,7 @@ class Claims:
         return self._take_expired(suspects)
 
     def _take_expired(self, leases: list[tuple[int, int]]) -> int | None:
-        now = self._presence.server_time() if leases else None
+        now = self._heartbeat.server_time() if leases else None
         if now is None:
             return None
         for partition, generation in leases:

@@ -18,9 +18,9 @@ from typing import Any
 from pipeline.documents import Count, Finite, Text
 from pipeline.processes import owner_is_dead, owner_name
 from pipeline.redaction import without_secrets
+from pipeline.runs.ephemeral import NOT_WRITTEN, EphemeralFiles
 from pipeline.runs.events import EventLog
 from pipeline.runs.leases import Leases
-from pipeline.runs.notes import NOT_WRITTEN, Notes
 from pipeline.runs.rank import Rank
 from pipeline.stores.store import Store
 
@@ -61,7 +61,7 @@ class WorkerRecord:
     """Seconds between two beats."""
 
 
-class Presence:
+class Heartbeat:
     """A context in which this worker beats: renews its leases and replaces its record."""
 
     def __init__(self, folder: Store, rank: Rank, lease_s: float, owner: str | None = None) -> None:
@@ -70,7 +70,7 @@ class Presence:
         self.leases = Leases(folder, self.owner, lease_s)
         self.events = EventLog(folder, rank.worker, self.owner)
         self._rank = rank
-        self._notes = Notes(folder / WORKERS)
+        self._files = EphemeralFiles(folder / WORKERS)
         self._name = f"{rank.worker:04d}-{self.owner}.json"
         self._state, self._reason, self._said = "loading", "", ""
         self._num_partitions, self._num_tokens, self._bytes = 0, 0, 0
@@ -80,11 +80,11 @@ class Presence:
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
 
-    def __enter__(self) -> "Presence":
-        for name in self._notes.names():  # earlier lives of this worker
+    def __enter__(self) -> "Heartbeat":
+        for name in self._files.names():  # earlier lives of this worker
             prefix, _, owner = name.removesuffix(".json").partition("-")
             if prefix == f"{self._rank.worker:04d}" and owner_is_dead(owner):
-                self._notes.remove(name)
+                self._files.remove(name)
         self.events.note("started", workers=self._rank.workers)
         self._write(patient=True)  # here an error is the caller's: a folder in which nothing can be written
         self._thread.start()
@@ -125,8 +125,8 @@ class Presence:
         """The clock of the file server or the store: the time of this worker's record; None if none is written."""
         with contextlib.suppress(*NOT_WRITTEN):
             self._write()
-            note = self._notes.read(self._name)
-            return note.time if note is not None else None
+            record = self._files.read(self._name)
+            return record.time if record is not None else None
         return None
 
     def _run(self) -> None:
@@ -140,7 +140,7 @@ class Presence:
 
     def _write(self, *, patient: bool = False) -> None:
         with self._lock:
-            self._notes.replace(self._name, json.dumps(asdict(self._record())), patient=patient)
+            self._files.replace(self._name, json.dumps(asdict(self._record())), patient=patient)
 
     def _record(self) -> WorkerRecord:
         now, tokens = time.monotonic(), self._num_tokens

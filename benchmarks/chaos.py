@@ -36,7 +36,7 @@ from pipeline.corpus import Corpus
 from pipeline.runs.leases import LEASES
 from pipeline.runs.rank import Rank
 from pipeline.stores.local_store import LocalStore
-from tests.workers import LEASE_S, UnevenEngine, new_cache, start_worker, tiny_corpus
+from tests.support.workers import LEASE_S, UnevenEngine, new_cache, start_worker, tiny_corpus
 
 HOSTS = 3
 FAST_S, SLOW_S = 0.005, 2.0

@@ -22,10 +22,10 @@ from stages.cache_logits.run import cache_logits
 from stages.cache_logits.settings import CacheConfig
 from stages.prepare.run import prepare
 from stages.prepare.settings import PrepareConfig
-from tests.helpers import MARKED_CHAT_TEMPLATE, tiny_tokenizer, wait_until
-from tests.oracle import assert_true_top_k, assert_within, entropy, softmax
-from tests.rounding import entropy_errors, prob_errors
-from tests.small import (
+from tests.support.helpers import MARKED_CHAT_TEMPLATE, tiny_tokenizer, wait_until
+from tests.support.oracle import assert_true_top_k, assert_within, entropy, softmax
+from tests.support.rounding import entropy_errors, prob_errors
+from tests.support.small import (
     CONTEXT,
     make_corpus,
     make_counting_teacher,

@@ -18,7 +18,7 @@ from stages.train_student.loss import distillation_loss, fused_distillation_loss
 from stages.train_student.loss_settings import LossSettings
 from stages.train_student.tails import TAILS
 from stages.train_student.targets import DistillationTargets, TeacherTargets
-from tests.rounding import UNIT
+from tests.support.rounding import UNIT
 
 STORED_TAILS = tuple(name for name, tail in TAILS.items() if not tail.is_drawn)
 """Without draws, of which this file's cases have none."""

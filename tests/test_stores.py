@@ -16,7 +16,7 @@ from pipeline.stores.local_copies import COPIES
 from pipeline.stores.places import SCHEMES, store_of
 from pipeline.stores.sealed import read_json, write_json
 from pipeline.stores.store import Store
-from tests import azurite
+from tests.support import azurite
 
 needs_azurite = pytest.mark.skipif(azurite.find() is None, reason="Azurite is not installed; `make slow` does it")
 

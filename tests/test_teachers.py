@@ -33,8 +33,8 @@ from stages.cache_logits.run import cache_logits
 from stages.cache_logits.settings import CacheConfig
 from stages.cache_logits.teacher import Teacher, length_regime
 from stages.cache_logits.vllm_plugin import serving
-from tests.oracle import softmax
-from tests.small import CONTEXT, llama_config, make_corpus, make_teacher, random_sequences, true_logits
+from tests.support.oracle import softmax
+from tests.support.small import CONTEXT, llama_config, make_corpus, make_teacher, random_sequences, true_logits
 from tests.test_cache_logits import assert_exact, capture, settings
 
 HEAD_ROWS = 397

@@ -21,8 +21,8 @@ from stages.train_student.routers import router_loss
 from stages.train_student.run import train_student
 from stages.train_student.settings import TrainConfig
 from stages.train_student.targets import DistillationTargets
-from tests.kinds import kind_model, kind_student
-from tests.small import make_cache
+from tests.support.kinds import kind_model, kind_student
+from tests.support.small import make_cache
 from tests.test_train_documents import Notes
 
 VOCAB = 90

@@ -23,9 +23,9 @@ from stages.train_student.settings import TrainConfig
 from stages.train_student.student import read_student
 from stages.train_student.tails import TAILS
 from stages.train_student.targets import DistillationTargets
-from tests.helpers import tiny_tokenizer
-from tests.oracle import softmax
-from tests.small import llama_config, make_cache, true_logits
+from tests.support.helpers import tiny_tokenizer
+from tests.support.oracle import softmax
+from tests.support.small import llama_config, make_cache, true_logits
 
 SMALL = {
     "hidden_size": 64,

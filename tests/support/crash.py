@@ -1,6 +1,6 @@
 """Work that is killed at every file operation in turn; as a command, the capture of test_capture.py.
 
-    python -m tests.crash CORPUS FOLDER CONTAINER
+    python -m tests.support.crash CORPUS FOLDER CONTAINER
 
 Forks one child after the other. Each sends itself SIGKILL right before a file operation, a few
 operations later than its forerunner got on its own, and continues what they left. The last one
@@ -17,7 +17,7 @@ from typing import Any
 
 from pipeline.formats.arrow import ArrowShardWriter
 from pipeline.formats.zarr import ZarrShardWriter
-from tests.small import make_cache
+from tests.support.small import make_cache
 
 OPERATIONS = (
     *((os, name) for name in ("replace", "link", "unlink", "fsync")),

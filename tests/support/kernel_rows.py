@@ -1,6 +1,6 @@
 """The Triton row kernel against the torch path; run by test_row_kernel.py in Triton's interpreter.
 
-    TRITON_INTERPRET=1 python -m tests.kernel_rows [COUNT]
+    TRITON_INTERPRET=1 python -m tests.support.kernel_rows [COUNT]
 
 Takes COUNT of all cases. Prints how many agreed; exits with a traceback at the first that does not.
 """

@@ -18,6 +18,7 @@ from pipeline.cache.commits import COMMITS, SHARDS, list_commits
 from pipeline.cache.verify import verify_cache
 from pipeline.corpus import Corpus, TokenSequence
 from pipeline.errors import CacheMismatchError, ConfigError, CorpusError, EngineError
+from pipeline.formats.containers import CONTAINERS
 from stages.cache_logits.run import cache_logits
 from stages.cache_logits.settings import CacheConfig
 from stages.prepare.run import prepare
@@ -158,7 +159,7 @@ def test_vllm_worker_drains_and_outlives_its_engine(tmp_path, teacher, corpus):
 
 
 @pytest.mark.parametrize("max_kl_error", [0.0, 1e-4])
-@pytest.mark.parametrize("container", ["arrow", "zarr"])
+@pytest.mark.parametrize("container", CONTAINERS)
 def test_transformers_is_exact(tmp_path, teacher, corpus, max_kl_error, container):
     config = settings(
         teacher, corpus, tmp_path / "cache", max_kl_error=max_kl_error, format=container, temperatures=(2.0, 1.0, 0.5)

@@ -19,6 +19,7 @@ from pipeline.cache.partitions import plan_partitions
 from pipeline.cache.verify import verify_cache
 from pipeline.corpus import Corpus
 from pipeline.errors import CacheMismatchError
+from pipeline.formats.containers import CONTAINERS
 from pipeline.processes import owner_name
 from stages.cache_logits.capture import capture
 from stages.cache_logits.fake_engine import FakeEngine
@@ -27,7 +28,7 @@ from tests.support.small import fake_manifest, make_cache
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.parametrize("container", ["arrow", "zarr"])
+@pytest.mark.parametrize("container", CONTAINERS)
 def test_kill_9_at_every_file_operation_loses_and_repeats_nothing(tmp_path, corpus, container):
     whole = open_cache(make_cache(tmp_path / "whole", corpus, container=container))
     command = [sys.executable, "-m", "tests.support.crash", str(corpus), str(tmp_path / "killed"), container]
@@ -104,7 +105,7 @@ def test_failing_engine_stops_the_writer_and_keeps_what_was_committed(tmp_path, 
     assert verify_cache(folder).problems == []
 
 
-@pytest.mark.parametrize("container", ["arrow", "zarr"])
+@pytest.mark.parametrize("container", CONTAINERS)
 def test_full_disk_is_an_error_not_a_hang(tmp_path, corpus, container, monkeypatch):
     rows, manifest, folder = prepared(tmp_path, corpus, container=container)
 
@@ -132,7 +133,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
-@pytest.mark.parametrize("container", ["arrow", "zarr"])
+@pytest.mark.parametrize("container", CONTAINERS)
 def test_really_full_disk_is_an_error_too(small_disk, corpus, container):
     with pytest.raises(OSError, match=r"No space left|Errno 28") as error:
         make_cache(small_disk / "cache", corpus, container=container)

@@ -187,7 +187,7 @@ def stored_and_read(path, container, targets, labels, max_kl_error):
         shard.close()
 
 
-@pytest.mark.parametrize("container", ["arrow", "zarr"])
+@pytest.mark.parametrize("container", CONTAINERS)
 def test_zeros_of_either_sign_come_back_as_they_are_stored(tmp_path, container):
     """Of entropies, and of labels that tie with the largest logit outside the ids."""
     targets, _, _ = random_targets((1.0, 2.0), num_rows=60)

@@ -13,6 +13,7 @@ import zarr
 from pipeline import open_cache
 from pipeline.cache.commits import SHARDS
 from pipeline.errors import CacheMismatchError
+from pipeline.formats.containers import CONTAINERS
 from pipeline.stores.sealed import read_json, write_json
 from tests.support.small import make_cache
 
@@ -112,7 +113,7 @@ def checksum(row):
 # It ends here.
 
 
-@pytest.mark.parametrize("container", ["arrow", "zarr"])
+@pytest.mark.parametrize("container", CONTAINERS)
 @pytest.mark.parametrize(("max_kl_error", "top_k"), [(1e-4, 8), (0.0, 8), (1e-4, 1), (1e-4, 0)])
 def test_reader_written_from_the_specification_agrees(tmp_path, corpus, container, max_kl_error, top_k):
     settings = {"max_kl_error": max_kl_error, "top_k": top_k, "tail_samples": 2}

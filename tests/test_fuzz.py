@@ -8,6 +8,7 @@ from pipeline.cache.commits import COMMITS, SHARDS
 from pipeline.cache.index import INDEX
 from pipeline.cache.verify import verify_cache
 from pipeline.errors import CacheError
+from pipeline.formats.containers import CONTAINERS
 from pipeline.formats.layout import checksum_of
 from tests.support.small import make_cache, make_corpus, random_sequences
 
@@ -52,7 +53,7 @@ def swap_stretches(contents, random):
 DAMAGES = (flip_bits, flip_bits, set_bytes, truncate, cut_out, insert, swap_stretches)
 
 
-@pytest.fixture(scope="module", params=["arrow", "zarr"])
+@pytest.fixture(scope="module", params=CONTAINERS)
 def sound(request, tmp_path_factory):
     """A small cache of three shards, and a checksum of each of its sequences as they are read."""
     corpus = make_corpus(tmp_path_factory.mktemp("corpus"), random_sequences(12, vocab_size=300))

@@ -54,6 +54,8 @@ class Container:
     suffix: str
     create: Callable[[Path, ShardLayout], ShardWriter]
     open: Callable[[Path, ShardLayout], Shard]
+    is_compressed: bool = False
+    """Whether how much it takes is known only when it is written."""
 
 
 def structure_of(path: Path, shard: Shard) -> str:

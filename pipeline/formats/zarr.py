@@ -244,4 +244,4 @@ def _attributes(layout: ShardLayout) -> dict[str, Any]:
     return FORMAT | named
 
 
-CONTAINER = Container(".zarr.zip", ZarrShardWriter, ZarrShard)
+CONTAINER = Container(".zarr.zip", ZarrShardWriter, ZarrShard, is_compressed=True)

@@ -12,6 +12,7 @@ from pipeline.corpus import END_TOKEN_IDS, TOKENIZER, Corpus
 from pipeline.corpus import MANIFEST as CORPUS_MANIFEST
 from pipeline.documents import Count, entry_of
 from pipeline.errors import CorpusError
+from pipeline.formats.containers import CONTAINERS
 from pipeline.formats.layout import ShardCounts
 from pipeline.lifecycle.reuse import KnownTargets
 from pipeline.settings import resolved
@@ -69,7 +70,8 @@ def announcement(config: CacheConfig, manifest: CacheManifest, num_todo: int) ->
     )
     room = config.out.free_bytes()
     free = "" if room is None else f", {room / 1e9:,.0f} GB are free"
-    size = f"{layout.num_bytes / 1e9:,.2f} GB" + (" before compression" if config.format == "zarr" else "")
+    compression = " before compression" if CONTAINERS[config.format].is_compressed else ""
+    size = f"{layout.num_bytes / 1e9:,.2f} GB{compression}"
     return (
         f"{config.out}: {num_todo} of {manifest.num_partitions} partitions to capture; "
         f"the whole cache takes {size}{free}; loading {config.teacher} with {config.engine}"

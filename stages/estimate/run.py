@@ -14,6 +14,7 @@ from typing import Any
 
 from pipeline.corpus import Corpus
 from pipeline.errors import CorpusError
+from pipeline.formats.containers import CONTAINERS
 from pipeline.formats.layout import ShardCounts, ShardLayout
 from pipeline.models import read_model, text_body
 from pipeline.progress import duration
@@ -132,7 +133,7 @@ class Cost:
 
 @dataclass(frozen=True, kw_only=True)
 class Storage:
-    """What the cache takes. Of Arrow it is known, of Zarr estimated from measured caches."""
+    """What the cache takes: known, but for a compressed container, which is estimated from measured caches in Zarr."""
 
     container: str
     bytes: int
@@ -177,7 +178,7 @@ def estimate(config: EstimateConfig) -> Estimate:
 def describe(found: Estimate) -> list[str]:
     """Lines for a person."""
     storage = found.storage
-    about = "about " if storage.container == "zarr" else ""
+    about = "about " if CONTAINERS[storage.container].is_compressed else ""
     lines = [
         *_describe(found, "capture", found.capture),
         f"  storage  {storage.container}, {about}{storage.bytes / 1e9:,.1f} GB, "
@@ -285,7 +286,7 @@ def _storage(config: EstimateConfig, cache: CacheConfig, amount: Amount, seconds
     )
     layout = ShardLayout(counts=counts, spec=cache.spec)
     size = layout.num_bytes
-    if cache.format == "zarr":
+    if CONTAINERS[cache.format].is_compressed:
         entry, rest = ARCHIVE["grid" if layout.on_grid else "lossless"]
         size = round(amount.num_targets * (entry * cache.top_k + rest + ARCHIVED_DRAW * cache.tail_samples))
     partitions = max(1, round(amount.num_tokens / cache.shard_tokens))

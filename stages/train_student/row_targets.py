@@ -5,17 +5,9 @@ or gradients.
 
 Shapes: N target tokens, K stored entries of a token, V the real vocabulary.
 
-Every policy is one formula with other weights, over the stored ids S and the rest of the vocabulary:
+Every policy is one formula with weights of its own, over the stored ids S and the rest of the vocabulary:
 
     KL = entropy_term - sum_S w_j log q_j - t log(1 - sum_S q_j) - u sum_rest log q_j
-
-| tail        | w (`weights_NK`) | t (`bucket_N`) | u (`level_N`)       |
-|-------------|------------------|----------------|---------------------|
-| ghost       | p                | tail mass      |                     |
-| hybrid, sampled | p, and tail / D a draw |      |                     |
-| zero        | p                |                |                     |
-| renormalise | p / sum p        |                |                     |
-| uniform     | p                |                | tail mass / (V - K) |
 """
 
 from typing import NamedTuple

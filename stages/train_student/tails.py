@@ -1,8 +1,16 @@
 """What stands for the teacher's mass beyond its stored entries: a table of policies, by the names that settings take.
 
-Loads no torch: the choices of a setting are read from here. row_targets.py has the formula that the weights enter.
+Loads no torch: the choices of a setting are read from here. row_targets.py has the formula that the weights enter:
 
-Shapes: N target tokens, K stored entries of a token.
+| tail        | w (`weights_NK`) | t (`bucket_N`) | u (`level_N`)       |
+|-------------|------------------|----------------|---------------------|
+| ghost       | p                | tail mass      |                     |
+| hybrid, sampled | p, and tail / D a draw |      |                     |
+| zero        | p                |                |                     |
+| renormalise | p / sum p        |                |                     |
+| uniform     | p                |                | tail mass / (V - K) |
+
+Shapes: N target tokens, K stored entries of a token, V the real vocabulary.
 """
 
 from collections.abc import Callable

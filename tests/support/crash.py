@@ -15,13 +15,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pipeline.formats.arrow import ArrowShardWriter
-from pipeline.formats.zarr import ZarrShardWriter
+from pipeline.formats.containers import CONTAINERS
 from tests.support.small import make_cache
 
+WRITERS = [container.create for container in CONTAINERS.values()]
 OPERATIONS = (
     *((os, name) for name in ("replace", "link", "unlink", "fsync")),
-    *((writer, name) for writer in (ArrowShardWriter, ZarrShardWriter) for name in ("append", "close")),
+    *((writer, name) for writer in WRITERS for name in ("append", "close")),
 )
 
 

@@ -28,7 +28,7 @@ def running_azurite():
 
 
 KINDS = {"local": [], "s3": [], "az": [pytest.mark.slow, needs_azurite]}
-"""Folders, which have no scheme, and schemes, one of every class in the table at least; with the marks of their tests."""
+"""Folders, which have no scheme, and at least a scheme of every class in the table; with the marks of their tests."""
 
 
 @pytest.fixture(params=[pytest.param(kind, marks=marks) for kind, marks in KINDS.items()])

@@ -88,7 +88,8 @@ def reduction_alone(options: argparse.Namespace, device: torch.device) -> None:
             seconds = median_seconds(run, device, options.rounds)
             print(
                 f"  {dtype!s:<15} {chunk:>6} rows a chunk: {seconds * 1e3:8.2f} ms; reading once {reading * 1e3:.2f} "
-                f"ms at {bytes_a_second / 1e12:.2f} TB/s; {reading / seconds:.0%} of that limit; peak {memory} over inputs"
+                f"ms at {bytes_a_second / 1e12:.2f} TB/s; {reading / seconds:.0%} of that limit; "
+                f"peak {memory} over inputs"
             )
 
 

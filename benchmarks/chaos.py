@@ -3,10 +3,11 @@
     python -m benchmarks.chaos --workers 8 --partitions 500 --kills 200 --seeds 20
 
 Forks real workers (`stages.cache_logits.worker.work`) into one folder. Their engine answers by a formula,
-after a random pause that is long whenever the work is ahead of the kills. While they work it picks victims at random: kill -9, SIGSTOP for longer than a lease, SIGTERM. Each worker believes to
-be on one of several hosts, so that most vanished workers are found by the age of their leases alone, and
-lives in a time zone of its own: its clock is up to a day wrong. Half of the workers belong to a second
-submission with the same ranks. A worker that ends before the cache is complete is started again.
+after a random pause that is long whenever the work is ahead of the kills. While they work it picks victims at random:
+kill -9, SIGSTOP for longer than a lease, SIGTERM. Each worker believes to be on one of several hosts, so that most
+vanished workers are found by the age of their leases alone, and lives in a time zone of its own: its clock is up to a
+day wrong. Half of the workers belong to a second submission with the same ranks. A worker that ends before the cache is
+complete is started again.
 
 At the end: every partition committed once, every sequence there and in order, `verify` clean, nothing
 left running. Prints a line a seed; exit code 1 at the first seed that fails.
@@ -35,7 +36,7 @@ from pipeline.corpus import Corpus
 from pipeline.runs.leases import LEASES
 from pipeline.runs.rank import Rank
 from pipeline.stores.local_store import LocalStore
-from tests.workers import LEASE_S, UnevenEngine, new_cache, start_worker, tiny_corpus
+from tests.support.workers import LEASE_S, UnevenEngine, new_cache, start_worker, tiny_corpus
 
 HOSTS = 3
 FAST_S, SLOW_S = 0.005, 2.0

@@ -22,7 +22,7 @@ from stages.train_student.dataset import Collate
 from stages.train_student.loss_settings import LossSettings
 from stages.train_student.run import train_student
 from stages.train_student.settings import TrainConfig
-from tests.small import llama_config, make_cache, make_corpus, random_sequences
+from tests.support.small import llama_config, make_cache, make_corpus, random_sequences
 
 LENGTH, BATCH, LOG_STEPS, WARM_UP = 256, 8, 10, 3
 

@@ -29,7 +29,7 @@ from pipeline.lifecycle.reuse import KnownTargets
 from pipeline.lifecycle.settings import ConvertConfig, ExportConfig, MergeConfig
 from stages.cache_logits.capture import capture
 from stages.cache_logits.fake_engine import FakeEngine
-from tests.small import fake_manifest, make_corpus, random_sequences
+from tests.support.small import fake_manifest, make_corpus, random_sequences
 
 
 def cpu_seconds(work: Callable[[Path], object], repeats: int) -> float:

@@ -10,7 +10,7 @@ each has a partition in hand while the others go on, so that listings and leases
 Milliseconds are this machine's, on a local file system. Operations are the same everywhere; what they would
 take on a parallel file system (1 ms each, a listing 1 ms for 1,000 names) is computed from them.
 
-With --store the cache lies in tests.s3_server on loopback, and the requests of each part are counted. What they
+With --store the cache lies in tests.support.s3_server on loopback, and the requests of each part are counted. What they
 would cost on S3 is computed: a PUT, or 1,000 names of a listing, 5e-6 dollars, a GET or HEAD 4e-7, a delete nothing.
 """
 
@@ -46,7 +46,7 @@ from pipeline.stores.numbered import list_names
 from pipeline.stores.object_store import ObjectStore
 from pipeline.stores.store import Store
 from pipeline.tokenizer import TokenizerIdentity
-from tests.object_store import running
+from tests.support.object_store import running
 
 SEQUENCE_TOKENS = 2048
 SEQUENCES = 512
@@ -241,9 +241,8 @@ def report(meter: Meter, num_partitions: int, num_workers: int, *, store: bool) 
     per = {"lease": num_partitions, "commit": num_partitions, "heartbeat": num_partitions}
     per |= {"start of a worker": num_workers}
     print(f"{num_partitions} partitions, {num_workers} workers; {processor()}, {os.cpu_count()} cores\n")
-    print(
-        f"{'part':<24}{'of each':<12}{'ms':>8}{'$ / 1e6' if store else 'on 1 ms':>9}  {'requests' if store else 'operations'}"
-    )
+    cost_of, calls = ("$ / 1e6", "requests") if store else ("on 1 ms", "operations")
+    print(f"{'part':<24}{'of each':<12}{'ms':>8}{cost_of:>9}  {calls}")
     for name, cost in meter.costs.items():
         count = per.get(name, 1)
         operations = {kind: number / count for kind, number in cost.operations.items()}
@@ -276,7 +275,7 @@ def main() -> None:
     parser.add_argument("--partitions", type=int, default=10_000)
     parser.add_argument("--workers", type=int, default=256)
     parser.add_argument("--folder", type=Path, default=None)
-    parser.add_argument("--store", action="store_true", help="on tests.s3_server instead of in a folder")
+    parser.add_argument("--store", action="store_true", help="on tests.support.s3_server instead of in a folder")
     options = parser.parse_args()
     scratch = Path(tempfile.mkdtemp(dir=options.folder, prefix="scale-"))
     meter = Meter(obstore, REQUESTS) if options.store else Meter(os, FILES)

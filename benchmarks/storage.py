@@ -3,8 +3,8 @@
     python -m benchmarks.storage [--work data/bench] [--sequences 128]
 
 One shard of held-out text at k=64, T=1 and T=2, from two teachers (see benchmarks/storage_teacher.py), each also with
-other ids (benchmarks/storage_controls.py). "All" is every byte of the file; "targets" the ids and values alone, which is
-all that the other layouts are charged for (they are given the exact normalisers of both temperatures for nothing).
+other ids (benchmarks/storage_controls.py). "All" is every byte of the file; "targets" the ids and values alone, which
+is all that the other layouts are charged for (they are given the exact normalisers of both temperatures for nothing).
 Speeds are tokens a CPU second of one thread: from captured targets to a finished file; from it to checked arrays, a
 sequence at a time in random order; and BLOCK sequences at a time in order, as conversion and verification read.
 """

@@ -23,7 +23,7 @@ def permuted(tokens: np.ndarray, targets: SparseTargets) -> tuple[np.ndarray, Sp
 
 
 def without_context(tokens: np.ndarray, targets: SparseTargets) -> tuple[np.ndarray, SparseTargets]:
-    """Every position's ids drawn by how often the teacher names them: neither the text nor the other ids tell of one."""
+    """Every position's ids drawn by how often the teacher names them: neither text nor the other ids tell of one."""
     return tokens, replace(targets, ids=_drawn(targets.ids.shape, np.bincount(targets.ids.ravel())))
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import psutil
 
-from tests.launching import ROOT, SmallJob, small_job
+from tests.support.launching import ROOT, SmallJob, small_job
 
 
 def capturing(job: SmallJob, killed: set[int]) -> list[int]:

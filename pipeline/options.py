@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from pipeline.settings import flag_of, load_config, value_type
+from pipeline.settings import flag_of, load_config, specs_of, value_type
 from pipeline.stores.store import Store
 
 
@@ -24,7 +24,7 @@ def config_command(config_class: type) -> Callable[[Callable[[Any], None]], Call
         run.__name__ = command.__name__
         decorated: Callable[..., None] = run
         hints = typing.get_type_hints(config_class)
-        for spec in reversed(dataclasses.fields(config_class)):
+        for spec in reversed(specs_of(config_class)):
             decorated = _parameter(spec, hints[spec.name])(decorated)
         file = click.Path(path_type=Path)
         return click.option("--config", "config_path", type=file, help="YAML file of settings; flags override it.")(

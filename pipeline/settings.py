@@ -95,7 +95,7 @@ class Settings:
 def load_config(config_class: type[Config], path: Path | None, overrides: Mapping[str, Any] | None = None) -> Config:
     """The settings in the YAML file at `path`, with `overrides` (field names to values) on top."""
     values = _read_yaml(path) if path is not None else {}
-    specs = {spec.name: spec for spec in dataclasses.fields(config_class)}
+    specs = {spec.name: spec for spec in specs_of(config_class)}
     for key in values:
         if key not in specs:
             raise ConfigError(f"{path}: unknown key {key!r}; {_nearest(key, specs)}")
@@ -109,6 +109,11 @@ def load_config(config_class: type[Config], path: Path | None, overrides: Mappin
 def resolved(config: Settings) -> dict[str, Any]:
     """The settings as plain YAML and JSON values."""
     return {spec.name: _plain(getattr(config, spec.name)) for spec in dataclasses.fields(config)}
+
+
+def specs_of(config_class: type[Settings]) -> list[dataclasses.Field[Any]]:
+    """The settings of a class as a person should meet them: what is required comes first."""
+    return sorted(dataclasses.fields(config_class), key=lambda spec: not spec.metadata["required"])
 
 
 def flag_of(spec: dataclasses.Field[Any]) -> str:

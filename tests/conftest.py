@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pipeline.cpu import prepare_threads
-from tests import leftovers
+from tests.support import leftovers
 
 # Tiny tensors: threads only wait for each other, most of all on shared cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -22,8 +22,8 @@ import pytest
 
 from pipeline.stores.local_store import LocalStore
 from pipeline.stores.object_store import ObjectStore
-from tests.object_store import Server, running
-from tests.small import make_corpus, make_teacher, random_sequences
+from tests.support.object_store import Server, running
+from tests.support.small import make_corpus, make_teacher, random_sequences
 
 
 @pytest.fixture(autouse=True)

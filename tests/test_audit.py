@@ -27,9 +27,9 @@ from stages.cache_logits.fake_engine import fake_targets
 from stages.cache_logits.run import cache_logits
 from stages.cache_logits.settings import AuditConfig, CacheConfig
 from stages.cache_logits.teacher import hash_weights
-from tests.helpers import run
-from tests.rounding import UNIT, prob_errors
-from tests.small import make_teacher, rounding_of_logits, true_logits
+from tests.support.helpers import run
+from tests.support.rounding import UNIT, prob_errors
+from tests.support.small import make_teacher, rounding_of_logits, true_logits
 
 
 @pytest.fixture(scope="module")

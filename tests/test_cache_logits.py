@@ -23,10 +23,10 @@ from stages.cache_logits.run import cache_logits
 from stages.cache_logits.settings import CacheConfig
 from stages.prepare.run import prepare
 from stages.prepare.settings import PrepareConfig
-from tests.helpers import MARKED_CHAT_TEMPLATE, tiny_tokenizer, wait_until
-from tests.oracle import assert_true_top_k, assert_within, entropy, softmax
-from tests.rounding import entropy_errors, prob_errors
-from tests.small import (
+from tests.support.helpers import MARKED_CHAT_TEMPLATE, tiny_tokenizer, wait_until
+from tests.support.oracle import assert_true_top_k, assert_within, entropy, softmax
+from tests.support.rounding import entropy_errors, prob_errors
+from tests.support.small import (
     CONTEXT,
     make_corpus,
     make_counting_teacher,
@@ -64,7 +64,7 @@ def run_command(config: CacheConfig) -> subprocess.Popen:
 
 
 def assert_exact(folder: Path, teacher: Path, corpus: Path) -> None:
-    """Every stored number against a plain float64 forward of the same weights, within float32's arithmetic and rounding."""
+    """Every stored number against a float64 forward of the same weights, within float32's arithmetic and rounding."""
     cache = open_cache(folder)
     vocab_size, is_rounded = cache.manifest.vocab_size, cache.manifest.max_kl_error > 0
     rounding = 1e-3 if is_rounded else 0.0  # what --max-kl-error promises of every probability

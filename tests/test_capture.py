@@ -23,7 +23,7 @@ from pipeline.formats.containers import CONTAINERS
 from pipeline.processes import owner_name
 from stages.cache_logits.capture import capture
 from stages.cache_logits.fake_engine import FakeEngine
-from tests.small import fake_manifest, make_cache
+from tests.support.small import fake_manifest, make_cache
 
 ROOT = Path(__file__).parent.parent
 
@@ -31,7 +31,7 @@ ROOT = Path(__file__).parent.parent
 @pytest.mark.parametrize("container", CONTAINERS)
 def test_kill_9_at_every_file_operation_loses_and_repeats_nothing(tmp_path, corpus, container):
     whole = open_cache(make_cache(tmp_path / "whole", corpus, container=container))
-    command = [sys.executable, "-m", "tests.crash", str(corpus), str(tmp_path / "killed"), container]
+    command = [sys.executable, "-m", "tests.support.crash", str(corpus), str(tmp_path / "killed"), container]
     finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert finished.returncode == 0, finished.stderr
     assert int(finished.stdout) > 20

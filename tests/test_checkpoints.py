@@ -33,7 +33,7 @@ class Evil:
 @pytest.fixture
 def checkpoint(tmp_path):
     """A checkpoint whose optimizer is sharded, as FSDP2 leaves it."""
-    folder = tmp_path / "checkpoint-3"
+    folder = Path(tmp_path) / "checkpoint-3"  # a checkpoint names the class of its path
     state = {
         "weight": torch.arange(6.0),
         "lr": 0.5,

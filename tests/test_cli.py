@@ -11,8 +11,8 @@ import pytest
 from pipeline.cache.commits import SHARDS
 from pipeline.cli import main
 from pipeline.launch.job import PIPELINE, TORCHRUN
-from tests.helpers import run, tiny_tokenizer
-from tests.small import make_cache
+from tests.support.helpers import run, tiny_tokenizer
+from tests.support.small import make_cache
 
 ROOT = Path(__file__).parent.parent
 

@@ -16,9 +16,9 @@ from pipeline.formats.layout import ShardCounts, ShardLayout, decode, encode
 from pipeline.targets import SparseTargets, TargetSpec, logsumexps_of, reconstruction_errors
 from stages.cache_logits.capture import capture
 from stages.cache_logits.fake_engine import FakeEngine
-from tests.oracle import assert_within
-from tests.rounding import total_errors
-from tests.small import fake_manifest, make_cache
+from tests.support.oracle import assert_within
+from tests.support.rounding import total_errors
+from tests.support.small import fake_manifest, make_cache
 
 VOCAB_SIZE, TOP_K = 2000, 32
 

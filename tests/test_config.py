@@ -113,7 +113,7 @@ def test_mistakes_are_named(config_class, changes, message):
     [
         ("top-k: 3", "unknown key 'top-k'; did you mean 'top_k'"),
         ("temperature: 2", "unknown key 'temperature'; did you mean 'temperatures'"),
-        ("xyzzy: 3", "unknown key 'xyzzy'; valid keys are: teacher, engine"),
+        ("xyzzy: 3", "unknown key 'xyzzy'; valid keys are: teacher, corpus"),
         ("- a\n- b", "found a list; expected `key: value` lines"),
         ("a: [", "not YAML"),
         ("top_k: 3\nout: o\ntop_k: 4", "the key 'top_k' is there twice, in lines 1 and 3"),

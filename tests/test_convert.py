@@ -18,8 +18,8 @@ from pipeline.errors import CacheCorruptError, CacheIncompleteError, CacheMismat
 from pipeline.lifecycle import copying
 from pipeline.lifecycle.convert import convert_cache
 from pipeline.lifecycle.settings import ConvertConfig
-from tests.helpers import run, wait_until
-from tests.small import assert_equal_caches, make_cache
+from tests.support.helpers import run, wait_until
+from tests.support.small import assert_equal_caches, make_cache
 
 ROOT = Path(__file__).parent.parent
 OTHER = {"arrow": "zarr", "zarr": "arrow"}
@@ -65,7 +65,7 @@ from pathlib import Path
 from sys import argv
 from pipeline.lifecycle.settings import ConvertConfig
 from pipeline.lifecycle.convert import convert_cache
-from tests.crash import kill_everywhere
+from tests.support.crash import kill_everywhere
 config = ConvertConfig(cache=Path(argv[1]), format="arrow", out=Path(argv[2]), workers=1)
 kill_everywhere(lambda: convert_cache(config))
 """

@@ -24,8 +24,8 @@ from stages.demo.teacher import _train
 from stages.train_student.loss import fused_distillation_loss
 from stages.train_student.run import train_student
 from stages.train_student.settings import TrainConfig
-from tests.helpers import Lines
-from tests.small import llama_config, make_cache, make_corpus, make_teacher, random_sequences
+from tests.support.helpers import Lines
+from tests.support.small import llama_config, make_cache, make_corpus, make_teacher, random_sequences
 from tests.test_demo_teacher import TINY
 
 ROOT = Path(__file__).parent.parent

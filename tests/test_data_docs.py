@@ -14,7 +14,7 @@ from stages.prepare.forms import FORMS
 from stages.prepare.preview import marked
 from stages.prepare.run import prepare
 from stages.prepare.settings import PrepareConfig
-from tests.chat_templates import STYLES, chat_tokenizer
+from tests.support.chat_templates import STYLES, chat_tokenizer
 
 PAGE = (Path(__file__).parent.parent / "docs" / "data.md").read_text(encoding="utf-8")
 EXAMPLES = re.findall(r"```text\n(.*?)```", PAGE, re.DOTALL)

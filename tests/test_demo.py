@@ -13,9 +13,9 @@ from stages.demo.report import verdict
 from stages.demo.results import STUDENTS, StudentResult, read_results
 from stages.demo.run import Steps, demo
 from stages.demo.settings import DemoConfig
-from tests.helpers import Lines
+from tests.support.helpers import Lines
+from tests.support.workers import new_cache, tiny_corpus
 from tests.test_demo_teacher import TINY
-from tests.workers import new_cache, tiny_corpus
 
 RECIPE = dataclasses.replace(
     TINY,

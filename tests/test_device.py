@@ -1,4 +1,4 @@
-"""What an accelerator would be asked to do: run on tensors without data, on a device that has no kernels and no float64.
+"""What an accelerator would be asked to do: run on tensors without data, on a device without kernels and float64.
 
 Operators that mix devices, or need a value on the host, raise there. What is copied between the two is counted.
 """

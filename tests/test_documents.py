@@ -42,10 +42,10 @@ from stages.train_student.checks import open_folder as open_training
 from stages.train_student.run import METRICS, read_metrics
 from stages.train_student.sampler import StepShape
 from stages.train_student.settings import TrainConfig
-from tests.evil import attempt, forgeries, put, tree
-from tests.helpers import run, tiny_tokenizer
-from tests.small import fake_manifest, make_corpus, random_sequences
-from tests.workers import run_worker
+from tests.support.evil import attempt, forgeries, put, tree
+from tests.support.helpers import run, tiny_tokenizer
+from tests.support.small import fake_manifest, make_corpus, random_sequences
+from tests.support.workers import run_worker
 
 SHAPE = StepShape(batch_size=1, accumulation=1, rank=0, world_size=1)
 MEMORY_MB = 300

@@ -23,7 +23,7 @@ from stages.cache_logits.teacher import Teacher
 from stages.cache_logits.transformers_engine import _batches
 from stages.cache_logits.vllm_engine import PROBE_TOKENS, _max_model_len, _skips_compilation, _tokens_in_flight
 from stages.cache_logits.vllm_plugin import FRONT_END, register
-from tests.small import llama_config, make_corpus, random_sequences
+from tests.support.small import llama_config, make_corpus, random_sequences
 from tests.test_cache_logits import assert_exact, settings
 from tests.test_loss import LargestTensor
 from tests.test_teachers import HEAD_ROWS, make_family

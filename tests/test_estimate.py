@@ -14,7 +14,7 @@ from pipeline.errors import ConfigError, CorpusError
 from stages.cache_logits.run import cache_logits
 from stages.estimate.run import Amount, ModelSize, estimate
 from stages.estimate.settings import EstimateConfig
-from tests.small import make_corpus, random_sequences
+from tests.support.small import make_corpus, random_sequences
 from tests.test_cache_logits import settings
 
 DEEPSEEK_67B = LlamaConfig(

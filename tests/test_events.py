@@ -15,9 +15,9 @@ from pipeline.runs.rank import Rank
 from pipeline.runs.status import StatusReader
 from pipeline.stores import object_store
 from pipeline.stores.numbered import list_names
-from tests.helpers import run, wait_until
+from tests.support.helpers import run, wait_until
+from tests.support.workers import ALONE, LEASE_S, end_of, new_cache, run_worker, start_worker, tiny_corpus
 from tests.test_workers import COUNT, AllergicEngine, HangingEngine, SlowEngine, assert_whole
-from tests.workers import ALONE, LEASE_S, end_of, new_cache, run_worker, start_worker, tiny_corpus
 
 ALL = 10_000
 

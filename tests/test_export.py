@@ -12,10 +12,10 @@ from pipeline.cache.commits import SHARDS, commit_path
 from pipeline.errors import CacheCorruptError, CacheIncompleteError, CacheMismatchError, ConfigError
 from pipeline.lifecycle.export import export_cache
 from pipeline.lifecycle.settings import ExportConfig
-from tests.helpers import run
-from tests.oracle import assert_within
-from tests.rounding import total_errors
-from tests.small import make_cache
+from tests.support.helpers import run
+from tests.support.oracle import assert_within
+from tests.support.rounding import total_errors
+from tests.support.small import make_cache
 
 
 @pytest.fixture(scope="module")

@@ -21,9 +21,9 @@ from pipeline.errors import ConfigError, PipelineError, fault_of_machine
 from pipeline.files import PARTIAL, held, publish_first
 from pipeline.stores.local_copies import copies_folder
 from pipeline.stores.sealed import write_json
-from tests.helpers import run, tiny_tokenizer
-from tests.small import assert_equal_caches, make_cache, make_corpus, random_sequences
-from tests.workers import new_cache, run_worker, tiny_corpus
+from tests.support.helpers import run, tiny_tokenizer
+from tests.support.small import assert_equal_caches, make_cache, make_corpus, random_sequences
+from tests.support.workers import new_cache, run_worker, tiny_corpus
 
 ROOT = Path(__file__).parent.parent
 WITHOUT_POWERS = ("setpriv", "--bounding-set=-all", "--inh-caps=-all")

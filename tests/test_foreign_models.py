@@ -23,9 +23,9 @@ from stages.cache_logits.run import cache_logits
 from stages.train_student.run import train_student
 from stages.train_student.settings import TrainConfig
 from stages.train_student.student import read_student
-from tests.helpers import Lines, tiny_tokenizer
-from tests.oracle import softmax
-from tests.small import CONTEXT, llama_config, make_cache, make_corpus, random_sequences, true_logits
+from tests.support.helpers import Lines, tiny_tokenizer
+from tests.support.oracle import softmax
+from tests.support.small import CONTEXT, llama_config, make_cache, make_corpus, random_sequences, true_logits
 from tests.test_cache_logits import assert_exact, capture, run_command, settings
 
 TEXT = {

@@ -15,7 +15,7 @@ from pipeline.cache.commits import SHARDS
 from pipeline.errors import CacheMismatchError
 from pipeline.formats.containers import CONTAINERS
 from pipeline.stores.sealed import read_json, write_json
-from tests.small import make_cache
+from tests.support.small import make_cache
 
 # The reader begins here and uses nothing of ours.
 

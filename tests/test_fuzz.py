@@ -10,7 +10,7 @@ from pipeline.cache.verify import verify_cache
 from pipeline.errors import CacheError
 from pipeline.formats.containers import CONTAINERS
 from pipeline.formats.layout import checksum_of
-from tests.small import make_cache, make_corpus, random_sequences
+from tests.support.small import make_cache, make_corpus, random_sequences
 
 
 def flip_bits(contents, random):

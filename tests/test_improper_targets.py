@@ -13,7 +13,7 @@ from pipeline.errors import EngineError
 from pipeline.targets import COLUMNS, improper, restricted
 from stages.cache_logits.fake_engine import fake_targets
 from stages.cache_logits.run import cache_logits
-from tests.small import llama_config, make_corpus, random_sequences
+from tests.support.small import llama_config, make_corpus, random_sequences
 from tests.test_cache_logits import run_command, settings
 
 

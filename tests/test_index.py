@@ -14,7 +14,7 @@ from pipeline.errors import CacheCorruptError, CacheError, CacheIncompleteError
 from pipeline.files import PARTIAL
 from pipeline.processes import owner_name
 from pipeline.stores.sealed import read_json, write_json
-from tests.small import make_cache
+from tests.support.small import make_cache
 
 
 @pytest.fixture

@@ -27,9 +27,9 @@ from pipeline.progress import Reporter
 from pipeline.stores.object_store import ObjectStore
 from pipeline.stores.store import Store
 from pipeline.submit import job_of
-from tests import leftovers
-from tests.helpers import wait_until
-from tests.launching import ROOT, run, small_job
+from tests.support import leftovers
+from tests.support.helpers import wait_until
+from tests.support.launching import ROOT, run, small_job
 
 
 def test_local_pool_survives_a_killed_worker(tmp_path):

@@ -17,9 +17,9 @@ from pipeline.launch.slurm import write_scripts
 from pipeline.stores.object_store import ObjectStore
 from pipeline.stores.patience import PATIENCE
 from pipeline.submit import job_of
-from tests.helpers import Lines, wait_until
-from tests.launching import ROOT, small_job
-from tests.workers import new_cache, run_worker, tiny_corpus
+from tests.support.helpers import Lines, wait_until
+from tests.support.launching import ROOT, small_job
+from tests.support.workers import new_cache, run_worker, tiny_corpus
 
 STORE = ObjectStore("s3://bucket/runs/cache")
 

@@ -8,15 +8,15 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests import leftovers
+from tests.support import leftovers
 
 ROOT = Path(__file__).parent.parent
 FAILING = '''
 import os, signal, subprocess, sys, time
 import pytest
-from tests.object_store import _processes
+from tests.support.object_store import _processes
 from tests.test_workers import COUNT, HangingEngine
-from tests.workers import new_cache, start_worker, tiny_corpus
+from tests.support.workers import new_cache, start_worker, tiny_corpus
 
 STUBBORN = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(1000)"
 

@@ -17,8 +17,8 @@ from stages.train_student.divergences import BUCKET_DIVERGENCES, DIVERGENCES
 from stages.train_student.loss import distillation_loss, fused_distillation_loss
 from stages.train_student.loss_settings import LossSettings
 from stages.train_student.tails import TAILS
-from stages.train_student.targets import DistillationTargets
-from tests.rounding import UNIT
+from stages.train_student.targets import DistillationTargets, TeacherTargets
+from tests.support.rounding import UNIT
 
 STORED_TAILS = tuple(name for name, tail in TAILS.items() if not tail.is_drawn)
 """Without draws, of which this file's cases have none."""
@@ -633,10 +633,12 @@ def test_a_step_on_a_gpu_waits_for_nothing_and_makes_nothing_elsewhere_or_in_flo
     is_drawn = TAILS[settings.tail].is_drawn
     targets = DistillationTargets(
         labels_M=teacher[:, 0].long(),
-        ids_MK=teacher.long(),
-        probs_MK=teacher,
-        tail_mass_M=teacher[:, 0],
-        entropy_M=teacher[:, 0] if is_drawn else None,
+        teacher=TeacherTargets(
+            ids_MK=teacher.long(),
+            probs_MK=teacher,
+            tail_mass_M=teacher[:, 0],
+            entropy_M=teacher[:, 0] if is_drawn else None,
+        ),
     )
     with Made() as made:
         out = distillation_loss(*leaves[:2], targets, settings, adapter=tuple(leaves[2:]))
@@ -671,7 +673,8 @@ def test_tensors_of_any_origin_are_waited_for_thrice_and_checked_targets_never()
             hidden, weight, labels, ids, probs, tail_mass, num_target_tokens=torch.tensor(6)
         ).loss
     assert waits.found == ["nonzero", "tolist", "__float__"]
-    targets = DistillationTargets(labels_M=labels, ids_MK=ids, probs_MK=probs, tail_mass_M=tail_mass)
+    teacher = TeacherTargets(ids_MK=ids, probs_MK=probs, tail_mass_M=tail_mass)
+    targets = DistillationTargets(labels_M=labels, teacher=teacher)
     with Waits() as waits:
         found = distillation_loss(hidden, weight, targets, LossSettings(vocab_size=17), num_target_tokens=6).loss
     assert waits.found == []
@@ -680,13 +683,14 @@ def test_tensors_of_any_origin_are_waited_for_thrice_and_checked_targets_never()
 
 def test_targets_go_through_a_batch_and_keep_their_rows():
     _, _, labels, ids, probs, tail_mass = make_case(ignored=())
-    targets = DistillationTargets(labels_M=labels, ids_MK=ids, probs_MK=probs, tail_mass_M=tail_mass)
+    teacher = TeacherTargets(ids_MK=ids, probs_MK=probs, tail_mass_M=tail_mass)
+    targets = DistillationTargets(labels_M=labels, teacher=teacher)
     again = DistillationTargets.of_batch({**targets.as_batch(), "input_ids": labels})
     assert list(targets.as_batch()) == ["shift_labels", "teacher_ids", "teacher_probs", "teacher_tail"]
     assert again == targets
     part = targets.rows(slice(1, 3)).to("cpu")
-    assert torch.equal(part.probs_MK, probs[1:3])
-    assert part.entropy_M is None
+    assert torch.equal(part.teacher.probs_MK, probs[1:3])
+    assert part.teacher.entropy_M is None
     assert len(part) == 2
 
 

@@ -17,8 +17,8 @@ from pipeline.lifecycle.merge import merge_caches
 from pipeline.lifecycle.settings import MergeConfig
 from pipeline.targets import reconstruction_errors
 from stages.cache_logits.fake_engine import fake_targets
-from tests.helpers import run
-from tests.small import contents_of, make_cache, make_corpus, random_sequences
+from tests.support.helpers import run
+from tests.support.small import contents_of, make_cache, make_corpus, random_sequences
 
 ROOT = Path(__file__).parent.parent
 SEQUENCES = random_sequences(40, 300, seed=5)
@@ -118,7 +118,7 @@ from pathlib import Path
 from sys import argv
 from pipeline.lifecycle.settings import MergeConfig
 from pipeline.lifecycle.merge import merge_caches
-from tests.crash import kill_everywhere
+from tests.support.crash import kill_everywhere
 config = MergeConfig(caches=(Path(argv[1]), Path(argv[2])), out=Path(argv[3]), workers=1)
 kill_everywhere(lambda: merge_caches(config))
 """

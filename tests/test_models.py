@@ -1,4 +1,4 @@
-"""Other people's checkpoints: whole ones load, and whatever would leave a model random in part is refused in one line."""
+"""Other people's checkpoints: whole ones load; what would leave a model random in part is refused in one line."""
 
 import json
 import shutil

@@ -23,10 +23,10 @@ from pipeline.processes import owner_name
 from pipeline.targets import SparseTargets
 from stages.cache_logits.engine import Request
 from stages.cache_logits.fake_engine import FakeEngine
-from tests.helpers import run
-from tests.object_store import put_cache
-from tests.small import assert_equal_caches, make_cache
-from tests.workers import new_cache, run_worker, tiny_corpus
+from tests.support.helpers import run
+from tests.support.object_store import put_cache
+from tests.support.small import assert_equal_caches, make_cache
+from tests.support.workers import new_cache, run_worker, tiny_corpus
 
 ROOT = Path(__file__).parent.parent
 DEAD = f"{owner_name().rpartition('.')[0]}.{2**22 + 1}"

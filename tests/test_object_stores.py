@@ -30,9 +30,9 @@ from stages.cache_logits.run import cache_logits
 from stages.cache_logits.settings import CacheConfig
 from stages.train_student.run import train_student
 from stages.train_student.settings import TrainConfig
-from tests import azurite
-from tests.object_store import capture_into, put_cache
-from tests.small import assert_equal_caches, fake_manifest, llama_config, make_cache
+from tests.support import azurite
+from tests.support.object_store import capture_into, put_cache
+from tests.support.small import assert_equal_caches, fake_manifest, llama_config, make_cache
 
 needs_azurite = pytest.mark.skipif(azurite.find() is None, reason="Azurite is not installed; `make slow` does it")
 

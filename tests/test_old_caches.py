@@ -1,7 +1,7 @@
 """Caches that earlier versions have written are read to the bit, and runs that they began go on.
 
-tests/data/caches_of_format_2.tar.xz was written by version 0.1.0 of November 2026 with the engine of tests/small.py: one
-corpus, five finished caches of it, a run of which a partition is done, one leased and one set aside, and in
+tests/data/caches_of_format_2.tar.xz was written by version 0.1.0 of November 2026 with FakeEngine: one corpus, five
+finished caches of it, a run of which a partition is done, one leased and one set aside, and in
 expected.json what that version read from the caches, as digests of every array.
 """
 
@@ -19,8 +19,8 @@ from pipeline.cache.manifest import CacheManifest
 from pipeline.corpus import Corpus
 from stages.cache_logits.capture import capture
 from stages.cache_logits.fake_engine import FakeEngine
-from tests.helpers import run
-from tests.small import assert_equal_caches
+from tests.support.helpers import run
+from tests.support.small import assert_equal_caches
 
 NAMES = ("arrow", "arrow-lossless-draws", "zarr-draws", "zarr-lossless", "zarr-draws-alone")
 

@@ -25,11 +25,11 @@ from pipeline.stores.object_store import ObjectStore
 from pipeline.stores.patience import PATIENCE
 from stages.train_student.run import train_student
 from stages.train_student.settings import TrainConfig
-from tests.helpers import run, wait_until
-from tests.object_store import put_cache
-from tests.small import assert_equal_caches, llama_config, make_cache
+from tests.support.helpers import run, wait_until
+from tests.support.object_store import put_cache
+from tests.support.small import assert_equal_caches, llama_config, make_cache
+from tests.support.workers import new_cache, run_worker, tiny_corpus
 from tests.test_workers import SlowEngine
-from tests.workers import new_cache, run_worker, tiny_corpus
 
 FOR_EVER = 10**9
 COUNT = 24

@@ -15,7 +15,7 @@ from pipeline.errors import ConfigError, CorpusError
 from stages.prepare import run
 from stages.prepare.run import prepare
 from stages.prepare.settings import PrepareConfig
-from tests.helpers import Lines, tiny_tokenizer
+from tests.support.helpers import Lines, tiny_tokenizer
 
 RECORD = b'{"text": "something to read"}\n'
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from stages.prepare.chat import ChatTemplate
 from stages.prepare.conversations import Refused, conversation_of
 from stages.prepare.tokens import Text, TextEncoder
-from tests.chat_templates import STYLES, Style, chat_tokenizer
+from tests.support.chat_templates import STYLES, Style, chat_tokenizer
 
 WORDS = [
     "Yes",

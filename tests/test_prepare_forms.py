@@ -19,8 +19,8 @@ from stages.prepare.forms import Completion, Undesirable, content_of, field_name
 from stages.prepare.needs import Needs
 from stages.prepare.run import prepare
 from stages.prepare.settings import PrepareConfig
-from tests.chat_templates import STYLES, chat_tokenizer
-from tests.helpers import Lines, tiny_tokenizer
+from tests.support.chat_templates import STYLES, chat_tokenizer
+from tests.support.helpers import Lines, tiny_tokenizer
 
 
 def corpus_of(

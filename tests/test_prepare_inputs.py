@@ -17,7 +17,7 @@ from stages.prepare.inputs import describe
 from stages.prepare.readers import read_records
 from stages.prepare.run import prepare
 from stages.prepare.settings import PrepareConfig
-from tests.helpers import Lines, tiny_tokenizer
+from tests.support.helpers import Lines, tiny_tokenizer
 
 RECORD = b'{"text": "something to read"}\n'
 

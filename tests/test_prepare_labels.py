@@ -12,8 +12,8 @@ from pipeline.errors import ConfigError, CorpusError
 from pipeline.tokenizer import load_tokenizer
 from stages.prepare.run import prepare
 from stages.prepare.settings import PrepareConfig
-from tests.chat_templates import STYLES, SYSTEM_FIRST, Style, chat_tokenizer
-from tests.helpers import BOS, EOS, Lines, tiny_tokenizer
+from tests.support.chat_templates import STYLES, SYSTEM_FIRST, Style, chat_tokenizer
+from tests.support.helpers import BOS, EOS, Lines, tiny_tokenizer
 
 
 def corpus_of(tmp_path: Path, records: list[dict[str, Any]], reporter: Any = None, **settings: Any) -> Corpus:

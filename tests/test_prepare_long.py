@@ -16,8 +16,8 @@ from pipeline.progress import Progress, Reporter
 from stages.prepare.run import prepare
 from stages.prepare.settings import PrepareConfig
 from stages.prepare.tokens import TextEncoder
-from tests.helpers import tiny_tokenizer
-from tests.vocabularies import KINDS, make_file
+from tests.support.helpers import tiny_tokenizer
+from tests.support.vocabularies import KINDS, make_file
 
 ROOT = Path(__file__).parent.parent
 SAMPLES = [path.read_text(encoding="utf-8") for path in sorted((ROOT / "data" / "samples").glob("*.txt"))]

@@ -18,7 +18,7 @@ from pipeline.errors import ConfigError, CorpusError, PipelineError
 from pipeline.tokenizer import load_tokenizer
 from stages.prepare.run import prepare
 from stages.prepare.settings import PrepareConfig
-from tests.helpers import BOS, CHAT_TEMPLATE, EOS, MARKED_CHAT_TEMPLATE, tiny_tokenizer
+from tests.support.helpers import BOS, CHAT_TEMPLATE, EOS, MARKED_CHAT_TEMPLATE, tiny_tokenizer
 
 SAMPLES = Path(__file__).parent.parent / "data" / "samples"
 TEXTS = [

@@ -8,8 +8,8 @@ import pytest
 
 from stages.prepare.run import prepare
 from stages.prepare.settings import PrepareConfig
-from tests.chat_templates import STYLES, chat_tokenizer
-from tests.helpers import run
+from tests.support.chat_templates import STYLES, chat_tokenizer
+from tests.support.helpers import run
 
 SAMPLES = Path(__file__).parent.parent / "data" / "samples"
 ESCAPE = re.compile(r"\x1b\[[0-9;]*m")

@@ -6,7 +6,7 @@ import pytest
 
 from pipeline import progress as module
 from pipeline.progress import Progress, Rate, TerminalReporter, _Lines, duration
-from tests.helpers import Lines
+from tests.support.helpers import Lines
 
 
 class Clock:

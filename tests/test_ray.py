@@ -12,8 +12,8 @@ import tempfile
 import psutil
 import pytest
 
-from tests.helpers import wait_until
-from tests.launching import ROOT, small_job
+from tests.support.helpers import wait_until
+from tests.support.launching import ROOT, small_job
 
 pytestmark = [
     pytest.mark.slow,

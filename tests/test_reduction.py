@@ -13,8 +13,8 @@ from stages.cache_logits.comparison import disagreement
 from stages.cache_logits.draws import reduce_rows
 from stages.cache_logits.engine import unpack
 from stages.cache_logits.reduction import Reduction
-from tests.oracle import assert_true_top_k, assert_within, entropy, softmax
-from tests.rounding import DEVIATIONS, UNIT, entropy_errors, prob_errors, ratio_errors
+from tests.support.oracle import assert_true_top_k, assert_within, entropy, softmax
+from tests.support.rounding import DEVIATIONS, UNIT, entropy_errors, prob_errors, ratio_errors
 
 
 def reduce(logits: torch.Tensor, labels: torch.Tensor, reduction: Reduction, ranks: int = 1) -> SparseTargets:

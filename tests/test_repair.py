@@ -15,8 +15,8 @@ from pipeline.cache.verify import verify_cache
 from pipeline.corpus import TOKENIZER
 from pipeline.errors import CacheIncompleteError
 from pipeline.stores.sealed import write_json
-from tests.helpers import run
-from tests.small import assert_equal_caches, make_cache, make_corpus, random_sequences
+from tests.support.helpers import run
+from tests.support.small import assert_equal_caches, make_cache, make_corpus, random_sequences
 
 
 def shard(folder: Path, partition: int) -> Path:

@@ -22,8 +22,8 @@ from stages.cache_logits.scoring import documents_of
 from stages.cache_logits.settings import CacheConfig
 from stages.prepare.run import prepare
 from stages.prepare.settings import PrepareConfig
-from tests.helpers import Lines, run, tiny_tokenizer
-from tests.small import (
+from tests.support.helpers import Lines, run, tiny_tokenizer
+from tests.support.small import (
     assert_equal_caches,
     contents_of,
     fake_manifest,

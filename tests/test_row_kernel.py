@@ -22,7 +22,7 @@ ROOT = Path(__file__).parent.parent
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed; `make slow` does it")
 def test_kernel_agrees_with_the_torch_path():
     """72 cases of every tail and every other divergence, and 4 of hard labels alone."""
-    command = [sys.executable, "-W", "ignore", "-m", "tests.kernel_rows"]
+    command = [sys.executable, "-W", "ignore", "-m", "tests.support.kernel_rows"]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     finished = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
     assert finished.returncode == 0, finished.stderr

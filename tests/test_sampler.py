@@ -11,7 +11,7 @@ from stages.train_student.dataset import CacheDataset, Collate
 from stages.train_student.loader import BatchLoader
 from stages.train_student.loss_settings import LossSettings
 from stages.train_student.sampler import Permutation, StepShape, StreamSampler
-from tests.small import make_cache
+from tests.support.small import make_cache
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 16, 17, 255, 256, 257, 4097])

@@ -15,8 +15,8 @@ from pipeline.stores.client import client
 from pipeline.stores.object_store import ObjectStore
 from pipeline.stores.places import store_of
 from stages.cache_logits.settings import CacheConfig
-from tests.helpers import run
-from tests.workers import new_cache, run_worker, tiny_corpus
+from tests.support.helpers import run
+from tests.support.workers import new_cache, run_worker, tiny_corpus
 
 PLANTED = "pl4nted+Secret/Value=="
 QUOTED = "pl4nted%2BSecret%2FValue%3D%3D"

@@ -15,7 +15,7 @@ from pipeline.errors import CacheCorruptError, CacheError, CacheIncompleteError,
 from pipeline.formats.containers import CONTAINERS
 from pipeline.formats.layout import checksum_of
 from stages.cache_logits.fake_engine import fake_targets
-from tests.small import make_cache
+from tests.support.small import make_cache
 from tests.test_format import read_by_the_book
 
 

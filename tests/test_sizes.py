@@ -27,7 +27,7 @@ from pipeline.formats.arrow import arrow_schema
 from pipeline.formats.containers import CONTAINERS, structure_of
 from pipeline.formats.zarr import bundle_shape, chunk_shape
 from pipeline.stores.sealed import read_json, write_json
-from tests.small import make_cache, make_corpus, random_sequences
+from tests.support.small import make_cache, make_corpus, random_sequences
 
 HUGE = 1 << 40
 
@@ -271,7 +271,7 @@ def test_what_promises_more_than_it_has_is_refused_in_little_memory(made, tmp_pa
     forge_arrow(forger, made)
     forge_documents(forger)
     sound = [made / "arrow", made / "zarr"]
-    command = [sys.executable, "-m", "tests.limited", *map(str, forger.caches + sound)]
+    command = [sys.executable, "-m", "tests.support.limited", *map(str, forger.caches + sound)]
     done = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True, timeout=120)
     found = {Path(line["folder"]).name: line for line in map(json.loads, done.stdout.splitlines())}
     assert len(found) == len(forger.caches) + 2, (len(found), forger.caches[len(found)], done.stderr[-2000:])

@@ -11,8 +11,8 @@ import psutil
 import pytest
 
 from pipeline.corpus import PARTITIONS
-from tests.launching import SmallJob, run, small_job
-from tests.slurm_cluster import SlurmCluster, why_not
+from tests.support.launching import SmallJob, run, small_job
+from tests.support.slurm_cluster import SlurmCluster, why_not
 
 GOING_ON = {"PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SIGNALING"}
 """States of a task that may still come to something."""

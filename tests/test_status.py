@@ -13,9 +13,9 @@ from pipeline.cli import main
 from pipeline.errors import PartitionsFailedError
 from pipeline.runs.rank import Rank
 from pipeline.runs.status import StatusReader, describe
-from tests.helpers import wait_until
+from tests.support.helpers import wait_until
+from tests.support.workers import end_of, new_cache, run_worker, start_worker, tiny_corpus
 from tests.test_workers import COUNT, AllergicEngine, HangingEngine
-from tests.workers import end_of, new_cache, run_worker, start_worker, tiny_corpus
 
 
 @pytest.fixture

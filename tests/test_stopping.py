@@ -15,8 +15,8 @@ from pipeline.cache.verify import verify_cache
 from pipeline.corpus import Corpus
 from pipeline.errors import fault_of_machine
 from pipeline.tokenizer import load_tokenizer
-from tests.helpers import tiny_tokenizer
-from tests.small import make_cache, make_corpus, random_sequences
+from tests.support.helpers import tiny_tokenizer
+from tests.support.small import make_cache, make_corpus, random_sequences
 
 ROOT = Path(__file__).parent.parent
 PIPELINE = [sys.executable, "-m", "pipeline.cli"]

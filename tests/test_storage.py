@@ -21,9 +21,9 @@ from pipeline.stores.object_store import ObjectStore
 from pipeline.stores.patience import PATIENCE
 from pipeline.stores.sealed import write_json
 from stages.train_student.settings import TrainConfig
-from tests.helpers import run
-from tests.object_store import capture_into, put_cache
-from tests.small import assert_equal_caches, make_cache
+from tests.support.helpers import run
+from tests.support.object_store import capture_into, put_cache
+from tests.support.small import assert_equal_caches, make_cache
 
 
 @pytest.fixture(scope="module")

@@ -21,10 +21,10 @@ from pipeline.runs.rank import Rank
 from pipeline.stores.numbered import list_names
 from pipeline.stores.patience import PATIENCE
 from stages.cache_logits.fake_engine import FakeEngine
-from tests.helpers import run, wait_until
-from tests.object_store import end_of_store_worker, start_store_worker
+from tests.support.helpers import run, wait_until
+from tests.support.object_store import end_of_store_worker, start_store_worker
+from tests.support.workers import ALONE, new_cache, run_worker, tiny_corpus
 from tests.test_workers import COUNT, AllergicEngine, HangingEngine, SlowEngine
-from tests.workers import ALONE, new_cache, run_worker, tiny_corpus
 
 LEASE_S = 4.0
 """A store's times are whole seconds."""

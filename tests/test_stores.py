@@ -16,7 +16,7 @@ from pipeline.stores.local_copies import COPIES
 from pipeline.stores.places import SCHEMES, store_of
 from pipeline.stores.sealed import read_json, write_json
 from pipeline.stores.store import Store
-from tests import azurite
+from tests.support import azurite
 
 needs_azurite = pytest.mark.skipif(azurite.find() is None, reason="Azurite is not installed; `make slow` does it")
 
@@ -28,7 +28,7 @@ def running_azurite():
 
 
 KINDS = {"local": [], "s3": [], "az": [pytest.mark.slow, needs_azurite]}
-"""Folders, which have no scheme, and schemes, one of every class in the table at least; with the marks of their tests."""
+"""Folders, which have no scheme, and at least a scheme of every class in the table; with the marks of their tests."""
 
 
 @pytest.fixture(params=[pytest.param(kind, marks=marks) for kind, marks in KINDS.items()])

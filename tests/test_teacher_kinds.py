@@ -4,9 +4,9 @@ import pytest
 from transformers.models.llama.modeling_llama import LlamaModel
 
 from pipeline.errors import EngineError
-from tests.helpers import tiny_tokenizer
-from tests.kinds import kind_model
-from tests.small import make_teacher
+from tests.support.helpers import tiny_tokenizer
+from tests.support.kinds import kind_model
+from tests.support.small import make_teacher
 from tests.test_cache_logits import assert_exact, capture, settings
 
 

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MixtralConfig,
+    Phi3Config,
     PreTrainedConfig,
     Qwen2Config,
     Qwen3Config,
@@ -26,11 +28,13 @@ from transformers import (
 
 from pipeline import open_cache
 from pipeline.corpus import Corpus, TokenSequence
+from pipeline.models import read_model
 from stages.cache_logits.run import cache_logits
 from stages.cache_logits.settings import CacheConfig
+from stages.cache_logits.teacher import Teacher, length_regime
 from stages.cache_logits.vllm_plugin import serving
-from tests.oracle import softmax
-from tests.small import CONTEXT, llama_config, make_corpus, make_teacher, random_sequences, true_logits
+from tests.support.oracle import softmax
+from tests.support.small import CONTEXT, llama_config, make_corpus, make_teacher, random_sequences, true_logits
 from tests.test_cache_logits import assert_exact, capture, settings
 
 HEAD_ROWS = 397
@@ -303,3 +307,25 @@ def document_logits(model: LlamaForCausalLM, sequence: TokenSequence) -> np.ndar
     documents = torch.tensor(sequence.token_ids).long().split(sequence.document_lengths.tolist())
     with torch.no_grad():
         return torch.cat([model(ids[None]).logits[0] for ids in documents])[sequence.target_positions].numpy()
+
+
+@pytest.mark.parametrize(("longest", "regime"), [(32, ""), (33, "with the rope factors of texts above 32 tokens")])
+def test_what_the_longest_sequence_changes_of_the_others_is_part_of_the_teacher(tmp_path, longest, regime):
+    """vLLM takes the long factors for all texts or for none."""
+    factors = {"short_factor": [1.0] * 16, "long_factor": [2.0] * 16, "rope_theta": 1e4, "rope_type": "longrope"}
+    config = Phi3Config(
+        **{"vocab_size": 300, "hidden_size": 64, "num_attention_heads": 2, "pad_token_id": 0},
+        **{"max_position_embeddings": 128, "original_max_position_embeddings": 32, "rope_parameters": factors},
+    )
+    config.architectures = ["Phi3ForCausalLM"]
+    config.save_pretrained(tmp_path)
+    model = read_model(tmp_path)
+    assert length_regime(model, longest) == regime
+    teacher = Teacher(model=model, vocab_size=300, dtype="float32", quantization="none", length_regime=regime)
+    with patch("stages.cache_logits.teacher.hash_weights", return_value="0"):
+        assert teacher.identity().get("length_regime", "") == regime
+
+
+def test_length_changes_nothing_for_most(tmp_path):
+    llama_config(300).save_pretrained(tmp_path)
+    assert length_regime(read_model(tmp_path), 90) == ""

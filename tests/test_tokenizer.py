@@ -15,8 +15,8 @@ from pipeline.corpus import Corpus
 from pipeline.errors import ConfigError
 from pipeline.probe import heard
 from pipeline.tokenizer import identify, load_tokenizer, misreading, save_tokenizer
-from tests.helpers import BOS, EOS, run, tiny_tokenizer
-from tests.vocabularies import KINDS, LOSSLESS, make_file
+from tests.support.helpers import BOS, EOS, run, tiny_tokenizer
+from tests.support.vocabularies import KINDS, LOSSLESS, make_file
 
 TEXTS = (
     "def add(first: int) -> int:\n\treturn  first\n",

@@ -20,7 +20,7 @@ from stages.train_student.schedules import ALPHA_SCHEDULES, SCHEDULES
 from stages.train_student.settings import TrainConfig
 from stages.train_student.shardings import SHARDINGS
 from stages.train_student.tails import TAILS
-from tests.small import llama_config, make_cache
+from tests.support.small import llama_config, make_cache
 
 SHAPE = StepShape(batch_size=8, accumulation=1, rank=0, world_size=1)
 

@@ -20,9 +20,9 @@ from stages.train_student.loss_settings import LossSettings
 from stages.train_student.run import train_student
 from stages.train_student.settings import TrainConfig
 from stages.train_student.targets import DistillationTargets
-from tests.kinds import APART, MIXED, kind_model, kind_student
-from tests.oracle import softmax
-from tests.small import make_cache, true_logits
+from tests.support.kinds import APART, MIXED, kind_model, kind_student
+from tests.support.oracle import softmax
+from tests.support.small import make_cache, true_logits
 
 VOCAB = 90
 LENGTHS = (13, 19, 5)

@@ -21,8 +21,8 @@ from stages.train_student.routers import router_loss
 from stages.train_student.run import train_student
 from stages.train_student.settings import TrainConfig
 from stages.train_student.targets import DistillationTargets
-from tests.kinds import kind_model, kind_student
-from tests.small import make_cache
+from tests.support.kinds import kind_model, kind_student
+from tests.support.small import make_cache
 from tests.test_train_documents import Notes
 
 VOCAB = 90
@@ -51,7 +51,7 @@ def logits_of(model, batch):
 
 @pytest.mark.parametrize("kind", ["qwen3_moe", "gpt_oss", "llama4_text", "deepseek_v3", "gpt2"])
 def test_adapted_experts_train_as_in_the_merged_model(cache, batch, kind):
-    """In float64: values of the merged weights; gradients of the factors from the dense formula on the model's logits."""
+    """In float64: values of the merged weights; gradients of the factors by the dense formula on the model's logits."""
     model = kind_model(kind, vocab_of(cache), dtype="float64")
     base, settings = model, LossSettings(vocab_size=vocab_of(cache))
     targets = DistillationTargets.of_batch(batch)
@@ -215,7 +215,7 @@ def read_log(config):
 
 
 def test_parameters_without_a_gradient_are_named_once_after_the_first_steps():
-    """One that gets its first gradient later, as an expert may, is none of them; nor is the first factor of an adapter."""
+    """One that gets its first gradient later, as an expert may, is none of them, nor is an adapter's first factor."""
     model = torch.nn.ModuleDict({"used": torch.nn.Linear(3, 3), "late": torch.nn.Linear(3, 3, bias=False)})
     model["never"], model["lora_A"] = torch.nn.Linear(2, 2, bias=False), torch.nn.Linear(2, 2, bias=False)
     watch, said = GradientWatch(), []
@@ -226,7 +226,8 @@ def test_parameters_without_a_gradient_are_named_once_after_the_first_steps():
         said.append(watch.look(model, 100, lambda flags: flags))
     assert [note is not None for note in said] == [step == WATCHED_STEPS - 1 for step in range(WATCHED_STEPS + 2)]
     assert said[WATCHED_STEPS - 1] == (
-        "1 of 4 trained parameters, 16.00% of their weights, got no gradient in 5 steps: never.weight; nothing trains them."
+        "1 of 4 trained parameters, 16.00% of their weights, got no gradient in 5 steps: never.weight; "
+        "nothing trains them."
     )
 
 

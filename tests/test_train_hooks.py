@@ -18,8 +18,8 @@ from stages.train_student.loss_settings import LossSettings
 from stages.train_student.run import train_student
 from stages.train_student.settings import TrainConfig
 from stages.train_student.trainer import DistillationTrainer, _StepHooks
-from tests.kinds import kind_model
-from tests.small import llama_config, make_cache
+from tests.support.kinds import kind_model
+from tests.support.small import llama_config, make_cache
 
 
 @pytest.fixture(scope="module")

@@ -23,9 +23,9 @@ from stages.train_student.settings import TrainConfig
 from stages.train_student.student import read_student
 from stages.train_student.tails import TAILS
 from stages.train_student.targets import DistillationTargets
-from tests.helpers import tiny_tokenizer
-from tests.oracle import softmax
-from tests.small import llama_config, make_cache, true_logits
+from tests.support.helpers import tiny_tokenizer
+from tests.support.oracle import softmax
+from tests.support.small import llama_config, make_cache, true_logits
 
 SMALL = {
     "hidden_size": 64,
@@ -251,7 +251,8 @@ def test_calibration_error_of_known_confidences():
             logits_MV,
             torch.eye(3, dtype=torch.float64),
             adapter=None,
-            targets=DistillationTargets(labels_M=labels, ids_MK=ids),
+            labels_M=labels,
+            ids_MK=ids,
             teachers={1.0: teacher},
             settings=LossSettings(vocab_size=3),
         )

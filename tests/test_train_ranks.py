@@ -17,8 +17,8 @@ from pipeline.errors import ConfigError
 from pipeline.settings import resolved
 from stages.train_student.run import train_student
 from stages.train_student.settings import TrainConfig
-from tests.kinds import kind_student
-from tests.small import llama_config, make_cache
+from tests.support.kinds import kind_student
+from tests.support.small import llama_config, make_cache
 
 ROOT = Path(__file__).parent.parent
 UNITS = ["FSDPLlamaForCausalLM", "FSDPEmbedding", *["FSDPLlamaDecoderLayer"] * 2, "FSDPLlamaRMSNorm", "FSDPLinear"]
@@ -69,7 +69,7 @@ def launch(config, *what_happens):
     path = config.out.with_suffix(".yaml")
     path.write_text(json.dumps(resolved(config)))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*launcher, "-m", "tests.ranks", str(path), *map(str, what_happens)]
+    command = [*launcher, "-m", "tests.support.ranks", str(path), *map(str, what_happens)]
     finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     return finished.returncode, finished.stderr
 
@@ -82,7 +82,7 @@ def trajectory(config):
 
 
 def parameters(config):
-    """What tests.ranks saw of the model, and the types of what its loss was computed from."""
+    """What tests.support.ranks saw of the model, and the types of what its loss was computed from."""
     found = json.loads((config.out / "parameters.json").read_text())
     return found, {name: kind.removeprefix("torch.") for name, kind in found.pop("loss_of").items()}
 

@@ -19,7 +19,7 @@ from stages.train_student.run import train_student
 from stages.train_student.sampler import StepShape, StreamSampler
 from stages.train_student.settings import TrainConfig
 from stages.train_student.trainer import DistillationTrainer
-from tests.small import llama_config, make_cache
+from tests.support.small import llama_config, make_cache
 
 LAYERS, STEPS = 2, 6
 

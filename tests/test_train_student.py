@@ -33,8 +33,8 @@ from stages.train_student.progress import ReportProgress
 from stages.train_student.run import train_student
 from stages.train_student.settings import TrainConfig
 from stages.train_student.trainer import DistillationTrainer
-from tests.helpers import Lines, tiny_tokenizer, wait_until
-from tests.small import llama_config, make_cache
+from tests.support.helpers import Lines, tiny_tokenizer, wait_until
+from tests.support.small import llama_config, make_cache
 
 ROOT = Path(__file__).parent.parent
 

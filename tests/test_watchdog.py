@@ -23,10 +23,10 @@ from stages.cache_logits.watched_engine import WatchedEngine
 from stages.train_student.dataset import CacheDataset
 from stages.train_student.run import train_student
 from stages.train_student.settings import TrainConfig
-from tests.helpers import Lines
-from tests.small import llama_config, make_cache, make_corpus, random_sequences
+from tests.support.helpers import Lines
+from tests.support.small import llama_config, make_cache, make_corpus, random_sequences
+from tests.support.workers import end_of, new_cache, run_worker, tiny_corpus
 from tests.test_cache_logits import run_command, settings, wait_for_commits
-from tests.workers import end_of, new_cache, run_worker, tiny_corpus
 
 STALL_S = 0.4
 

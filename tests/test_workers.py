@@ -18,8 +18,8 @@ from pipeline.runs.failures import FAILURES, list_failures, read_failure
 from pipeline.runs.leases import LEASES, Leases
 from pipeline.runs.rank import Rank, rank_from_environment
 from stages.cache_logits.fake_engine import FakeEngine
-from tests.helpers import wait_until
-from tests.workers import end_of, new_cache, run_worker, start_worker, tiny_corpus
+from tests.support.helpers import wait_until
+from tests.support.workers import end_of, new_cache, run_worker, start_worker, tiny_corpus
 
 ROOT = Path(__file__).parent.parent
 COUNT = 24

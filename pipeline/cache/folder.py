@@ -138,8 +138,8 @@ def _require_free(place: Store) -> None:
     """Raise CacheMismatchError if something else is there."""
     foreign = [name for name in place.names() if name != TOKENIZER or place.path is not None]
     if (foreign or place.is_file()) and not (place / MANIFEST).is_file():  # another process may just have made it
-        what = f"holds no cache but {short(foreign[0], quoted=False)}" if foreign else "is a file"
-        raise CacheMismatchError(f"{place}: {what}; choose another --out or empty it.")
+        what = f" but {short(foreign[0], quoted=False)}" if foreign else ""
+        raise CacheMismatchError(f"{place}: exists and holds no cache{what}; choose another --out or empty it.")
 
 
 def _fill(folder: Store, manifest: CacheManifest, tokenizer: Path) -> None:

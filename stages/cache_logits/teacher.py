@@ -15,6 +15,9 @@ from pipeline.vocabulary import difference_in_use, extra_tokens
 from pipeline.weights import common_pattern, hash_config, hash_weights, named, weight_files
 from stages.cache_logits.settings import TeacherConfig
 
+LLAMA4_BEGINS, LLAMA4_TUNED = 8192, 32_768
+"""Tokens from which on Llama 4's attention has a temperature, and above which vLLM has it."""
+
 
 class Scored(Protocol):
     """What a teacher is held against: the manifest of a corpus, or of a cache for an audit of it."""
@@ -43,6 +46,8 @@ class Teacher:
     """Shell pattern of the files that hold the weights, where one finds them and no others."""
     left_out: tuple[str, ...] = ()
     """Tensors in these files that are no part of the model."""
+    length_regime: str = ""
+    """How the engine computes all sequences because the longest is as long as it is; empty if that changes nothing."""
     notes: tuple[str, ...] = ()
     """What a user should know of it."""
 
@@ -69,7 +74,8 @@ class Teacher:
             "head_dtype": "float32",
             "quantization": self.quantization,
         }
-        return identity | ({"trust_remote_code": True} if self.model.trust_remote_code else {})
+        more = {"trust_remote_code": True} if self.model.trust_remote_code else {}
+        return identity | more | ({"length_regime": self.length_regime} if self.length_regime else {})
 
 
 def read_teacher(
@@ -86,6 +92,13 @@ def read_teacher(
     left_out = model.require_weights()
     if left_out:
         notes.append(f"{folder}: {named(left_out)}: no part of the teacher, left out.")
+    regime = length_regime(model, scored.sequence_length) if config.engine == "vllm" else ""
+    if regime:
+        notes.append(
+            f"{folder}: since the longest sequence has {scored.sequence_length} tokens, vLLM computes all of them "
+            f"{regime}, and transformers, with which a student is trained, does not; another --sequence-length of "
+            "`pipeline prepare`, or --engine transformers, makes them equal."
+        )
     teacher = Teacher(
         model=model,
         vocab_size=min(scored.tokenizer.vocab_size, model.vocab_size),
@@ -93,6 +106,7 @@ def read_teacher(
         quantization=config.quantization or model.quantization,
         weight_pattern=common_pattern(weight_files(folder)),
         left_out=tuple(left_out),
+        length_regime=regime,
         notes=tuple(notes),
     )
     if teacher.dtype not in COMPUTED_IN:
@@ -105,6 +119,23 @@ def read_teacher(
             f"{model.context_length}; prepare again with --sequence-length {model.context_length} or less."
         )
     return teacher
+
+
+def length_regime(model: ModelFolder, longest: int) -> str:
+    """How vLLM computes every sequence, short ones too, because the longest has so many tokens; empty: as any other.
+
+    Read in vLLM 0.32: phi3_long_rope_scaled_rope.py takes one set of factors for an engine, by its `max_model_len`,
+    where transformers takes one a sequence; llama4.py tunes the attention's temperature from 32,768 tokens on, and
+    transformers from the first position at which it is not 1.
+    """
+    rope = model.attribute("rope_parameters") or model.attribute("rope_scaling") or {}
+    original = model.attribute("original_max_position_embeddings") or rope.get("original_max_position_embeddings")
+    if rope.get("rope_type", rope.get("type")) == "longrope" and original and longest > original:
+        return f"with the rope factors of texts above {original} tokens"
+    begins = model.attribute("floor_scale") or LLAMA4_BEGINS
+    if "Llama4" in model.text_architecture and begins < longest <= LLAMA4_TUNED:
+        return f"without the temperature of attention above {begins:g} tokens"
+    return ""
 
 
 def _as_vllm_reads_it(folder: Path, trust_remote_code: bool) -> Any:

@@ -1,8 +1,9 @@
 """The fused loss against the dense formula, on a few rows of the model's own logits, where the model is trained.
 
-The value finds an architecture that does to its logits what the fused loss does not know, and a head hook that is not in
-use. The gradients, of the same rows in the training's own types and by the kernel that trains, are held against dense
-ones of hidden states, of an adapter of the head, and of rows of the head; what the body makes of them is autograd's.
+The value finds an architecture that does to its logits what the fused loss does not know, and a head hook that is not
+in use. The gradients, of the same rows in the training's own types and by the kernel that trains, are held against
+dense ones of hidden states, of an adapter of the head, and of rows of the head; what the body makes of them is
+autograd's.
 
 Shapes: M target rows, V the vocabulary, H hidden size.
 """
@@ -25,7 +26,7 @@ from stages.train_student.loss_settings import LossSettings
 from stages.train_student.routers import RouterLoss
 from stages.train_student.row_loss import bucket_divergence
 from stages.train_student.row_targets import make_row_targets
-from stages.train_student.targets import DistillationTargets
+from stages.train_student.targets import DistillationTargets, TeacherTargets
 
 ROWS = 8
 HEAD_ROWS = 64
@@ -104,7 +105,7 @@ def _require_values(
     settings: LossSettings,
     router: RouterLoss | None,
 ) -> None:
-    balance = 0.0 if out.router_loss is None else router.weight * out.router_loss
+    balance = 0.0 if router is None or out.router_loss is None else router.weight * out.router_loss
     fused = (out.loss - balance).item()
     dense = dense_loss(logits_MV.double(), targets, settings).item()
     allowed = TOLERANCE * max(1.0, abs(dense))
@@ -140,8 +141,8 @@ def _require_gradients(
             hidden, weight = (factor.to(grad_logits_MV.dtype) for factor in rounded[pair : pair + 2])
             weight = weight[: settings.vocab_size]
             _compare(model, f"hidden states of the {name}", found[pair], grad_logits_MV, weight, dtype)
-            if found[pair + 1] is not None:
-                _compare(model, name, found[pair + 1][rows], grad_logits_MV[:, rows].T, hidden, dtype)
+            if (weight_gradient := found[pair + 1]) is not None:
+                _compare(model, name, weight_gradient[rows], grad_logits_MV[:, rows].T, hidden, dtype)
 
 
 def _fused_gradients(
@@ -160,7 +161,8 @@ def _fused_gradients(
 def _dense_gradient(factors: list[Tensor], targets: DistillationTargets, settings: LossSettings) -> Tensor:
     """[M, V]: of the dense loss with respect to the products of the factors; float32, or float64 for float64 ones."""
     products = dataclasses.replace(settings, logit_scale=1.0, logit_softcap=None)
-    logits_MV = head_logits(*factors[:2], tuple(factors[2:]) or None, products)
+    hidden_MH, weight_VH, *adapter = factors
+    logits_MV = head_logits(hidden_MH, weight_VH, tuple(adapter) or None, products)
     with torch.enable_grad():
         leaf = logits_MV.double().requires_grad_()
         scaled = settings.logit_scale * leaf
@@ -171,7 +173,12 @@ def _dense_gradient(factors: list[Tensor], targets: DistillationTargets, setting
 
 def _head_rows(targets: DistillationTargets, vocab_size: int) -> Tensor:
     spread = torch.linspace(0, vocab_size - 1, HEAD_ROWS, device=targets.labels_M.device).long()
-    return torch.cat([targets.labels_M, targets.ids_MK.flatten(), spread]).unique()
+    return torch.cat([targets.labels_M, _teacher(targets).ids_MK.flatten(), spread]).unique()
+
+
+def _teacher(targets: DistillationTargets) -> TeacherTargets:
+    assert targets.teacher is not None  # a batch of a cache has one
+    return targets.teacher
 
 
 def _compare(model: Any, name: str, found: Tensor, left: Tensor, right: Tensor, dtype: torch.dtype) -> None:
@@ -182,8 +189,8 @@ def _compare(model: Any, name: str, found: Tensor, left: Tensor, right: Tensor, 
     if not (off <= allowed * sizes).item():
         raise PipelineError(
             f"{type(model).__name__}: the fused loss has another gradient for the {name} than the dense formula: they "
-            f"differ by {(off / sizes).item():.2g} of the terms, rounding explains {allowed:.2g}. The loss of this device "
-            f"({found.device.type}) would train towards something else; `python -m pytest tests/test_loss.py "
+            f"differ by {(off / sizes).item():.2g} of the terms, rounding explains {allowed:.2g}. The loss of this "
+            f"device ({found.device.type}) would train towards something else; `python -m pytest tests/test_loss.py "
             "tests/test_row_kernel.py` tells more."
         )
 
@@ -192,7 +199,7 @@ def dense_loss(logits_NV: Tensor, targets: DistillationTargets, settings: LossSe
     """(1 - alpha) CE + alpha T^2 D by dense log-softmaxes in the logits' own type; a mean over the rows."""
     temperature, alpha = settings.temperature, settings.alpha
     cross_entropy_N = -torch.log_softmax(logits_NV, 1).gather(1, targets.labels_M[:, None]).squeeze(1)
-    rows = make_row_targets(targets, settings, logits_NV.dtype)
+    rows = make_row_targets(_teacher(targets), settings, logits_NV.dtype)
     log_q_NV = torch.log_softmax(logits_NV / temperature, 1)
     entries_NK = log_q_NV.gather(1, rows.ids_NK)
     is_stored_NV = torch.zeros_like(log_q_NV, dtype=torch.bool).scatter_(1, rows.ids_NK, True)

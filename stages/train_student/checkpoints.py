@@ -84,8 +84,8 @@ def whole_or_gone(folder: Path) -> Iterator[None]:
             raise
         shutil.rmtree(folder, ignore_errors=True)
         raise PipelineError(
-            f"{folder}: cannot be written: {' '.join(reason.split())} The checkpoint before is whole: make room, and run "
-            "the same command again."
+            f"{folder}: cannot be written: {' '.join(reason.split())} The checkpoint before is whole: make room, and "
+            "run the same command again."
         ) from error
 
 

@@ -37,8 +37,8 @@ def require_targets(config: TrainConfig, manifest: CacheManifest) -> None:
         raise ConfigError(f"{config.cache}: holds draws alone (top_k is 0); take --tail sampled, not {config.tail!r}.")
     if manifest.top_k > 0 and config.tail == "sampled":
         raise ConfigError(
-            f"{config.cache}: holds the top {manifest.top_k} and draws from the rest alone; take --tail hybrid, or cache "
-            "again with --top-k 0 for 'sampled'."
+            f"{config.cache}: holds the top {manifest.top_k} and draws from the rest alone; take --tail hybrid, or "
+            "cache again with --top-k 0 for 'sampled'."
         )
     if config.tail in DRAWN_TAILS and config.temperature != manifest.draw_temperature:
         drawn = "no draws" if manifest.draw_temperature is None else f"draws at T={manifest.draw_temperature:g} alone"

@@ -4,7 +4,7 @@ Shapes: B sequences of a batch, S their padded length, M target tokens of the wh
 K stored entries.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +18,7 @@ from pipeline.formats.layout import CachedSequence
 from pipeline.targets import SparseTargets, restricted
 from stages.train_student.loss_settings import LossSettings
 from stages.train_student.tails import DRAWN_TAILS
-from stages.train_student.targets import DistillationTargets, require_values
+from stages.train_student.targets import DistillationTargets, TeacherTargets, require_values
 
 
 class CacheDataset(Dataset[CachedSequence]):
@@ -85,10 +85,12 @@ class Collate:
             entropy = torch.from_numpy(np.concatenate([teacher.entropy(temperature) for teacher in teachers]))
         targets = DistillationTargets(
             labels_M=_int64(np.concatenate(labels)),
-            ids_MK=_int64(ids),
-            probs_MK=torch.from_numpy(probs),
-            tail_mass_M=torch.from_numpy(np.concatenate([teacher.tail_mass(temperature) for teacher in teachers])),
-            entropy_M=entropy,
+            teacher=TeacherTargets(
+                ids_MK=_int64(ids),
+                probs_MK=torch.from_numpy(probs),
+                tail_mass_M=torch.from_numpy(np.concatenate([teacher.tail_mass(temperature) for teacher in teachers])),
+                entropy_M=entropy,
+            ),
         )
         require_values(targets, self._settings.vocab_size)
         return targets
@@ -103,7 +105,7 @@ class Collate:
         return np.where((probs > 0) | (np.arange(ids.shape[1]) < targets.top_k), ids, ids[:, :1]), probs
 
 
-def stack_rows(rows: Sequence[tuple[np.ndarray, Sequence[int]]]) -> tuple[Tensor, Tensor]:
+def stack_rows(rows: Sequence[tuple[np.ndarray, Iterable[int]]]) -> tuple[Tensor, Tensor]:
     """input_ids and position_ids, int64 [B, S], of rows of token ids and the lengths of their documents.
 
     Padding is a document of its own behind the others, without targets.

@@ -61,8 +61,7 @@ def _one_by_one(
     """
     tokens = input_ids.flatten()
     starts, lengths = _documents(position_ids, target_rows)
-    hidden = None
-    unused = []
+    rows, hidden, unused = [], [], []
     routers: list[tuple[Tensor, ...]] = []
     is_sharded = any(isinstance(module, FSDPModule) for module in body.modules())
     for chosen in _length_classes(lengths, input_ids.shape[1]):
@@ -78,12 +77,13 @@ def _one_by_one(
         if not chosen:
             unused.append(out.last_hidden_state.sum())
             continue
-        if hidden is None:
-            hidden = out.last_hidden_state.new_zeros(tokens.numel(), out.last_hidden_state.shape[-1])
-        hidden = hidden.index_put((rows_BS[is_real_BS],), out.last_hidden_state[is_real_BS])
+        rows.append(rows_BS[is_real_BS])
+        hidden.append(out.last_hidden_state[is_real_BS])
         is_real = is_real_BS.flatten()
         routers.append(tuple(logits.reshape(-1, logits.shape[-1])[is_real] for logits in _routers(out, settings)))
-    hidden_MH = hidden[target_rows]
+    hidden_NH = torch.cat(hidden)
+    places = torch.zeros_like(tokens).index_put_((torch.cat(rows),), torch.arange(len(hidden_NH), device=tokens.device))
+    hidden_MH = hidden_NH[places[target_rows]]
     for value in unused:
         hidden_MH = hidden_MH + 0 * value
     return BodyOutput(hidden_MH, tuple(torch.cat(layer) for layer in zip(*routers)))
@@ -94,7 +94,7 @@ def _routers(out: Any, settings: dict[str, Any]) -> tuple[Tensor, ...]:
 
 
 def _documents(position_ids: Tensor, target_rows: Tensor) -> tuple[list[int], list[int]]:
-    """First tokens, in the flattened batch, and lengths of the documents that hold target rows; of the first if none do."""
+    """First tokens, in the flattened batch, and lengths of the documents with target rows; of the first if none do."""
     is_first = position_ids.flatten() == 0
     document_of = is_first.cumsum(0) - 1
     starts = is_first.nonzero().squeeze(1)

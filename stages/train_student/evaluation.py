@@ -22,7 +22,6 @@ from torch import Tensor
 
 from stages.train_student.dataset import CacheDataset, Collate
 from stages.train_student.loss_settings import LossSettings
-from stages.train_student.targets import DistillationTargets
 
 BINS = 15
 CHUNK_BYTES = 64 * 2**20
@@ -65,7 +64,8 @@ class Evaluation:
             teachers[temperature] = (probs.to(trainer.args.device), tail.to(trainer.args.device))
         measure = functools.partial(
             measure_rows,
-            targets=DistillationTargets.of_batch(batch),
+            labels_M=batch["shift_labels"],
+            ids_MK=batch["teacher_ids"],
             teachers=teachers,
             settings=self._settings,
         )
@@ -79,7 +79,8 @@ def measure_rows(
     weight_VH: Tensor,
     *,
     adapter: tuple[Tensor, Tensor] | None,
-    targets: DistillationTargets,
+    labels_M: Tensor,
+    ids_MK: Tensor,
     teachers: dict[float, tuple[Tensor, Tensor]],
     settings: LossSettings,
 ) -> dict[str, Tensor]:
@@ -91,7 +92,7 @@ def measure_rows(
             chunk = slice(start, start + rows)
             logits_CV = head_logits(hidden_MH[chunk], weight_VH, _rows_of(adapter, chunk), settings)
             given = {T: (probs[chunk], tail[chunk]) for T, (probs, tail) in teachers.items()}
-            for name, value in _chunk_sums(logits_CV, targets.labels_M[chunk], targets.ids_MK[chunk], given).items():
+            for name, value in _chunk_sums(logits_CV, labels_M[chunk], ids_MK[chunk], given).items():
                 totals[name] = totals.get(name, 0) + value
     return totals
 

@@ -24,8 +24,8 @@ def write_student(
 ) -> None:
     """The student with its adapters merged, and its tokenizer; called on every rank, written by the first.
 
-    It stops to write at `end_token_ids`, if there are any. Sharded parameters are gathered on its CPU and put into what `fresh_model()` gives. The config, without which
-    nothing loads the folder, comes last.
+    It stops to write at `end_token_ids`, if there are any. Sharded parameters are gathered on its CPU and put into what
+    `fresh_model()` gives. The config, without which nothing loads the folder, comes last.
     """
     if trainer.is_fsdp_enabled:
         state = _gathered(trainer.model)
@@ -45,8 +45,8 @@ def write_student(
         save_tokenizer(tokenizer, Path(scratch), trust_remote_code=config.trust_remote_code)
         if problem := misreading(Path(scratch), trust_remote_code=config.trust_remote_code):
             reporter.note(
-                f"{folder}: load this tokenizer with PreTrainedTokenizerFast: the class that AutoTokenizer takes for the "
-                f"student's kind of model reads otherwise: {problem}"
+                f"{folder}: load this tokenizer with PreTrainedTokenizerFast: the class that AutoTokenizer takes for "
+                f"the student's kind of model reads otherwise: {problem}"
             )
         for path in sorted(Path(scratch).iterdir(), key=lambda path: path.name == "config.json"):
             publish(path, folder / path.name)

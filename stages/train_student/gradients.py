@@ -44,8 +44,8 @@ class GradientWatch:
         more = f" and {len(kinds) - SHOWN} kinds more" if len(kinds) > SHOWN else ""
         size = sum(trained[name].numel() for name in self._silent) / sum(p.numel() for p in trained.values())
         return (
-            f"{len(self._silent)} of {len(trained)} trained parameters, {size:.2%} of their weights, got no gradient in "
-            f"{self._steps} steps: {named}{more}; nothing trains them."
+            f"{len(self._silent)} of {len(trained)} trained parameters, {size:.2%} of their weights, got no gradient "
+            f"in {self._steps} steps: {named}{more}; nothing trains them."
         )
 
 

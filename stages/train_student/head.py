@@ -20,7 +20,7 @@ from stages.train_student.documents import target_hidden
 from stages.train_student.loss import DistillationLoss, distillation_loss
 from stages.train_student.loss_settings import LossSettings
 from stages.train_student.routers import RouterLoss
-from stages.train_student.targets import COLUMNS, DistillationTargets
+from stages.train_student.targets import LABELS, TEACHER_COLUMNS, DistillationTargets
 
 OTHER_COLUMNS = ("labels",)
 """Of a batch, beside those that are targets: for the Trainer alone."""
@@ -36,16 +36,16 @@ class DistillationOutput(ModelOutput):
     cross_entropy: Tensor | None = None
     kl: Tensor | None = None
     router_loss: Tensor | None = None
-    """Of a mixture of experts, its share of the step; in `loss` times its weight. None where nothing balances routers."""
+    """Of a mixture of experts, its share of the step; in `loss` times its weight. None if nothing balances routers."""
 
 
 def attach_fused_loss(model: PreTrainedModel, settings: LossSettings, router: RouterLoss | None = None) -> None:
     """Make `model(**batch)` of a batch by `dataset.Collate` return a DistillationOutput.
 
     `num_items_in_batch` is the number of target tokens of the whole step, over all micro-batches
-    and ranks; without it the mean is over the batch. With `measure`, a HeadFunction, what it makes of the target rows is
-    returned instead. With the model's attribute `one_by_one` set, every document is computed as a row of its own. Raises
-    ConfigError for a head with a bias.
+    and ranks; without it the mean is over the batch. With `measure`, a HeadFunction, what it makes of the target rows
+    is returned instead. With the model's attribute `one_by_one` set, every document is computed as a row of its own.
+    Raises ConfigError for a head with a bias.
     """
     head = model.get_output_embeddings()
     if getattr(head, "bias", None) is not None:
@@ -64,8 +64,9 @@ def token_loss(
     """The loss of the target tokens, to be computed in the head's forward."""
 
     def loss(hidden_MH: Tensor, weight_VH: Tensor, *, adapter: tuple[Tensor, Tensor] | None) -> DistillationLoss:
-        weights = {"alpha": alpha, "num_target_tokens": num_target_tokens}
-        return distillation_loss(hidden_MH, weight_VH, targets, settings, **weights, adapter=adapter)
+        return distillation_loss(
+            hidden_MH, weight_VH, targets, settings, alpha=alpha, num_target_tokens=num_target_tokens, adapter=adapter
+        )
 
     return loss
 
@@ -96,17 +97,17 @@ def _hooked_model(
         if target_rows is None:
             return model_forward(input_ids=input_ids, position_ids=position_ids, **columns)
         _refuse_unknown(columns)
-        is_balanced = router is not None and measure is None
-        how = {"one_by_one": self.one_by_one, "routers": is_balanced}
+        balanced = router if measure is None else None
+        how = {"one_by_one": self.one_by_one, "routers": balanced is not None}
         body = target_hidden(self, input_ids, position_ids, target_rows, **how)
         head = self.get_output_embeddings()
         if measure is not None:
             return head(body.hidden_MH, measure)
         targets = DistillationTargets.of_batch(columns)
         out = DistillationOutput(*head(body.hidden_MH, token_loss(targets, settings, alpha, num_items_in_batch)))
-        if is_balanced:
+        if balanced is not None:
             share = 1.0 if num_items_in_batch is None else len(target_rows) / num_items_in_batch
-            _add_balance(out, router, body.router_logits, share)
+            _add_balance(out, balanced, body.router_logits, share)
         return out
 
     return forward
@@ -122,7 +123,7 @@ def _add_balance(out: DistillationOutput, router: RouterLoss, logits: tuple[Tens
 
 def _refuse_unknown(columns: dict[str, Any]) -> None:
     """What wraps a model hands it arguments of its own, all of them None."""
-    known = (*COLUMNS.values(), *OTHER_COLUMNS)
+    known = (LABELS, *TEACHER_COLUMNS.values(), *OTHER_COLUMNS)
     unknown = [name for name, value in columns.items() if value is not None and name not in known]
     if unknown:
         raise TypeError(f"a batch with {', '.join(unknown)}; the fused loss knows: {', '.join(known)}.")

@@ -1,10 +1,10 @@
 """Whether a student computes every document of a batch as if it were alone, tried before the first step.
 
-Position ids that restart with each document are what tells a model of the documents of a row. A recurrent state, a short
-convolution, a bias by distance or a mask of its own may not listen, and says nothing. So a row of the cache is run whole,
-beside a shorter one that is padded, and every document alone; a model that differs gets each document as a row of its own,
-and one that then still differs is refused: what follows a token changes it.
-pipeline/hidden.py says what counts as a difference.
+Position ids that restart with each document are what tells a model of the documents of a row. A recurrent state, a
+short convolution, a bias by distance or a mask of its own may not listen, and says nothing. So a row of the cache is
+run whole, beside a shorter one that is padded, and every document alone; a model that differs gets each document as a
+row of its own, and one that then still differs is refused: what follows a token changes it. pipeline/hidden.py says
+what counts as a difference.
 """
 
 import contextlib
@@ -45,13 +45,13 @@ def isolate_documents(model: Any, base: Any, documents: Documents) -> str | None
     if not single <= allowed:
         raise PipelineError(
             f"{type(base).__name__}: the hidden states of {len(documents)} documents of a padded batch differ by "
-            f"{single:.2g} from those of each alone, and arithmetic explains {allowed:.2g}: what follows a token or pads "
-            "its row changes it, as in a model that is not causal; this student is not supported."
+            f"{single:.2g} from those of each alone, and arithmetic explains {allowed:.2g}: what follows a token or "
+            "pads its row changes it, as in a model that is not causal; this student is not supported."
         )
     return (
-        f"{type(base).__name__}: does not keep the documents of a row apart (they differ by {packed:.2g} from each alone; "
-        f"arithmetic explains {allowed:.2g}), so every document is computed as a row of its own, which takes longer; "
-        "`pipeline prepare --packing none` makes rows of one document."
+        f"{type(base).__name__}: does not keep the documents of a row apart (they differ by {packed:.2g} from each "
+        f"alone; arithmetic explains {allowed:.2g}), so every document is computed as a row of its own, which takes "
+        "longer; `pipeline prepare --packing none` makes rows of one document."
     )
 
 

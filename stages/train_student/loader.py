@@ -2,8 +2,8 @@
 
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Generator, Iterator
+from contextlib import AbstractContextManager, closing, nullcontext
 from typing import Any
 
 from torch.utils.data import DataLoader
@@ -74,17 +74,14 @@ class BatchLoader:
         return len(self.batch_sampler)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        batches = iter(self._loader) if self._loader.num_workers else _ahead(iter(self._loader))
-        try:
+        decoded = iter(self._loader)
+        with nullcontext(decoded) if self._loader.num_workers else closing(_ahead(decoded)) as batches:
             while True:
                 with self.waiting, self._watching():
                     batch = next(batches, None)
                 if batch is None:
                     return
                 yield batch
-        finally:
-            if not self._loader.num_workers:
-                batches.close()
 
     def _watching(self) -> AbstractContextManager[None]:
         """A file system that hangs is no error to whoever reads from it."""
@@ -92,8 +89,10 @@ class BatchLoader:
 
 
 def watch_reading(cache: Store, stall_s: float, reporter: Reporter) -> Watchdog:
-    """What ends this rank once `cache` cannot be read for so long, or as long as a silent store is waited for; the other
-    ranks and the launcher see its end."""
+    """What ends this rank once `cache` cannot be read for so long, or as long as a silent store is waited for.
+
+    The other ranks and the launcher see its end.
+    """
 
     def give_up(line: str) -> None:
         reporter.note(f"error: {cache}: {line}")
@@ -102,7 +101,7 @@ def watch_reading(cache: Store, stall_s: float, reporter: Reporter) -> Watchdog:
     return Watchdog(max(stall_s, patience_s()), give_up)
 
 
-def _ahead(batches: Iterator[Any]) -> Iterator[Any]:
+def _ahead(batches: Iterator[Any]) -> Generator[Any, None, None]:
     """The same batches, made by a thread that stays at most AHEAD in front; its error is raised here."""
     ready: Handover[Any] = Handover(AHEAD)
 

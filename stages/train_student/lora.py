@@ -19,8 +19,7 @@ PRODUCTS = (torch.nn.Linear.forward, Conv1D.forward)
 
 
 def add_adapters(model: Any, *, rank: int, alpha: float, on_head: bool) -> Any:
-    """`model` with adapters on every linear layer and stack of experts of its body, and on its head if asked; all else is
-    frozen.
+    """`model` with adapters on all linear layers and stacks of experts of its body, and its head if asked; else frozen.
 
     Raises ConfigError where peft is missing, or the head is tied to the embeddings and should get one.
     """

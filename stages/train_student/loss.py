@@ -18,7 +18,7 @@ from stages.train_student.fused_head import DEFAULT_CHUNK_BYTES, FusedHead, Head
 from stages.train_student.loss_settings import LossSettings, require_alpha
 from stages.train_student.row_targets import make_row_targets
 from stages.train_student.tails import DRAWN_TAILS
-from stages.train_student.targets import DistillationTargets, require_values
+from stages.train_student.targets import DistillationTargets, TeacherTargets, require_values
 
 DTYPES = (torch.bfloat16, torch.float32, torch.float64)
 """Of hidden states and head. float16 lacks the range for the gradient of a uniform tail at the mean of a batch."""
@@ -65,13 +65,13 @@ def fused_distillation_loss(
     slot 0 with probability 0. Without targets, all three None, alpha must be 0.
 
     With the tail "hybrid" the entries are the top k and draws from the tail that weigh tail mass / D each; the
-    gradient is then an unbiased estimate of the full one; "sampled" is the same with draws alone. `teacher_entropy_N`, the full entropy of p_T in nats,
-    makes the reported KL one too; it changes no gradient and goes with no other tail.
+    gradient is then an unbiased estimate of the full one; "sampled" is the same with draws alone. `teacher_entropy_N`,
+    the full entropy of p_T in nats, makes the reported KL one too; it changes no gradient and goes with no other tail.
 
-    `divergence` "reverse" takes KL(q_T || p_T) in the place of KL(p_T || q_T), "js" their Jensen-Shannon divergence, both
-    with a ghost tail alone: they are defined on the stored ids and one bucket (divergences.py).
+    `divergence` "reverse" takes KL(q_T || p_T) in the place of KL(p_T || q_T), "js" their Jensen-Shannon divergence,
+    both with a ghost tail alone: they are defined on the stored ids and one bucket (divergences.py).
 
-    `logit_scale` multiplies the logits (Cohere, Granite), `logit_softcap` c then makes them c tanh(logits / c) (Gemma 2).
+    `logit_scale` multiplies logits (Cohere, Granite), `logit_softcap` c then makes them c tanh(logits / c) (Gemma 2).
     `adapter` is a low-rank update of the head, ([N, R] and [V, R]) in place of (hidden_NH @ A.T, B): their product is
     added to the logits, in both gradients as in the values; a frozen head costs no gradient.
 
@@ -100,11 +100,12 @@ def fused_distillation_loss(
         raise ValueError(
             f"ids_NK, probs_NK and tail_mass_N: {num_given} of 3 given, expected all of them, or none at alpha 0."
         )
-    targets = DistillationTargets(
-        labels_M=labels_N, ids_MK=ids_NK, probs_MK=probs_NK, tail_mass_M=tail_mass_N, entropy_M=teacher_entropy_N
-    )
+    teacher = None
+    if ids_NK is not None and probs_NK is not None and tail_mass_N is not None:
+        teacher = TeacherTargets(ids_MK=ids_NK, probs_MK=probs_NK, tail_mass_M=tail_mass_N, entropy_M=teacher_entropy_N)
+    targets = DistillationTargets(labels_M=labels_N, teacher=teacher)
     _check_student(hidden_NH, head_weight_VH, labels_N, settings.vocab_size)
-    _check_targets(targets, settings, hidden_NH.device)
+    _check_teacher(targets.teacher, labels_N, settings)
     if adapter is not None:
         _check_adapter(adapter, hidden_NH, head_weight_VH)
     rows_M = (labels_N != ignore_index).nonzero().squeeze(1)
@@ -141,8 +142,8 @@ def distillation_loss(
     alpha = settings.alpha if alpha is None else alpha
     require_alpha(alpha)
     _check_student(hidden_MH, head_weight_VH, targets.labels_M, settings.vocab_size)
-    _check_targets(targets, settings, hidden_MH.device)
-    if alpha > 0 and not targets.has_teacher:
+    _check_teacher(targets.teacher, targets.labels_M, settings)
+    if alpha > 0 and targets.teacher is None:
         raise ValueError(f"alpha: {alpha} without targets, expected 0; give all of ids_NK, probs_NK and tail_mass_N.")
     if chunk_bytes is not None and chunk_bytes <= 0:
         raise ValueError(f"chunk_bytes: {chunk_bytes}, expected a positive number of bytes.")
@@ -157,7 +158,8 @@ def distillation_loss(
         product_dtype=product_dtype(hidden_MH),
         needs_grad=tuple(torch.is_grad_enabled() and factor.requires_grad for factor in factors),
     )
-    rows = make_row_targets(targets, settings, loss_dtype(hidden_MH))
+    teacher = targets.teacher
+    rows = None if teacher is None else make_row_targets(teacher, settings, loss_dtype(hidden_MH))
     return DistillationLoss(*FusedHead.apply(targets.labels_M.long(), rows, step, *factors))
 
 
@@ -166,18 +168,18 @@ def _denominator(num_target_tokens: float | None, num_targets: int) -> float:
         return float(max(1, num_targets))
     if num_targets > 0 and not (num_target_tokens > 0 and math.isfinite(num_target_tokens)):
         raise ValueError(
-            f"num_target_tokens: {num_target_tokens:g} with {num_targets} target tokens in this call, expected a positive "
-            "number; give the number of target tokens of the whole step."
+            f"num_target_tokens: {num_target_tokens:g} with {num_targets} target tokens in this call, expected a "
+            "positive number; give the number of target tokens of the whole step."
         )
     return num_target_tokens if num_target_tokens > 0 else 1.0
 
 
-def _check_targets(targets: DistillationTargets, settings: LossSettings, device: torch.device) -> None:
-    """Raises ValueError unless a teacher's shapes and types are those of the labels, and all lie on `device`."""
-    num_tokens, entropy = len(targets), targets.entropy_M
-    if not targets.has_teacher:
+def _check_teacher(teacher: TeacherTargets | None, labels_N: Tensor, settings: LossSettings) -> None:
+    """Raises ValueError unless a teacher's shapes and types go with the labels, and all lie on the labels' device."""
+    if teacher is None:
         return
-    ids, probs, tail_mass = targets.ids_MK, targets.probs_MK, targets.tail_mass_M
+    num_tokens, device = len(labels_N), labels_N.device
+    ids, probs, tail_mass, entropy = teacher.ids_MK, teacher.probs_MK, teacher.tail_mass_M, teacher.entropy_M
     if ids.ndim != 2 or ids.shape[0] != num_tokens or ids.shape[1] == 0:
         raise ValueError(f"ids_NK: shape {tuple(ids.shape)}, expected ({num_tokens}, K) with K of at least 1.")
     if probs.shape != ids.shape:

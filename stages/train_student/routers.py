@@ -1,15 +1,15 @@
 """The balancing loss of a mixture of experts: transformers' own function of the kind, over a step's tokens.
 
-It is E sum over experts of f P (Switch Transformer, arXiv 2101.03961, eqs. 4 to 6): f is the share of the tokens that an
-expert gets, P its mean probability, over all layers. It is not additive; the step's is the mean of its micro-batches'
-and ranks', each weighed with its target tokens.
+It is E sum over experts of f P (Switch Transformer, arXiv 2101.03961, eqs. 4 to 6): f is the share of the tokens that
+an expert gets, P its mean probability, over all layers. It is not additive; the step's is the mean of its
+micro-batches' and ranks', each weighed with its target tokens.
 """
 
 import inspect
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 from torch import Tensor, nn
 
@@ -41,9 +41,8 @@ def router_loss(model: Any, weight: float | None) -> tuple[RouterLoss | None, st
     function = getattr(sys.modules[type(model).__module__], FUNCTION, None)
     own = next((float(value) for name in COEFFICIENTS if (value := getattr(model, name, None)) is not None), None)
     weight = own if weight is None else weight
-    sizes = (getattr(model, "num_experts", None), getattr(model, "num_experts_per_tok", None))
-    is_known = function is not None and list(inspect.signature(function).parameters)[:3] == ARGUMENTS
-    if not is_known or None in sizes or weight is None:
+    num_experts, top_k = getattr(model, "num_experts", None), getattr(model, "num_experts_per_tok", None)
+    if not _is_known(function) or num_experts is None or top_k is None or weight is None:
         return None, (
             f"{kind}: transformers has no balancing loss for its experts; their routers train without one, and what "
             "corrects their choice (a bias, if they have one) stays as it is."
@@ -51,7 +50,11 @@ def router_loss(model: Any, weight: float | None) -> tuple[RouterLoss | None, st
     if weight == 0:
         return None, f"{kind}: the balancing loss of its routers is left out (--router-aux-loss)."
     note = f"{kind}: the balancing loss of its routers is added with weight {weight:g} (--router-aux-loss)."
-    return RouterLoss(function, *sizes, weight), note
+    return RouterLoss(function, num_experts, top_k, weight), note
+
+
+def _is_known(function: Any) -> TypeGuard[Callable[..., Any]]:
+    return function is not None and list(inspect.signature(function).parameters)[:3] == ARGUMENTS
 
 
 def _is_experts(name: str, module: nn.Module) -> bool:

@@ -1,4 +1,4 @@
-"""The rows of row_loss.py in one Triton kernel for CUDA: a program a row, two passes over its logits, nothing else of size V.
+"""The rows of row_loss.py in one Triton kernel: a program a row, two passes over its logits, nothing else of size V.
 
 The same formulas and the same results as the torch path, which stays the reference; no atomics, no scratch. Loaded only
 where triton is. The stored columns become -inf before the passes and get their gradient from registers after them, so

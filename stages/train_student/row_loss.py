@@ -79,9 +79,9 @@ def distillation_rows_(
     temperature = settings.temperature
     label_logits_N1 = logits_NV.gather(1, labels_N[:, None])
     entry_logits_NK = logits_NV.gather(1, targets.ids_NK)
-    rest_sum_N = None
+    level = None
     if targets.level_N is not None:
-        rest_sum_N = logits_NV.scatter_(1, targets.ids_NK, 0.0).sum(1)
+        level = targets.level_N, logits_NV.scatter_(1, targets.ids_NK, 0.0).sum(1)
     logits_NV.scatter_(1, targets.ids_NK, float("-inf"))
     entry_logits_NK.masked_fill_(~targets.is_entry_NK, _ABSENT)
     rest = _exponentiate_rest_(logits_NV, temperature, scratch_NV)
@@ -93,10 +93,9 @@ def distillation_rows_(
     soft = _logprobs(entry_logits_NK, rest_max_N1, rest.softened_exp_sum_N1, temperature)
     cross_entropy_N = (hard.logsumexp_N1 - (label_logits_N1 - shift_N1)).squeeze(1)
     if settings.divergence == "forward":
-        divergence_N = _kl_rows(targets, soft, rest_sum_N, shift_N1, temperature)
-        pulls = _kl_pulls(targets, soft) if weights is not None else None
+        divergence_N, pulls = _kl_rows(targets, soft, level, shift_N1, temperature), _kl_pulls(targets, soft)
     else:
-        divergence_N, *pulls = bucket_divergence(settings.divergence, targets, soft.entries_NK, soft.rest_N1)
+        divergence_N, pulls = bucket_divergence(settings.divergence, targets, soft.entries_NK, soft.rest_N1)
     if weights is not None:
         _gradient_rows_(logits_NV, labels_N, targets, rest, hard, pulls, weights)
     return cross_entropy_N, divergence_N
@@ -104,8 +103,8 @@ def distillation_rows_(
 
 def bucket_divergence(
     divergence: str, targets: RowTargets, entries_NK: Tensor, rest_N1: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The divergence in nats [N], and T dD/dz on the entries [N, K] and summed over the rest [N, 1].
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """The divergence in nats [N], and its pulls: T dD/dz on the entries [N, K], and summed over the rest [N, 1].
 
     Of a student with the given log-probabilities of entries and rest; padding has q = p = 0.
     """
@@ -115,7 +114,7 @@ def bucket_divergence(
     q = log_q.exp()
     divergence_N, score = BUCKET_DIVERGENCES[divergence](log_p, log_q, p, q)
     pull = q * (score - (q * score).sum(1, keepdim=True))
-    return divergence_N, pull[:, :-1], pull[:, -1:]
+    return divergence_N, (pull[:, :-1], pull[:, -1:])
 
 
 def _exponentiate_rest_(logits_NV: Tensor, temperature: float, scratch_NV: Tensor) -> _Rest:
@@ -145,14 +144,15 @@ def _logprobs(entry_logits_NK: Tensor, rest_max_N1: Tensor, rest_exp_sum_N1: Ten
 
 
 def _kl_rows(
-    targets: RowTargets, soft: _Logprobs, rest_sum_N: Tensor | None, shift_N1: Tensor, temperature: float
+    targets: RowTargets, soft: _Logprobs, level: tuple[Tensor, Tensor] | None, shift_N1: Tensor, temperature: float
 ) -> Tensor:
-    """The formula of row_targets.py; `rest_sum_N` is the sum of the unstored logits, needed for a level only."""
+    """The formula of row_targets.py; `level` is its u and the sum of the unstored logits, both [N]."""
     kl_N = targets.entropy_term_N - (targets.weights_NK * soft.entries_NK).sum(1)
     kl_N -= targets.bucket_N * soft.rest_N1.squeeze(1)
-    if targets.level_N is not None:
+    if level is not None:
+        level_N, rest_sum_N = level
         normaliser_N = (shift_N1 / temperature + soft.logsumexp_N1).squeeze(1)
-        kl_N -= targets.level_N * (rest_sum_N / temperature - targets.num_rest_N * normaliser_N)
+        kl_N -= level_N * (rest_sum_N / temperature - targets.num_rest_N * normaliser_N)
     return kl_N
 
 

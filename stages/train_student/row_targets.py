@@ -17,7 +17,7 @@ from torch import Tensor
 
 from stages.train_student.loss_settings import LossSettings
 from stages.train_student.tails import TAILS
-from stages.train_student.targets import DistillationTargets, real_entries
+from stages.train_student.targets import TeacherTargets, real_entries
 
 
 class RowTargets(NamedTuple):
@@ -45,24 +45,22 @@ class RowTargets(NamedTuple):
         return RowTargets(*(None if field is None else field[rows] for field in self))
 
 
-def make_row_targets(targets: DistillationTargets, settings: LossSettings, dtype: torch.dtype) -> RowTargets | None:
-    """Targets under the tail policy of the settings; None without a teacher.
+def make_row_targets(teacher: TeacherTargets, settings: LossSettings, dtype: torch.dtype) -> RowTargets:
+    """Targets under the tail policy of the settings.
 
     The tail's mass is taken as given, never as 1 - sum p: that difference is rounding noise where it is small.
     It is dropped in rows that store the whole vocabulary, where nothing is left to bear it.
     """
-    if not targets.has_teacher:
-        return None
-    ids_NK, probs_NK = targets.ids_MK.long(), targets.probs_MK.to(dtype)
+    ids_NK, probs_NK = teacher.ids_MK.long(), teacher.probs_MK.to(dtype)
     is_entry_NK = real_entries(ids_NK)
     num_rest_N = settings.vocab_size - is_entry_NK.sum(1)
-    tail_mass_N = targets.tail_mass_M.to(dtype).clamp_min(0).masked_fill(num_rest_N == 0, 0)
+    tail_mass_N = teacher.tail_mass_M.to(dtype).clamp_min(0).masked_fill(num_rest_N == 0, 0)
     weights_NK, bucket_N, level_N = TAILS[settings.tail].weigh(probs_NK, tail_mass_N, num_rest_N)
     total_N = weights_NK.sum(1) + bucket_N
     entropy_term_N = torch.xlogy(weights_NK, weights_NK).sum(1) + torch.xlogy(bucket_N, bucket_N)
     if level_N is not None:
         total_N = total_N + num_rest_N * level_N
         entropy_term_N = entropy_term_N + num_rest_N * torch.xlogy(level_N, level_N)
-    if targets.entropy_M is not None:
-        entropy_term_N = -targets.entropy_M.to(dtype)
+    if teacher.entropy_M is not None:
+        entropy_term_N = -teacher.entropy_M.to(dtype)
     return RowTargets(ids_NK, is_entry_NK, weights_NK, bucket_N, level_N, num_rest_N, total_N, entropy_term_N)

@@ -97,8 +97,12 @@ def _train_student(config: TrainConfig, reporter: Reporter, until_the_end: ExitS
     with Drain() as drain:
         with reporter.waiting("loading the student") if rank() == 0 else nullcontext():
             trainer = _trainer(config, student, cache, held_out, shape, drain, watchdog, reporter)
-        metrics = {"train_seconds": _train(trainer, config, cache, student, tokenizer, reporter)}
-    metrics |= {"steps": trainer.state.global_step, "tokens_seen": _tokens_seen(trainer, shape, cache)}
+        train_seconds = _train(trainer, config, cache, student, tokenizer, reporter)
+    metrics: dict[str, float | None] = {
+        "train_seconds": train_seconds,
+        "steps": trainer.state.global_step,
+        "tokens_seen": _tokens_seen(trainer, shape, cache),
+    }
     if held_out is not None:
         metrics |= trainer.evaluate()
         metrics["eval_teacher_cross_entropy"] = _teacher_cross_entropy(held_out)
@@ -230,7 +234,7 @@ def _ready_student(
     arguments: TrainingArguments,
     reporter: Reporter,
 ) -> tuple[Any, LossCheck]:
-    """The model with its loss, tried on the device of the training; says what it needs and what of it is not trained."""
+    """The model with its loss, tried on the training's device; says what it needs and what of it is not trained."""
     model = _load(config, student)
     base = model.get_base_model() if config.lora_rank else model
     router, router_note = router_loss(base, config.router_aux_loss)

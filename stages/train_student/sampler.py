@@ -73,7 +73,7 @@ class StepShape:
 
 
 class StreamSampler(Sampler[list[int]]):
-    """Micro-batches of one rank, as lists of sequence numbers, from the step `first_step` to the last of `num_steps`."""
+    """Micro-batches of one rank, as lists of sequence numbers, from step `first_step` to the last of `num_steps`."""
 
     def __init__(self, num_sequences: int, seed: int, shape: StepShape, num_steps: int) -> None:
         self._num_sequences, self._seed, self._shape, self._num_steps = num_sequences, seed, shape, num_steps

@@ -24,8 +24,8 @@ class TrainConfig(Settings):
     temperature: float = setting(2.0, "Temperature T of the distillation term; the cache must hold it.")
     alpha_schedule: str = setting(
         "constant",
-        "Course of alpha: 'linear' goes to --alpha-end; 'wsd' rises from 0 as the learning rate does, stays, and goes to "
-        "--alpha-end in the last --decay-ratio of the steps.",
+        "Course of alpha: 'linear' goes to --alpha-end; 'wsd' rises from 0 as the learning rate does, stays, and goes "
+        "to --alpha-end in the last --decay-ratio of the steps.",
         choices=tuple(ALPHA_SCHEDULES),
     )
     alpha_end: float = setting(0.0, "Where a scheduled alpha ends, 0 to 1.")
@@ -56,13 +56,14 @@ class TrainConfig(Settings):
     lora_head: bool = setting(False, "Adapters on the LM head too; without, it is frozen as the rest.")
     router_aux_loss: float | None = setting(
         None,
-        "Weight of the loss that balances the experts of a mixture, where transformers has one for its kind; none takes "
-        "the weight in the model's own config, 0 leaves it out.",
+        "Weight of the loss that balances the experts of a mixture, where transformers has one for its kind; none "
+        "takes the weight in the model's own config, 0 leaves it out.",
     )
     gradient_checkpointing: bool = setting(False, "Recompute activations: less memory, more time.")
     sharding: str = setting(
         "none",
-        "Under torchrun: 'none' keeps the whole model on every rank, 'fsdp2' shards parameters, gradients and optimizer.",
+        "Under torchrun: 'none' keeps the whole model on every rank, 'fsdp2' shards parameters, gradients and "
+        "optimizer.",
         choices=tuple(SHARDINGS),
     )
     on_bad_loss: str = setting(
@@ -106,8 +107,8 @@ class TrainConfig(Settings):
         self.positive("lora_alpha", (self.lora_alpha,))
         if self.eval_steps is not None and self.eval_cache is None:
             raise ConfigError(
-                f"eval_steps is {self.eval_steps} without eval_cache: there is nothing to evaluate on; give --eval-cache, "
-                "or leave --eval-steps out."
+                f"eval_steps is {self.eval_steps} without eval_cache: there is nothing to evaluate on; give "
+                "--eval-cache, or leave --eval-steps out."
             )
         if self.lora_head and self.lora_rank is None:
             raise ConfigError("lora_head is set without lora_rank; give --lora-rank, such as 16.")

@@ -79,8 +79,8 @@ def special_token_notes(student: Student, tokenizer: Any) -> list[str]:
     """What a user should know where the student's special tokens are not those that the cache's tokenizer has."""
     found = {name: _ids(student.model.attribute(name)) for name in SPECIAL_TOKENS}
     return [
-        f"{student.model.folder}: {name} is {' or '.join(map(str, found[name]))}; the cache's tokenizer has {expected}: "
-        "what generates with the student should be told."
+        f"{student.model.folder}: {name} is {' or '.join(map(str, found[name]))}; the cache's tokenizer has "
+        f"{expected}: what generates with the student should be told."
         for name in SPECIAL_TOKENS
         if found[name] and (expected := getattr(tokenizer, name)) is not None and expected not in found[name]
     ]

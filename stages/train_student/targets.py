@@ -3,46 +3,60 @@
 Shapes: M target tokens, K stored entries of a token.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-COLUMNS = {
-    "labels_M": "shift_labels",
+LABELS = "shift_labels"
+"""The labels' name in a batch: the Trainer counts by it."""
+TEACHER_COLUMNS = {
     "ids_MK": "teacher_ids",
     "probs_MK": "teacher_probs",
     "tail_mass_M": "teacher_tail",
     "entropy_M": "teacher_entropy",
 }
-"""Fields of DistillationTargets, and the names of their tensors in a batch: the Trainer counts by `shift_labels`."""
+"""Fields of TeacherTargets, and the names of their tensors in a batch."""
 _ROUNDING = 1e-3
 """How far a probability may lie outside [0, 1]: a bfloat16 sum."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistillationTargets:
-    """Labels and teacher at M target tokens, all on one device; without a teacher all but the labels are None."""
+class TeacherTargets:
+    """What is stored of the teacher at M target tokens."""
 
-    labels_M: Tensor
-    ids_MK: Tensor | None = None
+    ids_MK: Tensor
     """Unique in a row; padding repeats slot 0 with probability 0."""
-    probs_MK: Tensor | None = None
+    probs_MK: Tensor
     """p_T over the full vocabulary, restricted to the ids."""
-    tail_mass_M: Tensor | None = None
+    tail_mass_M: Tensor
     """p_T of all other ids."""
     entropy_M: Tensor | None = None
     """Of p_T over the full vocabulary, in nats; with a tail of draws alone, and not needed there."""
 
+    def as_batch(self) -> dict[str, Tensor]:
+        """The tensors that there are, by their names in a batch."""
+        found = {column: getattr(self, name) for name, column in TEACHER_COLUMNS.items()}
+        return {column: tensor for column, tensor in found.items() if tensor is not None}
+
+    @classmethod
+    def of_batch(cls, batch: Mapping[str, Tensor | None]) -> "TeacherTargets | None":
+        """Those that `as_batch` has put into a batch, None without any."""
+        found = {name: batch.get(column) for name, column in TEACHER_COLUMNS.items()}
+        return None if found["ids_MK"] is None else cls(**found)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillationTargets:
+    """Labels and teacher, if there is one, at M target tokens, all on one device."""
+
+    labels_M: Tensor
+    teacher: TeacherTargets | None = None
+
     def __len__(self) -> int:
         return len(self.labels_M)
-
-    @property
-    def has_teacher(self) -> bool:
-        """Whether there is more than labels."""
-        return self.ids_MK is not None
 
     def to(self, device: torch.device | str) -> "DistillationTargets":
         """The same on another device."""
@@ -54,19 +68,15 @@ class DistillationTargets:
 
     def as_batch(self) -> dict[str, Tensor]:
         """The tensors by their names in a batch: what the Trainer and DDP move is a dict."""
-        found = {column: getattr(self, name) for name, column in COLUMNS.items()}
-        return {column: tensor for column, tensor in found.items() if tensor is not None}
+        return {LABELS: self.labels_M} | ({} if self.teacher is None else self.teacher.as_batch())
 
     @classmethod
     def of_batch(cls, batch: Mapping[str, Any]) -> "DistillationTargets":
         """Those that `as_batch` has put into a batch, among its other entries."""
-        return cls(**{name: batch.get(column) for name, column in COLUMNS.items()})
+        return cls(labels_M=batch[LABELS], teacher=TeacherTargets.of_batch(batch))
 
-    def _each(self, function: Any) -> "DistillationTargets":
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return DistillationTargets(
-            **{name: None if tensor is None else function(tensor) for name, tensor in values.items()}
-        )
+    def _each(self, function: Callable[[Tensor], Tensor]) -> "DistillationTargets":
+        return self.of_batch({column: function(tensor) for column, tensor in self.as_batch().items()})
 
 
 def real_entries(ids_MK: Tensor) -> Tensor:
@@ -81,17 +91,18 @@ def require_values(targets: DistillationTargets, vocab_size: int, ignore_index: 
     if len(targets) == 0:
         return
     bounded = {"labels_N": targets.labels_M}
-    if targets.has_teacher:
-        bounded |= {"ids_NK": targets.ids_MK, "probs_NK": targets.probs_MK, "tail_mass_N": targets.tail_mass_M}
+    teacher = targets.teacher
+    if teacher is not None:
+        bounded |= {"ids_NK": teacher.ids_MK, "probs_NK": teacher.probs_MK, "tail_mass_N": teacher.tail_mass_M}
     bounds = [bound.double() for tensor in bounded.values() for bound in tensor.aminmax()]
-    if targets.has_teacher:
-        bounds.append(targets.probs_MK.masked_fill(real_entries(targets.ids_MK), 0).double().sum())
+    if teacher is not None:
+        bounds.append(teacher.probs_MK.masked_fill(real_entries(teacher.ids_MK), 0).double().sum())
     found = torch.stack(bounds).tolist()
     ranges = dict(zip(bounded, zip(found[::2], found[1::2])))
     hint = "; the targets are of another vocabulary, or vocab_size is wrong."
     or_ignored = hint if ignore_index is None else f", or {ignore_index} for positions without a loss."
     _require_ids("labels_N", ranges["labels_N"], vocab_size, or_ignored)
-    if not targets.has_teacher:
+    if teacher is None:
         return
     _require_ids("ids_NK", ranges["ids_NK"], vocab_size, hint)
     for name in ("probs_NK", "tail_mass_N"):

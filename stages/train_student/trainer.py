@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainerControl
 
 from pipeline.drain import Drain
 from pipeline.errors import PipelineError
@@ -29,6 +29,8 @@ class DistillationTrainer(Trainer):
     collective: they judge the step, and leave, together. `on_bad_step(step, problem, keys)` is told of a bad step on
     every rank with the keys of all; unless it raises, the step is skipped: no weight, no moment moves.
     """
+
+    control: TrainerControl
 
     def __init__(
         self,

@@ -8,6 +8,6 @@ from pipeline.errors import PipelineError
 def changed(library: str, tried: str, hook: str, problem: str) -> PipelineError:
     """An error that names the library, its version, the hook and what would go wrong without it."""
     return PipelineError(
-        f"{library} {version(library)}: {hook}: {problem}. This version of the pipeline was tried with {library} {tried}; "
-        "install that one."
+        f"{library} {version(library)}: {hook}: {problem}. This version of the pipeline was tried with "
+        f"{library} {tried}; install that one."
     )

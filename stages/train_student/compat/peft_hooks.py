@@ -40,7 +40,7 @@ def require() -> None:
 
 
 def require_adapted(model: nn.Module, wanted: list[Tensor]) -> None:
-    """Raises PipelineError unless every wanted weight, and no more than is trained, got an adapter that is understood."""
+    """Raises PipelineError unless every wanted weight, and no more than is trained, got an adapter that is known."""
     adapted = adapted_weights(model)
     missing = [
         name for name, weight in model.named_parameters() if _is_in(weight, wanted) and id(weight) not in adapted

@@ -12,8 +12,8 @@
 | TrainingArguments._n_gpu           | several GPUs of one process become DataParallel                         |
 | TrainingArguments.fsdp_plugin_args | what is asked of FSDP2 is not what is done                              |
 
-`require` looks for them at the start. That the Trainer still calls them shows in every step: trainer.py notes each call,
-and `not_called` is the error where one is missing.
+`require` looks for them at the start. That the Trainer still calls them shows in every step: trainer.py notes each
+call, and `not_called` is the error where one is missing.
 """
 
 from typing import Any
@@ -63,7 +63,7 @@ def one_gpu_a_process(arguments: TrainingArguments) -> None:
 
 
 def require_sharding(arguments: TrainingArguments, sharding: str) -> None:
-    """Raises PipelineError unless transformers hands on what a sharding asks for: it passes over what it does not know."""
+    """Raises PipelineError unless transformers hands on what a sharding asks for: it ignores what it does not know."""
     asked = SHARDINGS[sharding]
     handed_on = getattr(arguments, "fsdp_plugin_args", None)
     if not asked and handed_on is None:

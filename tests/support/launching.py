@@ -13,9 +13,9 @@ from pipeline.corpus import Corpus
 from pipeline.runs.ephemeral import EphemeralFiles
 from pipeline.runs.heartbeat import WORKERS
 from pipeline.stores.store import Store
-from tests.small import make_corpus, make_teacher, random_sequences
+from tests.support.small import make_corpus, make_teacher, random_sequences
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 
 
 @dataclass

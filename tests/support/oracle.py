@@ -19,7 +19,7 @@ def entropy(probs: np.ndarray) -> np.ndarray:
 def assert_true_top_k(
     ids: np.ndarray, logits: np.ndarray, tolerance: float | np.ndarray, in_order: bool = True
 ) -> None:
-    """`ids` [N, K] are the K largest of `logits` [N, V], in falling order, up to ties within `tolerance`, [N, 1] or one.
+    """`ids` [N, K] are the K largest of `logits` [N, V], in falling order, to ties within `tolerance`, [N, 1] or one.
 
     Not `in_order`: where rounding has made equals of them, their order is that of the ids.
     """

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from tests.helpers import BOS, EOS, TRAINING_TEXT
+from tests.support.helpers import BOS, EOS, TRAINING_TEXT
 
 TEXT = (*TRAINING_TEXT, "  indented\tby 12 345 tabs\n\n\nCafé naïve ÀÉ 🙂 don't it's we're\n", "▁a b  c 3.14")
 SPECIAL = [AddedToken(token, special=True, normalized=False) for token in ("<unk>", BOS, EOS)]

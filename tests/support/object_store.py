@@ -1,4 +1,4 @@
-"""A client of tests.s3_server, and workers on a cache in it."""
+"""A client of tests.support.s3_server, and workers on a cache in it."""
 
 import contextlib
 import json
@@ -23,16 +23,16 @@ from pipeline.stores.object_store import ObjectStore
 from stages.cache_logits.capture import capture
 from stages.cache_logits.engine import Engine
 from stages.cache_logits.fake_engine import FakeEngine
-from tests.leftovers import kept
-from tests.small import fake_manifest
-from tests.workers import ALONE, exit_code_of, run_worker
+from tests.support.leftovers import kept
+from tests.support.small import fake_manifest
+from tests.support.workers import ALONE, exit_code_of, run_worker
 
 _processes = multiprocessing.get_context("forkserver")
-_processes.set_forkserver_preload(["tests.workers"])
+_processes.set_forkserver_preload(["tests.support.workers"])
 
 
 class Server:
-    """A running tests.s3_server."""
+    """A running tests.support.s3_server."""
 
     def __init__(self, address: str) -> None:
         self.address = address
@@ -68,7 +68,8 @@ class Server:
 def running(folder: Path) -> Iterator[Server]:
     """A server with one bucket, until the end of the context; its address comes through a file in `folder`."""
     ready = folder / "address"
-    process = subprocess.Popen([sys.executable, "-m", "tests.s3_server", str(ready)], cwd=Path(__file__).parent.parent)
+    command = [sys.executable, "-m", "tests.support.s3_server", str(ready)]
+    process = subprocess.Popen(command, cwd=Path(__file__).parent.parent.parent)
     try:
         while not ready.exists():
             assert process.poll() is None
@@ -108,7 +109,7 @@ def start_store_worker(
     lease_s: float,
     host: str = "",
 ) -> BaseProcess:
-    """A worker in a process that believes to be on `host`; not a fork of this one, in which the client has no threads."""
+    """A worker in a process that believes to be on `host`; no fork of this one, in which the client has no threads."""
     environment = {name: value for name, value in os.environ.items() if name.startswith(("AWS_", COPIES))}
     arguments = (str(url), corpus, rank, make_engine, lease_s, host, environment)
     process = _processes.Process(target=_work, args=arguments, daemon=True)

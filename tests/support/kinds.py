@@ -49,7 +49,7 @@ MIXED: dict[str, dict[str, Any]] = {
     "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 5},
     "llama4_text": {"num_local_experts": 4, "attention_chunk_size": 8, "intermediate_size_mlp": 48},
 }
-"""Do not: a bias by distance, positions that go on, a convolution, a state, a mask without positions, chunks of a row."""
+"""Do not: a bias by distance, positions that go on, a convolution, a state, a mask without positions, row chunks."""
 
 UNUSED: dict[str, dict[str, Any]] = {
     "trocr": {

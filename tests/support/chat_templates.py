@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.helpers import tiny_tokenizer
+from tests.support.helpers import tiny_tokenizer
 
 CHATML = """\
 {%- for message in messages %}

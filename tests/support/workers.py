@@ -24,7 +24,7 @@ from pipeline.targets import SparseTargets
 from stages.cache_logits.engine import Engine, Request
 from stages.cache_logits.fake_engine import FakeEngine
 from stages.cache_logits.worker import work
-from tests.small import fake_manifest, make_corpus
+from tests.support.small import fake_manifest, make_corpus
 
 LEASE_S = 1.0
 ALONE = Rank(0, 1)

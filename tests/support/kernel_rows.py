@@ -1,6 +1,6 @@
 """The Triton row kernel against the torch path; run by test_row_kernel.py in Triton's interpreter.
 
-    TRITON_INTERPRET=1 python -m tests.kernel_rows [COUNT]
+    TRITON_INTERPRET=1 python -m tests.support.kernel_rows [COUNT]
 
 Takes COUNT of all cases. Prints how many agreed; exits with a traceback at the first that does not.
 """
@@ -18,7 +18,7 @@ from stages.train_student.loss_settings import LossSettings
 from stages.train_student.row_loss import cross_entropy_rows_, distillation_rows_
 from stages.train_student.row_targets import make_row_targets
 from stages.train_student.tails import TAILS
-from stages.train_student.targets import DistillationTargets
+from stages.train_student.targets import TeacherTargets
 
 row_kernel.BLOCK = 16  # several blocks and a ragged one
 N, V = 7, 45
@@ -50,9 +50,8 @@ def make_targets(k, tail_mass, settings):
     probs = torch.softmax(torch.randn(N, k) / settings.temperature, 1) * (1 - tail_mass)
     if 3 < k < V:
         ids[2, -2:], probs[2, -2:] = ids[2, 0], 0.0
-    labels = torch.randint(V, (N,))
-    teacher = {"ids_MK": ids, "probs_MK": probs, "tail_mass_M": torch.full((N,), tail_mass)}
-    return make_row_targets(DistillationTargets(labels_M=labels, **teacher), settings, torch.float32)
+    teacher = TeacherTargets(ids_MK=ids, probs_MK=probs, tail_mass_M=torch.full((N,), tail_mass))
+    return make_row_targets(teacher, settings, torch.float32)
 
 
 def check(name, found, expected, tolerance=2e-5):

@@ -1,6 +1,6 @@
 """A real S3 protocol server on loopback, which fails on demand.
 
-    python -m tests.s3_server READY_FILE      writes its address there; holds all objects in memory
+    python -m tests.support.s3_server READY_FILE      writes its address there; holds all objects in memory
 
 `POST /_faults` with a JSON list of {"kind", "method", "path", "count"} arms it: the next `count` requests of that
 method ("" is any) whose path and query contain `path` meet the fault. `GET /_faults` says how often each was met.

@@ -1,6 +1,6 @@
 """A rank of train-student that something happens to; run by test_train_ranks.py under torchrun.
 
-    python -m torch.distributed.run ... -m tests.ranks SETTINGS.yaml [RANK STEP WHERE]
+    python -m torch.distributed.run ... -m tests.support.ranks SETTINGS.yaml [RANK STEP WHERE]
 
 WHERE is what rank RANK does at step STEP: `step` or `save` (before a checkpoint gets its mark) kill it, `term` and
 `usr1` send it a signal, `nan` makes its loss nan; `gradient` has all ranks' kernel make a wrong one from the moment at
@@ -44,7 +44,7 @@ def main() -> int:
     loss_of: dict[str, str] = {}
 
     def watched_loss(hidden_MH: torch.Tensor, weight_VH: torch.Tensor, targets: Any, *rest: Any, **extras: Any) -> Any:
-        tensors = {"hidden": hidden_MH, "weight": weight_VH, "probs": targets.probs_MK}
+        tensors = {"hidden": hidden_MH, "weight": weight_VH, "probs": targets.teacher.probs_MK}
         loss_of.update({name: str(tensor.dtype) for name, tensor in tensors.items()})
         return loss(hidden_MH, weight_VH, targets, *rest, **extras)
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from pipeline.cli import main
 from pipeline.progress import Reporter
-from tests import leftovers
+from tests.support import leftovers
 
 LAST_RESORT_S = 500.0
 BOS, EOS = "<|begin|>", "<|end|>"

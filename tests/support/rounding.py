@@ -44,12 +44,12 @@ class Float32Noise(TorchDispatchMode):
 
 
 def _partial_sums(left: Tensor, right: Tensor) -> Tensor:
-    """What the K roundings of a product's sum are relative to, together: sums of terms whose signs vary, and K of them."""
+    """What the K roundings of a product's sum are together relative to: sums of terms whose signs vary, K of them."""
     return math.sqrt(left.shape[-1]) * (left.square() @ right.square()).sqrt()
 
 
 def logit_errors(model: Any, documents: list[np.ndarray], vocab_size: int) -> list[np.ndarray]:
-    """float64 [S, 1] a document: how far float32 may put any logit of a position of the causal `model`, itself float64."""
+    """float64 [S, 1] a document: how far float32 may put any logit of a position of the causal float64 `model`."""
     longest = max(map(len, documents))
     ids = torch.stack([torch.tensor(np.resize(document, longest).astype(np.int64)) for document in documents])
 
@@ -70,8 +70,8 @@ def ratio_errors(logits_NV: np.ndarray, temperature: float, logit_error_N1: np.n
     """float64 [N, V]: how far float32 may put log p_T, of logits that are themselves so far off.
 
     log p = (z - max) / T - L, where L is the log of a sum over the vocabulary of exponentials: an error of a logit
-    enters in z, and again in L; each of the V terms of L is off by the error of its exponent; both parts are rounded when
-    they are stored.
+    enters in z, and again in L; each of the V terms of L is off by the error of its exponent; both parts are rounded
+    when they are stored.
     """
     depth_NV = (logits_NV.max(1, keepdims=True) - logits_NV) / temperature
     probs_NV = np.exp(-depth_NV) / np.exp(-depth_NV).sum(1, keepdims=True)
@@ -94,7 +94,7 @@ def prob_errors(logits_NV: np.ndarray, temperature: float, logit_error_N1: np.nd
 
 
 def entropy_errors(logits_NV: np.ndarray, temperature: float, logit_error_N1: np.ndarray | float = 0.0) -> np.ndarray:
-    """float64 [N]: how far float32 may put the entropy, log sum + (sum of p depth) / T: every p, the sum, both terms."""
+    """float64 [N]: how far float32 may put the entropy, log sum + (sum of p depth) / T: each p, the sum, both terms."""
     depth_NV = (logits_NV.max(1, keepdims=True) - logits_NV) / temperature
     weights_NV = np.exp(-depth_NV)
     probs_NV, log_sum_N = weights_NV / weights_NV.sum(1, keepdims=True), np.log(weights_NV.sum(1))

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from email.utils import formatdate
 from pathlib import Path
 
-from tests.leftovers import kept
+from tests.support.leftovers import kept
 
 INSTALLED = Path(sys.prefix) / "azurite" / "node_modules" / ".bin" / "azurite-blob"
 """Where `make slow` puts it."""

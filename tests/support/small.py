@@ -25,8 +25,8 @@ from pipeline.stores.places import store_of
 from pipeline.tokenizer import identify
 from stages.cache_logits.capture import capture
 from stages.cache_logits.fake_engine import FakeEngine
-from tests.helpers import tiny_tokenizer
-from tests.rounding import logit_errors
+from tests.support.helpers import tiny_tokenizer
+from tests.support.rounding import logit_errors
 
 CONTEXT = 96
 

@@ -1,6 +1,6 @@
 """Work that is killed at every file operation in turn; as a command, the capture of test_capture.py.
 
-    python -m tests.crash CORPUS FOLDER CONTAINER
+    python -m tests.support.crash CORPUS FOLDER CONTAINER
 
 Forks one child after the other. Each sends itself SIGKILL right before a file operation, a few
 operations later than its forerunner got on its own, and continues what they left. The last one
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.formats.containers import CONTAINERS
-from tests.small import make_cache
+from tests.support.small import make_cache
 
 WRITERS = [container.create for container in CONTAINERS.values()]
 OPERATIONS = (

@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -27,6 +28,22 @@ def test_kernel_agrees_with_the_torch_path():
     finished = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
     assert finished.returncode == 0, finished.stderr
     assert int(finished.stdout) == 72 * (len(TAILS) + len(DIVERGENCES) - 1) + 4
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed; `make slow` does it")
+def test_kernel_fits_the_registers_of_real_gpus_and_reads_in_vectors():
+    """Triton ships the assembler; no GPU is needed to see that a variant spills, or loads number by number."""
+    command = [sys.executable, "-W", "ignore", "-m", "tests.support.kernel_builds"]
+    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
+    assert finished.returncode == 0, finished.stderr
+    builds = [json.loads(line) for line in finished.stdout.splitlines()]
+    assert len(builds) == 3 * (len(DIVERGENCES) + 4)
+    for build in builds:
+        assert build["registers"] <= 64, build
+        assert build["spill_stores"] == build["spill_loads"] == 0, build
+        assert build["vector_loads"] >= (4 if build["HAS_GRADIENT"] else 2), build  # 8 logits a thread and pass
+        assert build["vector_stores"] >= (2 if build["HAS_GRADIENT"] else 0), build
 
 
 class Launched:

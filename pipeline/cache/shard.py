@@ -26,7 +26,7 @@ class StoredShard:
     spec: TargetSpec
     commit: ShardCommit
     num_sequences: int
-    """As the manifest plans."""
+    """Sequences of the partition, as the manifest plans."""
     sequence_length: int
     """Longest sequence of the cache, tokens."""
 

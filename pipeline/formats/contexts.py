@@ -46,7 +46,7 @@ class ContextModel:
     vocabulary: np.ndarray
     """int32: every id of the shard, by falling count, then by id."""
     tables: tuple[Tables, Tables]
-    """PREVIOUS and FIRST."""
+    """The tables of the two contexts, PREVIOUS and FIRST."""
 
     @cached_property
     def _flat(self) -> np.ndarray:

@@ -49,14 +49,14 @@ class WorkerRecord:
     reason: Text
     held: list[Count]
     num_partitions: Count
-    """Committed by this worker."""
+    """Partitions that this worker has committed."""
     num_tokens: Count
     """Scored by this worker, whether committed yet or not."""
     bytes: Count
     seconds: Finite
-    """Since the worker began."""
+    """How long the worker has lived."""
     tokens_per_s: Finite
-    """Of late."""
+    """The worker's speed over its last heartbeats."""
     beat_s: Finite
     """Seconds between two beats."""
 

@@ -86,7 +86,7 @@ class ObjectStore(Store):
         """None: it is not on this machine."""
 
     def absolute(self) -> "ObjectStore":
-        """The same."""
+        """The URL itself, which is absolute."""
         return self
 
     def hasty(self, seconds: float) -> "ObjectStore":
@@ -208,7 +208,7 @@ class ObjectStore(Store):
         return copies_folder()
 
     def free_bytes(self) -> None:
-        """None: a store does not say."""
+        """None: an object store does not say."""
 
     def log(self) -> Log:
         """Objects that are written again as they grow: a store cannot append."""

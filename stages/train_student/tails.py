@@ -29,7 +29,7 @@ TailWeights = tuple["Tensor", "Tensor", "Tensor | None"]
 
 @dataclass(frozen=True)
 class Tail:
-    """A policy."""
+    """A policy for the mass outside the stored ids."""
 
     weigh: Callable[["Tensor", "Tensor", "Tensor"], TailWeights]
     """Of p_T on the stored ids, the mass of the rest, and how many ids are not stored."""

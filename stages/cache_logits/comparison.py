@@ -57,8 +57,13 @@ def differences(found: SparseTargets, wanted: SparseTargets, temperature: float)
 def disagreement(found: SparseTargets, logits_NV: np.ndarray, labels_N: np.ndarray) -> str:
     """What of the targets is not that of the whole float32 logits of their positions; empty if all is.
 
-    Both come from one product of matrices, so that rounding alone may tell them apart.
+    Both come from one product of matrices, so that rounding alone may tell them apart. Positions at which the model's
+    own logits are no numbers may have targets that are none either: these are left to the check of all targets.
     """
+    is_sound = np.isfinite(logits_NV.max(1, initial=-np.inf))  # nan where a logit is
+    if np.isfinite(found.logsumexps[~is_sound]).any():
+        return "a logsumexp is a number where logits are none"
+    found, logits_NV, labels_N = found.take(is_sound), logits_NV[is_sound], labels_N[is_sound]
     exact_NV = logits_NV.astype(np.float64)
     allowed = ALLOWED_OF_LOGITS * max(1.0, np.abs(exact_NV[np.isfinite(exact_NV)]).max(initial=0.0))
     exact_NV -= exact_NV.max(1, keepdims=True)

@@ -9,6 +9,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -154,7 +155,9 @@ def is_vacant(folder: Path) -> bool:
 
 
 def _owner_of(name: str) -> str:
-    """The owner in a name by `partial_path`: host, which may have dots, namespace and pid come last."""
+    """The owner in a name by `partial_path`, or by an earlier version, which had dashes or no digits there."""
+    if found := re.fullmatch(rf".*[.-][0-9a-f]{{8}}[.-](.+\.\d+\.\d+){re.escape(PARTIAL)}", name, re.ASCII):
+        return found[1]
     return ".".join(name.removesuffix(PARTIAL).split(".")[-owner_name().count(".") - 1 :]) if PARTIAL in name else ""
 
 

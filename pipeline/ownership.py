@@ -27,13 +27,13 @@ def claim(out: Path, mark: str, record: dict[str, Any], what: str) -> dict[str, 
     return read_json(path, PipelineError)
 
 
-def differences(found: Mapping[str, Any], wanted: Mapping[str, Any], names: Iterable[str]) -> Differences:
+def entries_that_differ(found: Mapping[str, Any], wanted: Mapping[str, Any], names: Iterable[str]) -> Differences:
     """The entries of these names that are not what is asked for."""
     return {name: (found.get(name), wanted.get(name)) for name in names if found.get(name) != wanted.get(name)}
 
 
 def told(different: Differences, verb: str = "was", *, quoted: bool = True) -> str:
-    """The differences, for a message."""
+    """What differs, for a message."""
     return "; ".join(
         f"{name} {verb} {short(old, quoted=quoted)}, now {short(new, quoted=quoted)}"
         for name, (old, new) in different.items()

@@ -53,11 +53,15 @@ class Reporter:
 
     def log(self, line: str) -> None:
         """One line for a person to read."""
-        LOGGER.info("%s", line)
+        self.write(line, logging.INFO)
 
     def note(self, line: str) -> None:
         """A line that a person should know of: what is skipped, slow, unusual or has failed."""
-        LOGGER.warning("%s", line)
+        self.write(line, logging.WARNING)
+
+    def write(self, line: str, level: int) -> None:
+        """Where lines go; `level` is one of the standard library's logging. Other reporters replace this."""
+        LOGGER.log(level, "%s", line)
 
     def progress(self, what: str, total: int, unit: str = "tokens") -> Progress:
         """A counter of work towards `total`."""
@@ -69,18 +73,25 @@ class Reporter:
         yield
 
 
+class KeptLines(Reporter):
+    """Keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def write(self, line: str, level: int) -> None:
+        """Keep a line."""
+        self.lines.append(line)
+
+
 class TerminalReporter(Reporter):
     """Writes to standard error: a bar on a terminal, a plain line now and then elsewhere."""
 
-    def log(self, line: str) -> None:
-        """Write a line, above the bar if there is one."""
+    def write(self, line: str, level: int) -> None:
+        """Write a line, above the bar if there is one, whatever its level."""
         with contextlib.suppress(OSError):  # a pipe that nobody reads, a terminal that was closed: the work goes on
             tqdm.write(printable(line, newline="\n"), file=sys.stderr)
             sys.stderr.flush()
-
-    def note(self, line: str) -> None:
-        """Write a line as any other."""
-        self.log(line)
 
     def progress(self, what: str, total: int, unit: str = "tokens") -> Progress:
         """A bar, or lines."""

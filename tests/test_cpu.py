@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MixtralConfig
 
 from pipeline import cpu, open_cache
-from pipeline.progress import Progress
+from pipeline.progress import KeptLines, Progress
 from stages.cache_logits.audit import audit_cache
 from stages.cache_logits.run import cache_logits
 from stages.cache_logits.settings import AuditConfig, CacheConfig
@@ -24,7 +24,6 @@ from stages.demo.teacher import _train
 from stages.train_student.loss import fused_distillation_loss
 from stages.train_student.run import train_student
 from stages.train_student.settings import TrainConfig
-from tests.support.helpers import Lines
 from tests.support.small import llama_config, make_cache, make_corpus, make_teacher, random_sequences
 from tests.test_demo_teacher import TINY
 
@@ -178,7 +177,7 @@ def test_what_a_cpu_multiplies_stands_in_its_flags(tmp_path, monkeypatch, flags,
 
 
 def test_a_user_is_told_what_will_crawl(tmp_path, rows, no_half_products, monkeypatch):
-    lines = Lines()
+    lines = KeptLines()
     a_capture(tmp_path / "quick", rows, "bfloat16", lines)  # widened: nothing crawls
     assert not [line for line in lines.lines if "this CPU" in line]
     cache = make_cache(tmp_path / "cache", rows)

@@ -8,12 +8,11 @@ import psutil
 import pytest
 
 from pipeline.errors import PipelineError
-from pipeline.progress import Reporter
+from pipeline.progress import KeptLines, Reporter
 from stages.demo.report import verdict
 from stages.demo.results import STUDENTS, StudentResult, read_results
 from stages.demo.run import Steps, demo
 from stages.demo.settings import DemoConfig
-from tests.support.helpers import Lines
 from tests.support.workers import new_cache, tiny_corpus
 from tests.test_demo_teacher import TINY
 
@@ -50,7 +49,7 @@ def test_demo_runs_every_command_and_reports(finished):
 
 def test_second_run_reuses_every_step(finished):
     config, lines = finished
-    reporter = Lines()
+    reporter = KeptLines()
     again = demo(config, reporter, RECIPE)
     assert again[:-1] == lines[:-1]
     assert sum("reused" in line for line in reporter.lines) == 9

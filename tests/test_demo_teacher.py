@@ -67,11 +67,8 @@ class Lines(Reporter, Progress):
         self.lines: list[str] = []
         self.total = self.done = 0
 
-    def log(self, line: str) -> None:
+    def write(self, line: str, level: int) -> None:
         self.lines.append(line)
-
-    def note(self, line: str) -> None:
-        self.log(line)
 
     def progress(self, what: str, total: int, unit: str = "tokens") -> Progress:
         self.total = total

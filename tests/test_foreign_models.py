@@ -19,11 +19,12 @@ from transformers import (
 from pipeline import open_cache
 from pipeline.corpus import Corpus
 from pipeline.errors import CacheMismatchError, ConfigError, EngineError
+from pipeline.progress import KeptLines
 from stages.cache_logits.run import cache_logits
 from stages.train_student.run import train_student
 from stages.train_student.settings import TrainConfig
 from stages.train_student.student import read_student
-from tests.support.helpers import Lines, tiny_tokenizer
+from tests.support.helpers import tiny_tokenizer
 from tests.support.oracle import softmax
 from tests.support.small import CONTEXT, llama_config, make_cache, make_corpus, random_sequences, true_logits
 from tests.test_cache_logits import assert_exact, capture, run_command, settings
@@ -121,7 +122,7 @@ def make_model(folder: Path, vocab_size: int) -> Path:
 def test_tokenizer_with_more_ids_than_the_head_is_taken_where_the_corpus_uses_none_of_them(tmp_path, short_corpus):
     own = len(tiny_tokenizer(tmp_path / "teacher"))
     make_model(tmp_path / "teacher", own - 20)  # the corpus has ids below 300
-    reporter = Lines()
+    reporter = KeptLines()
     config = settings(tmp_path / "teacher", short_corpus, tmp_path / "cache")
     manifest = cache_logits(config, reporter)
     assert (manifest.vocab_size, manifest.largest_token_id) == (own - 20, Corpus(short_corpus).largest_token_id())
@@ -136,7 +137,7 @@ def test_tokenizer_with_more_ids_than_the_head_is_taken_where_the_corpus_uses_no
 def test_vocabularies_may_differ_in_trailing_tokens_that_no_sequence_uses(tmp_path, short_corpus, role):
     size = len(grown(tmp_path / "model", ["<think>", "</think>"]))
     model = make_model(tmp_path / "model", size + 5)
-    reporter = Lines()
+    reporter = KeptLines()
     if role == "teacher":
         manifest = cache_logits(settings(model, short_corpus, tmp_path / "cache"), reporter)
         assert manifest.vocab_size == size - 2
@@ -184,7 +185,7 @@ def test_student_with_a_smaller_head_learns_what_it_has_rows_for(tmp_path, short
     student = make_model(tmp_path / "student", size)
     tiny_tokenizer(student, vocab_size=400)
     values = {"max_steps": 2, "learning_rate": 1e-6, "eval_cache": cache}
-    reporter = Lines()
+    reporter = KeptLines()
     metrics = train_student(TrainConfig(student=student, cache=cache, out=tmp_path / "run", **values), reporter)
     assert any(f"a vocabulary of {size}, of the cache's {known.manifest.vocab_size}" in line for line in reporter.lines)
     kls = []
@@ -209,7 +210,7 @@ def test_value_head_beside_the_teacher_is_left_out_with_a_note(tmp_path, short_c
         _, said = process.communicate(timeout=300)
         assert process.returncode == 0, said
     else:
-        reporter = Lines()
+        reporter = KeptLines()
         cache_logits(config, reporter)
         said = "\n".join(reporter.lines)
     assert "v_head.summary.weight: no part of the teacher, left out" in said

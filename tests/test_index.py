@@ -108,7 +108,7 @@ def test_folder_that_cannot_be_written_is_read_from_its_records(cache_folder, mo
     def full_disk(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("pipeline.cache.index.publish", full_disk)
+    monkeypatch.setattr("pipeline.stores.local_store.publish", full_disk)
     assert len(open_cache(cache_folder).commits) == len(list((cache_folder / COMMITS).iterdir()))
     assert not (cache_folder / INDEX).exists()
     assert not list(cache_folder.glob(f"*{PARTIAL}"))

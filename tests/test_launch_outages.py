@@ -14,10 +14,11 @@ from pipeline.launch.job import Job
 from pipeline.launch.kubernetes import write_manifests
 from pipeline.launch.settings import SubmitConfig
 from pipeline.launch.slurm import write_scripts
+from pipeline.progress import KeptLines
 from pipeline.stores.object_store import ObjectStore
 from pipeline.stores.patience import PATIENCE
 from pipeline.submit import job_of
-from tests.support.helpers import Lines, wait_until
+from tests.support.helpers import wait_until
 from tests.support.launching import ROOT, small_job
 from tests.support.workers import new_cache, run_worker, tiny_corpus
 
@@ -41,7 +42,7 @@ def test_pool_starts_workers_again_that_gave_up_waiting_also_while_it_cannot_loo
 ):
     monkeypatch.setenv(PATIENCE, "0.1")
     run_worker(new_cache(url, tiny_corpus(tmp_path / "rows", 2)), tmp_path / "rows", lease_s=100.0)
-    job, reporter = submitted(tmp_path, "local", cache=url, train_student=None), Lines()
+    job, reporter = submitted(tmp_path, "local", cache=url, train_student=None), KeptLines()
     mend = f"import urllib.request as u; u.urlopen(u.Request('{server.address}/_faults', data=b'[]')).close()"
     third = f"[ $(wc -l < {tmp_path}/starts) -eq 3 ]"
     commands(monkeypatch, f'echo x >> {tmp_path}/starts; {third} || exit 75; {sys.executable} -c "{mend}"')
@@ -57,7 +58,7 @@ def test_pool_gives_up_workers_that_never_get_further(server, url, tmp_path, mon
     job = submitted(tmp_path, "local", cache=url, train_student=None, attempts=2)
     commands(monkeypatch, f"echo x >> {tmp_path}/starts; exit 75")
     with pytest.raises(PipelineError, match="incomplete after all workers have ended"):
-        local.launch(job, Lines())
+        local.launch(job, KeptLines())
     assert (tmp_path / "starts").read_text().count("x") == 2
 
 

@@ -12,10 +12,11 @@ import pytest
 
 from pipeline.corpus import Corpus, CorpusManifest
 from pipeline.errors import ConfigError, CorpusError
+from pipeline.progress import KeptLines
 from stages.prepare import run
 from stages.prepare.run import prepare
 from stages.prepare.settings import PrepareConfig
-from tests.support.helpers import Lines, tiny_tokenizer
+from tests.support.helpers import tiny_tokenizer
 
 RECORD = b'{"text": "something to read"}\n'
 
@@ -60,7 +61,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 
 def test_every_key_occurs_once_and_duplicates_are_counted(config: PrepareConfig) -> None:
-    reporter = Lines()
+    reporter = KeptLines()
     manifest = prepare(config, reporter)
     keys = [row.key for row in Corpus(config.out).rows()]
     assert len(set(keys)) == len(keys) == manifest.num_sequences
@@ -158,7 +159,7 @@ def test_mended_input_keeps_the_units_before_it(config: PrepareConfig, inputs: P
 def test_finished_corpus_is_returned_as_it_is(config: PrepareConfig) -> None:
     first = prepare(config)
     before = files_of(config.out)
-    reporter = Lines()
+    reporter = KeptLines()
     assert prepare(config, reporter) == first == CorpusManifest.read(config.out)
     assert "already finished" in reporter.lines[-1]
     assert files_of(config.out) == before
@@ -216,7 +217,7 @@ def test_second_process_is_turned_away(config: PrepareConfig) -> None:
 
 
 def test_input_that_grows_meanwhile_is_an_error(config: PrepareConfig, inputs: Path) -> None:
-    class Grow(Lines):
+    class Grow(KeptLines):
         def progress(self, *rest: Any) -> Any:
             with (inputs / "0.jsonl").open("ab") as file:
                 file.write(RECORD)

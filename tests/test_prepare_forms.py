@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from pipeline.corpus import Corpus
 from pipeline.errors import CorpusError
+from pipeline.progress import KeptLines
 from pipeline.tokenizer import load_tokenizer
 from stages.prepare.conversations import Conversation, Refused, conversation_of
 from stages.prepare.forms import Completion, Undesirable, content_of, field_names
@@ -20,7 +21,7 @@ from stages.prepare.needs import Needs
 from stages.prepare.run import prepare
 from stages.prepare.settings import PrepareConfig
 from tests.support.chat_templates import STYLES, chat_tokenizer
-from tests.support.helpers import Lines, tiny_tokenizer
+from tests.support.helpers import tiny_tokenizer
 
 
 def corpus_of(
@@ -110,7 +111,7 @@ def test_functions_are_tools():
 
 
 def test_tools_that_the_template_does_not_write_are_said_and_counted(tmp_path):
-    reporter = Lines()
+    reporter = KeptLines()
     record = {
         "tools": json.dumps(TOOLS),
         "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],

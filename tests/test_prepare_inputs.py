@@ -13,11 +13,12 @@ import pytest
 import zstandard
 
 from pipeline.errors import ConfigError, CorpusError
+from pipeline.progress import KeptLines
 from stages.prepare.inputs import describe
 from stages.prepare.readers import read_records
 from stages.prepare.run import prepare
 from stages.prepare.settings import PrepareConfig
-from tests.support.helpers import Lines, tiny_tokenizer
+from tests.support.helpers import tiny_tokenizer
 
 RECORD = b'{"text": "something to read"}\n'
 
@@ -90,7 +91,7 @@ def test_bad_record_is_named_or_counted(
     strict = one_file(config, tmp_path, name, compress(RECORD + b"\n" + line + b'\n{"text": "another"}\n'))
     with pytest.raises(CorpusError, match=f"{name}: {message}.*--skip-bad-lines"):
         prepare(strict)
-    reporter = Lines()
+    reporter = KeptLines()
     manifest = prepare(changed(strict, skip_bad_lines=True), reporter)
     assert (manifest.statistics["bad_lines"], manifest.statistics["documents"]) == (1, 2)
     assert any(said.startswith("skipped: ") and "line 3" in said for said in reporter.lines)
@@ -184,7 +185,7 @@ def test_hidden_and_linked_things_of_a_folder_are_read_once_or_named(config: Pre
     (folder / "data" / "up").symlink_to(folder)
     (folder / "gone.txt").symlink_to(tmp_path / "nowhere.txt")
     (folder / "same.txt").symlink_to(folder / "data" / "one.txt")
-    reporter = Lines()
+    reporter = KeptLines()
     manifest = prepare(changed(config, inputs=(folder,)), reporter)
     names = [name for name, _, _ in manifest.settings["input_files"]]
     assert "tree/data/one.txt" in names  # and not by a link's name

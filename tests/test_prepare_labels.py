@@ -9,11 +9,12 @@ from tokenizers import processors
 
 from pipeline.corpus import Corpus
 from pipeline.errors import ConfigError, CorpusError
+from pipeline.progress import KeptLines
 from pipeline.tokenizer import load_tokenizer
 from stages.prepare.run import prepare
 from stages.prepare.settings import PrepareConfig
 from tests.support.chat_templates import STYLES, SYSTEM_FIRST, Style, chat_tokenizer
-from tests.support.helpers import BOS, EOS, Lines, tiny_tokenizer
+from tests.support.helpers import BOS, EOS, tiny_tokenizer
 
 
 def corpus_of(tmp_path: Path, records: list[dict[str, Any]], reporter: Any = None, **settings: Any) -> Corpus:
@@ -132,7 +133,7 @@ def test_tokenizer_without_an_end_is_said(tmp_path):
     tokenizer = tiny_tokenizer(tmp_path / "tokenizer", chat_template=STYLES["plain"].template)
     tokenizer.eos_token = None
     tokenizer.save_pretrained(tmp_path / "tokenizer")
-    reporter = Lines()
+    reporter = KeptLines()
     corpus = corpus_of(tmp_path, [{"text": "once"}, chat("one", "Yes")], reporter)
     assert counted(corpus)["documents_without_end"] == 2
     assert any("has no end-of-sequence token" in line for line in reporter.lines)
@@ -170,7 +171,7 @@ def test_one_bad_record_is_rejected_and_a_thousand_good_ones_stay(tmp_path, temp
     records.insert(500, bad)
     with pytest.raises(CorpusError, match=f"input.jsonl: line 501: .*{reason}.*--skip-bad-lines"):
         corpus_of(tmp_path, records)
-    reporter = Lines()
+    reporter = KeptLines()
     corpus = corpus_of(tmp_path, records, reporter, skip_bad_lines=True)
     assert (counted(corpus)["bad_lines"], counted(corpus)["documents"]) == (1, 1000)
     assert any(line.startswith("skipped: ") and "line 501" in line for line in reporter.lines)

@@ -5,8 +5,7 @@ import threading
 import pytest
 
 from pipeline import progress as module
-from pipeline.progress import Progress, Rate, TerminalReporter, _Lines, duration
-from tests.support.helpers import Lines
+from pipeline.progress import KeptLines, Progress, Rate, TerminalReporter, _Lines, duration
 
 
 class Clock:
@@ -27,7 +26,7 @@ def clock():
 @pytest.fixture
 def lines(clock):
     """(counter of 100,000 tokens, what it has said)."""
-    reporter = Lines()
+    reporter = KeptLines()
     return _Lines("capture", 100_000, "tokens", reporter, clock), reporter.lines
 
 

@@ -15,6 +15,7 @@ from pipeline.corpus import Corpus
 from pipeline.errors import CacheCorruptError, CacheMismatchError
 from pipeline.formats.layout import encode
 from pipeline.lifecycle.reuse import KnownTargets
+from pipeline.progress import KeptLines
 from stages.cache_logits.capture import capture
 from stages.cache_logits.fake_engine import FakeEngine
 from stages.cache_logits.run import cache_logits
@@ -22,7 +23,7 @@ from stages.cache_logits.scoring import documents_of
 from stages.cache_logits.settings import CacheConfig
 from stages.prepare.run import prepare
 from stages.prepare.settings import PrepareConfig
-from tests.support.helpers import Lines, run, tiny_tokenizer
+from tests.support.helpers import run, tiny_tokenizer
 from tests.support.small import (
     assert_equal_caches,
     contents_of,
@@ -167,7 +168,7 @@ def old_cache(tmp_path_factory, teacher, corpora):
 
 
 def test_command_says_what_it_copies_and_copies_the_bits_of_a_real_teacher(tmp_path, teacher, corpora, old_cache):
-    lines = Lines()
+    lines = KeptLines()
     config = settings(teacher, corpora / "new", tmp_path / "new", reuse=(old_cache,), format="zarr")
     cache_logits(config, lines)
     old_tokens = Corpus(corpora / "old").manifest.num_tokens

@@ -10,7 +10,7 @@ from pipeline import open_cache
 from pipeline.errors import PipelineError
 from pipeline.hidden import first_forward
 from pipeline.models import text_body
-from pipeline.progress import Reporter
+from pipeline.progress import KeptLines
 from stages.train_student.agreement import dense_loss
 from stages.train_student.dataset import Collate, stack_rows
 from stages.train_student.documents import LENGTH_CLASSES, _length_classes, target_hidden
@@ -36,19 +36,6 @@ def cache(tmp_path_factory, corpus):
 @pytest.fixture
 def documents():
     return list(torch.randint(1, VOCAB, (sum(LENGTHS),), generator=torch.Generator().manual_seed(1)).split(LENGTHS))
-
-
-class Notes(Reporter):
-    """Keeps what is said."""
-
-    def __init__(self):
-        self.lines = []
-
-    def log(self, line):
-        self.lines.append(line)
-
-    def note(self, line):
-        self.log(line)
 
 
 def hooked(model):
@@ -153,7 +140,7 @@ def test_recurrent_student_trains_on_packed_rows_as_on_documents_alone(tmp_path,
     student = kind_student(tmp_path / "student", "mamba2", vocab_size)
     values = {"max_steps": 2, "batch_size": 4, "log_steps": 1, "save_steps": 100, "learning_rate": 1e-3}
     config = TrainConfig(student=student, cache=cache, out=tmp_path / "run", eval_cache=cache, **values)
-    notes = Notes()
+    notes = KeptLines()
     metrics = train_student(config, notes)
     assert sum("Mamba2ForCausalLM: does not keep the documents of a row apart" in line for line in notes.lines) == 1
     total, count = 0.0, 0

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from pipeline import open_cache
 from pipeline.errors import ConfigError
+from pipeline.progress import KeptLines
 from stages.train_student.agreement import dense_loss
 from stages.train_student.compat.peft_hooks import merged
 from stages.train_student.coverage import coverage_notes
@@ -23,7 +24,6 @@ from stages.train_student.settings import TrainConfig
 from stages.train_student.targets import DistillationTargets
 from tests.support.kinds import kind_model, kind_student
 from tests.support.small import make_cache
-from tests.test_train_documents import Notes
 
 VOCAB = 90
 
@@ -184,7 +184,7 @@ def adapted_run(folder, cache, **changes):
 
 
 def test_adapted_experts_are_balanced_and_both_are_said_and_logged(tmp_path, cache):
-    config, notes = adapted_run(tmp_path, cache), Notes()
+    config, notes = adapted_run(tmp_path, cache), KeptLines()
     train_student(config, notes)
     assert sum("adapters change" in line for line in notes.lines) == 1
     assert sum("added with weight 0.5" in line for line in notes.lines) == 1
@@ -235,7 +235,7 @@ def test_part_that_a_students_forward_does_not_use_is_said(tmp_path, cache):
     """A cross-attention without an encoder."""
     student = kind_student(tmp_path / "student", "trocr", vocab_of(cache))
     values = {"max_steps": 2, "batch_size": 4, "log_steps": 1, "save_steps": 100, "learning_rate": 1e-3}
-    notes = Notes()
+    notes = KeptLines()
     train_student(TrainConfig(student=student, cache=cache, out=tmp_path / "run", **values), notes)
     (line,) = [line for line in notes.lines if "got no gradient in 2 steps" in line]
     assert "encoder_attn" in line

@@ -19,6 +19,7 @@ from pipeline import open_cache
 from pipeline.cache.commits import COMMITS
 from pipeline.cache.manifest import MANIFEST
 from pipeline.errors import CacheIncompleteError, CacheMismatchError, ConfigError, PipelineError
+from pipeline.progress import KeptLines
 from pipeline.settings import resolved
 from pipeline.stores.sealed import read_json, write_json
 from stages.cache_logits.draws import reduce_rows
@@ -33,7 +34,7 @@ from stages.train_student.progress import ReportProgress
 from stages.train_student.run import train_student
 from stages.train_student.settings import TrainConfig
 from stages.train_student.trainer import DistillationTrainer
-from tests.support.helpers import Lines, tiny_tokenizer, wait_until
+from tests.support.helpers import tiny_tokenizer, wait_until
 from tests.support.small import llama_config, make_cache
 
 ROOT = Path(__file__).parent.parent
@@ -296,7 +297,7 @@ def test_bad_step_moves_nothing_and_is_never_silent(tmp_path, cache_folder, stud
         seen.append([parameter.detach().clone() for parameter in self.model.parameters()])
 
     monkeypatch.setattr(DistillationTrainer, "judge_step", broken)
-    lines = Lines()
+    lines = KeptLines()
     config = settings(student, cache_folder, tmp_path / "run", max_steps=5, on_bad_loss=action, warmup_ratio=0.0)
     if action == "stop":
         with pytest.raises(PipelineError, match=r"step 3: a gradient of norm inf .* --on-bad-loss skip in this one"):
@@ -359,7 +360,7 @@ def test_finished_run_is_known_after_everything_has_moved(tmp_path, cache_folder
         (tmp_path / name).rename(tmp_path / f"moved-{name}")
     monkeypatch.chdir(tmp_path)
     places = (Path("moved-student") / student.name, Path("moved-cache"), Path("moved-out"))
-    assert train_student(settings(*places, max_steps=1), lines := Lines()) == metrics
+    assert train_student(settings(*places, max_steps=1), lines := KeptLines()) == metrics
     assert lines.lines == ["moved-out: finished before; nothing to do."]
 
 

@@ -15,6 +15,7 @@ from pipeline.cache.manifest import CacheManifest
 from pipeline.corpus import Corpus
 from pipeline.errors import EngineError
 from pipeline.exit_codes import STALLED
+from pipeline.progress import KeptLines
 from pipeline.runs.status import StatusReader
 from pipeline.watchdog import Watchdog
 from stages.cache_logits.fake_engine import FakeEngine
@@ -23,7 +24,6 @@ from stages.cache_logits.watched_engine import WatchedEngine
 from stages.train_student.dataset import CacheDataset
 from stages.train_student.run import train_student
 from stages.train_student.settings import TrainConfig
-from tests.support.helpers import Lines
 from tests.support.small import llama_config, make_cache, make_corpus, random_sequences
 from tests.support.workers import end_of, new_cache, run_worker, tiny_corpus
 from tests.test_cache_logits import run_command, settings, wait_for_commits
@@ -55,7 +55,7 @@ def in_process(run) -> tuple[int, str]:
     pid = os.fork()
     if pid == 0:
         os.close(reader)
-        reporter = Lines()
+        reporter = KeptLines()
         reporter.log = lambda line: os.write(writer, f"{line}\n".encode())
         run(reporter)
         os._exit(0)

@@ -54,7 +54,7 @@ class CacheFolder:
                 place.build(lambda new: _fill(new, manifest, source))
             found = cls(place)
             found.manifest.require_equal(manifest, place)
-            for name in (SHARDS, COMMITS):  # copying may have lost them while they were empty
+            for name in (SHARDS, COMMITS):  # also those that copying has lost while they were empty
                 (place / name).mkdir(exist_ok=True)
             if not (place / TOKENIZER).is_dir():
                 (place / TOKENIZER).build(lambda new: _copy(source, new))
@@ -143,9 +143,7 @@ def _require_free(place: Store) -> None:
 
 
 def _fill(folder: Store, manifest: CacheManifest, tokenizer: Path) -> None:
-    """Everything that a cache begins with; its manifest declares it."""
-    for name in (SHARDS, COMMITS):
-        (folder / name).mkdir()
+    """What a cache must have to be one; its manifest declares it."""
     (folder / TOKENIZER).mkdir()
     _copy(tokenizer, folder / TOKENIZER)
     manifest.write(folder)

@@ -12,7 +12,6 @@ In an object store there is none: the records are read, many at the same time.
 import contextlib
 import json
 import os
-import secrets
 import struct
 from collections.abc import Sequence
 from dataclasses import asdict, fields
@@ -27,10 +26,10 @@ from pipeline.cache.commits import COMMITS, ShardCommit, read_commit
 from pipeline.cache.manifest import MANIFEST, CacheManifest
 from pipeline.documents import Count, document_of, parse_json
 from pipeline.errors import CacheCorruptError, CacheIncompleteError
-from pipeline.files import PARTIAL, hash_file, publish
+from pipeline.files import hash_file, remove_partials
 from pipeline.ipc import stream_batches
 from pipeline.parallel import map_in_threads
-from pipeline.processes import owner_is_dead, owner_name
+from pipeline.stores.local_store import LocalStore
 from pipeline.stores.store import Store
 
 INDEX = "index.arrow"
@@ -76,7 +75,7 @@ def open_index(folder: Store, manifest: CacheManifest) -> CommitIndex:
     local = folder.path
     if local is None:
         return CommitIndex(_collect(folder, manifest, REQUESTS), str(folder / COMMITS))
-    path, stamp = local / INDEX, _stamp(local)
+    path, stamp = LocalStore(local / INDEX), _stamp(local)
     table = _read(path, stamp)
     if table is None or table.num_rows != manifest.num_partitions:
         table = _collect(folder, manifest, workers=1)
@@ -124,17 +123,10 @@ def _collect(folder: Store, manifest: CacheManifest, workers: int) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=SCHEMA)
 
 
-def _write(path: Path, table: pa.Table, stamp: str) -> None:
-    for left_behind in path.parent.glob(f"{INDEX}-*{PARTIAL}"):
-        if owner_is_dead(left_behind.name.removesuffix(PARTIAL).split("-", 2)[-1]):
-            left_behind.unlink(missing_ok=True)
+def _write(path: LocalStore, table: pa.Table, stamp: str) -> None:
+    remove_partials(path.parent, path.name)
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, table.schema.with_metadata({"stamp": stamp})) as writer:
         writer.write_table(table)
     body = sink.getvalue()
-    partial = path.with_name(f"{INDEX}-{secrets.token_hex(4)}-{owner_name()}{PARTIAL}")
-    try:
-        partial.write_bytes(body.to_pybytes() + xxhash.xxh3_128_digest(body))
-        publish(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    path.write(body.to_pybytes() + xxhash.xxh3_128_digest(body))

@@ -24,7 +24,7 @@ from pipeline.errors import CacheCorruptError, CacheIncompleteError, CacheMismat
 from pipeline.formats.containers import CONTAINERS
 from pipeline.formats.grid import WARMEST
 from pipeline.formats.layout import ALIGNMENT, ShardCounts, ShardLayout
-from pipeline.ownership import Differences, differences, told
+from pipeline.ownership import Differences, entries_that_differ, told
 from pipeline.stores.places import store_of
 from pipeline.stores.sealed import read_json, write_json
 from pipeline.stores.store import Store
@@ -135,12 +135,12 @@ class CacheManifest:
     def target_differences(self, wanted: "CacheManifest") -> Differences:
         """The entries of `target_identity` that differ, with both values: this manifest's first."""
         entries = self.target_identity()
-        return differences(entries, wanted.target_identity(), entries)
+        return entries_that_differ(entries, wanted.target_identity(), entries)
 
     def require_equal(self, requested: "CacheManifest", folder: Store) -> None:
         """Raise CacheMismatchError, naming every difference, unless both describe the same targets."""
         entries = self.identity()
-        different = differences(entries, requested.identity(), entries)
+        different = entries_that_differ(entries, requested.identity(), entries)
         if different:
             found = told(different, "is")
             raise CacheMismatchError(f"{folder}: holds a cache made by other settings: {found}; choose another --out.")

@@ -1,7 +1,6 @@
 """A committed shard: where it lies, what it must hold, and how it is opened."""
 
 import functools
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,8 +84,3 @@ class StoredShard:
     def decode(self, columns: dict[str, np.ndarray], row: int) -> CachedSequence:
         """The sequence of the given columns; raises CacheCorruptError unless they are as they were written."""
         return decode(columns, self.layout, self.where(row))
-
-
-def shards_of(folder: Store, manifest: CacheManifest, commits: Iterable[ShardCommit]) -> list[StoredShard]:
-    """The shards that records of one cache name."""
-    return [StoredShard.of(folder, manifest, commit) for commit in commits]

@@ -20,7 +20,7 @@ from pipeline.formats.layout import ALIGNMENT
 from pipeline.lifecycle.copying import sequences_of_shard
 from pipeline.lifecycle.export_layouts import ExportLayout, Row
 from pipeline.lifecycle.settings import EXPORT_LAYOUTS, ExportConfig
-from pipeline.ownership import claim, differences, told
+from pipeline.ownership import claim, entries_that_differ, told
 from pipeline.parallel import in_processes
 from pipeline.progress import Reporter
 from pipeline.targets import column_of
@@ -56,7 +56,7 @@ def file_name(partition: int) -> str:
 def _open_folder(config: ExportConfig, manifest: CacheManifest) -> None:
     identity = xxhash.xxh3_128_hexdigest(canonical_json(manifest.identity()))
     record = {"cache": identity, "layout": config.layout, "temperature": config.temperature}
-    different = differences(claim(config.out, RECORD, record, "export"), record, record)
+    different = entries_that_differ(claim(config.out, RECORD, record, "export"), record, record)
     if different:
         raise CacheMismatchError(f"{config.out}: holds another export: {told(different)}; choose another --out.")
     remove_partials(config.out)

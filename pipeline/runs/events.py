@@ -16,6 +16,7 @@ import msgspec
 
 from pipeline.documents import Count, Text
 from pipeline.parallel import in_threads
+from pipeline.runs.ephemeral import PATIENCE_S
 from pipeline.stores.numbered import list_names
 from pipeline.stores.store import Store
 
@@ -34,7 +35,7 @@ class EventLog:
 
     def __init__(self, folder: Store, worker: int, owner: str) -> None:
         self._who = {"worker": worker, "owner": owner}
-        self._lines = (folder / EVENTS / f"{worker:04d}-{owner}.jsonl").log()
+        self._lines = (folder / EVENTS / f"{worker:04d}-{owner}.jsonl").hasty(PATIENCE_S).log()
 
     def note(self, what: str, **details: Any) -> None:
         """Something has happened just now."""

@@ -4,6 +4,7 @@ run.json in the folder of the cache. Workers may be told otherwise than those be
 holds for who reads it. A worker itself goes by its own settings.
 """
 
+import contextlib
 import typing
 from dataclasses import asdict, dataclass
 from typing import Annotated
@@ -37,7 +38,10 @@ def begin_run(folder: Store, terms: RunTerms) -> None:
     """Make the folders of a run, and write down what its workers go by."""
     for name in (LEASES, FAILURES, WORKERS, EVENTS):
         (folder / name).mkdir(exist_ok=True)
-    if not (folder / RUN).is_file() or read_document(folder / RUN, RunTerms, CacheCorruptError) != terms:
+    told = None
+    with contextlib.suppress(FileNotFoundError, CacheCorruptError):  # a damaged one is written anew
+        told = read_document(folder / RUN, RunTerms, CacheCorruptError)
+    if told != terms:
         write_json(folder / RUN, asdict(terms))
 
 

@@ -7,7 +7,7 @@ import os
 import shutil
 import stat
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path, PosixPath
 
 from pipeline.files import (
@@ -63,17 +63,16 @@ class LocalStore(PosixPath, Store):
 
     def write(self, contents: bytes, *, lasting: bool = True) -> None:
         """Write the file under another name, and rename it."""
-        partial = partial_path(self)
-        try:
-            with naming(self):
-                partial.write_bytes(contents)
-                publish(partial, self) if lasting else os.replace(partial, self)
-        finally:
-            partial.unlink(missing_ok=True)
+        with self._partial(contents) as partial:
+            publish(partial, self) if lasting else os.replace(partial, self)
 
     def create(self, contents: bytes, *, lasting: bool = True) -> Version | None:
         """Write the file if there is none."""
-        won = self._link(contents) if lasting else self._open_new(contents)
+        if lasting:
+            with self._partial(contents) as partial:
+                won = publish_first(partial, self)
+        else:
+            won = self._open_new(contents)
         return Version("the only one") if won else None
 
     def renew(self, contents: bytes, version: Version) -> Version | None:
@@ -136,12 +135,14 @@ class LocalStore(PosixPath, Store):
         """The file itself, to which lines are appended."""
         return _File(self)
 
-    def _link(self, contents: bytes) -> bool:
+    @contextlib.contextmanager
+    def _partial(self, contents: bytes) -> Iterator[Path]:
+        """The contents under another name, which is gone at the end."""
         partial = partial_path(self)
         try:
             with naming(self):
                 partial.write_bytes(contents)
-                return publish_first(partial, self)
+                yield partial
         finally:
             partial.unlink(missing_ok=True)
 

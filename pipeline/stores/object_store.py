@@ -34,8 +34,8 @@ from pipeline.stores.store import Log, Store, Version
 
 RANGE_BYTES, RANGES = 8 << 20, 8
 """Bytes of a file that are asked for at a time, and how many such requests are under way."""
-LOG_BYTES, LOG_PATIENCE_S = 256 << 10, 15.0
-"""An object of a log of this size grows no more; so long is a store asked to write one."""
+LOG_BYTES = 256 << 10
+"""An object of a log of this size grows no more."""
 PARTS = 4
 """Parts of an upload, of 5 MiB, that are under way at a time."""
 Result = TypeVar("Result")
@@ -286,7 +286,7 @@ class _Objects:
     """Objects that are written again as they grow, named by the time of their first event."""
 
     def __init__(self, place: ObjectStore) -> None:
-        self._folder = place.parent.hasty(LOG_PATIENCE_S)
+        self._folder = place.parent
         self._stem, self._suffix = posixpath.splitext(place.name)
         self._lock = threading.Lock()
         self._lines: list[bytes] = []

@@ -8,9 +8,9 @@ import numpy as np
 from pipeline.cache.manifest import CacheManifest
 from pipeline.cache.reader import Cache, open_cache
 from pipeline.corpus import TokenSequence
-from pipeline.documents import short
 from pipeline.errors import CacheMismatchError, ConfigError
 from pipeline.formats.layout import CachedSequence, ShardCounts, targets_of
+from pipeline.ownership import entries_that_differ, told
 from pipeline.progress import Reporter
 from pipeline.settings import load_config
 from stages.cache_logits.comparison import Difference, differences
@@ -149,13 +149,9 @@ _TAKEN_OVER = (*_ARITHMETIC, "row_chunk", "quantization")
 
 def _require_same(teacher: dict[str, str], manifest: CacheManifest, config: AuditConfig) -> None:
     recorded = {name: value for name, value in manifest.teacher.items() if name != "engine"}
-    names = sorted(recorded | teacher)
-    different = [name for name in names if recorded.get(name) != teacher.get(name)]
+    different = entries_that_differ(recorded, teacher, sorted(recorded | teacher))
     if different:
-        found = "; ".join(
-            f"{name} is {short(recorded.get(name), quoted=False)}, now {short(teacher.get(name), quoted=False)}"
-            for name in different
-        )
+        found = told(different, "is", quoted=False)
         raise CacheMismatchError(
             f"{config.teacher}: is not the teacher that made {config.cache}: {found}; an audit needs that teacher."
         )

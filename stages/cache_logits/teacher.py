@@ -128,14 +128,29 @@ def length_regime(model: ModelFolder, longest: int) -> str:
     where transformers takes one a sequence; llama4.py tunes the attention's temperature from 32,768 tokens on, and
     transformers from the first position at which it is not 1.
     """
-    rope = model.attribute("rope_parameters") or model.attribute("rope_scaling") or {}
-    original = model.attribute("original_max_position_embeddings") or rope.get("original_max_position_embeddings")
+    rope, original = rope_of(model), original_context(model)
     if rope.get("rope_type", rope.get("type")) == "longrope" and original and longest > original:
         return f"with the rope factors of texts above {original} tokens"
     begins = model.attribute("floor_scale") or LLAMA4_BEGINS
-    if "Llama4" in model.text_architecture and begins < longest <= LLAMA4_TUNED:
+    if is_llama4(model) and begins < longest <= LLAMA4_TUNED:
         return f"without the temperature of attention above {begins:g} tokens"
     return ""
+
+
+def rope_of(model: ModelFolder) -> dict[str, Any]:
+    """The parameters of the model's rotary embedding, empty if it states none."""
+    return model.attribute("rope_parameters") or model.attribute("rope_scaling") or {}
+
+
+def original_context(model: ModelFolder) -> int | None:
+    """Tokens for which the model was trained before its context was stretched, if it says so."""
+    name = "original_max_position_embeddings"
+    return model.attribute(name) or rope_of(model).get(name)
+
+
+def is_llama4(model: ModelFolder) -> bool:
+    """Whether vLLM serves it by a class of Llama 4's."""
+    return "Llama4" in model.text_architecture
 
 
 def _as_vllm_reads_it(folder: Path, trust_remote_code: bool) -> Any:

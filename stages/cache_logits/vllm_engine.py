@@ -21,7 +21,7 @@ from pipeline.targets import SparseTargets
 from stages.cache_logits.comparison import disagreement
 from stages.cache_logits.engine import Request, reduction_of, unpack
 from stages.cache_logits.settings import TeacherConfig
-from stages.cache_logits.teacher import Teacher
+from stages.cache_logits.teacher import LLAMA4_TUNED, Teacher, is_llama4, original_context
 from stages.cache_logits.vllm_plugin import (
     FAILURES,
     FRONT_END,
@@ -230,11 +230,8 @@ def _max_model_len(teacher: Teacher, longest_request: int, version: str) -> int:
     if not keeps_slot_for_a_token(version):
         return longest_request
     model = teacher.model
-    rope = model.attribute("rope_parameters") or {}
-    original = {model.attribute("original_max_position_embeddings"), rope.get("original_max_position_embeddings")}
-    if longest_request in {model.context_length, *original} or (
-        longest_request == 32_768 and "Llama4" in model.text_architecture
-    ):
+    edges = {model.context_length, original_context(model), LLAMA4_TUNED if is_llama4(model) else None}
+    if longest_request in edges:
         raise EngineError(
             f"{teacher.folder}: vLLM {version} keeps a place for a token behind sequences of {longest_request}, for "
             f"which this model has no room; take vLLM 0.32 or later, or prepare again with --sequence-length "

@@ -11,7 +11,7 @@ import numpy as np
 from pipeline.corpus import MANIFEST, TOKENIZER, Corpus, TokenSequence
 from pipeline.documents import printable
 from pipeline.errors import ConfigError
-from pipeline.progress import Reporter
+from pipeline.progress import KeptLines, Reporter
 from pipeline.tokenizer import load_tokenizer
 from stages.prepare.documents import DocumentEncoder, is_overlong
 from stages.prepare.inputs import InputFile, find_inputs
@@ -46,24 +46,9 @@ MEANINGS = {
 }
 
 
-class _Said(Reporter):
-    """Keeps what it is told."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def log(self, line: str) -> None:
-        """Keep a line."""
-        self.lines.append(line)
-
-    def note(self, line: str) -> None:
-        """Keep it too."""
-        self.log(line)
-
-
 def preview(config: PreviewConfig, color: bool) -> Iterator[str]:
     """Lines to print; raises ConfigError or CorpusError."""
-    said = _Said()
+    said = KeptLines()
     if len(config.inputs) == 1 and (config.inputs[0] / MANIFEST).is_file():
         folder = config.inputs[0]
         corpus = Corpus(folder)

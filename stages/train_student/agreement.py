@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import PipelineError
-from stages.train_student.evaluation import head_logits
+from stages.train_student.evaluation import head_logits, logits_of_products
 from stages.train_student.fused_head import product_dtype
 from stages.train_student.head import token_loss
 from stages.train_student.loss_settings import LossSettings
@@ -165,9 +165,7 @@ def _dense_gradient(factors: list[Tensor], targets: DistillationTargets, setting
     logits_MV = head_logits(hidden_MH, weight_VH, tuple(adapter) or None, products)
     with torch.enable_grad():
         leaf = logits_MV.double().requires_grad_()
-        scaled = settings.logit_scale * leaf
-        cap = settings.logit_softcap
-        loss = dense_loss(scaled if cap is None else cap * torch.tanh(scaled / cap), targets, settings)
+        loss = dense_loss(logits_of_products(leaf, settings), targets, settings)
         return torch.autograd.grad(loss, leaf)[0].to(logits_MV.dtype)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from pipeline.cache.manifest import CacheManifest
 from pipeline.errors import CacheMismatchError, ConfigError
 from pipeline.files import held
-from pipeline.ownership import claim, differences, told
+from pipeline.ownership import claim, entries_that_differ, told
 from pipeline.settings import resolved
 from pipeline.targets import column_of
 from pipeline.weights import hash_config, hash_weights
@@ -78,7 +78,7 @@ def open_folder(config: TrainConfig, cache: CacheManifest, held_out: CacheManife
         return  # rank 0 looks for all
     run = _description(config, cache, held_out, shape)
     known = _defaults() | claim(config.out, RUN, run, "training run")
-    different = differences(known, run, [key for key in run if key in known and key not in PATHS])
+    different = entries_that_differ(known, run, [key for key in run if key in known and key not in PATHS])
     if (config.eval_cache is None) != (known["eval_cache"] is None):
         different["eval_cache"] = known["eval_cache"], run["eval_cache"]
     if different:

@@ -105,12 +105,14 @@ def head_logits(
     logits = hidden_MH.to(dtype) @ weight_VH[: settings.vocab_size].to(dtype).T
     if adapter is not None:
         logits += adapter[0].to(dtype) @ adapter[1][: settings.vocab_size].to(dtype).T
-    logits *= settings.logit_scale
-    return (
-        logits
-        if settings.logit_softcap is None
-        else settings.logit_softcap * torch.tanh(logits / settings.logit_softcap)
-    )
+    return logits_of_products(logits, settings)
+
+
+def logits_of_products(products_MV: Tensor, settings: LossSettings) -> Tensor:
+    """What a model makes of the products of hidden states and head: scaled, and capped if it caps."""
+    scale, cap = settings.logit_scale, settings.logit_softcap
+    logits_MV = products_MV if scale == 1.0 else scale * products_MV
+    return logits_MV if cap is None else cap * torch.tanh(logits_MV / cap)
 
 
 def _rows_of(adapter: tuple[Tensor, Tensor] | None, chunk: slice) -> tuple[Tensor, Tensor] | None:

@@ -10,7 +10,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 
 from pipeline.cli import main
-from pipeline.progress import Reporter
 from tests.support import leftovers
 
 LAST_RESORT_S = 500.0
@@ -53,21 +52,6 @@ def wait_until(condition: Callable[[], object], what: str = "") -> None:
             return
         assert time.monotonic() < deadline, what
         time.sleep(0.02)
-
-
-class Lines(Reporter):
-    """Keeps what it is told."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def log(self, line: str) -> None:
-        """Keep a line."""
-        self.lines.append(line)
-
-    def note(self, line: str) -> None:
-        """Keep it too."""
-        self.log(line)
 
 
 def tiny_tokenizer(folder: Path, vocab_size: int = 400, chat_template: str | None = None, bos: bool = False) -> Any:

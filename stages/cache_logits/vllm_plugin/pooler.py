@@ -114,8 +114,10 @@ class SparseTargetPooler(Pooler):
     def _as_vllm_has_them(self) -> Iterator[None]:
         for processor in self._processors:
             del processor._get_logits
-        yield
-        self._keep_local()
+        try:
+            yield
+        finally:
+            self._keep_local()
 
     def _keep_local(self) -> None:
         for processor in self._processors:

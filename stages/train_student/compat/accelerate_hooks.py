@@ -8,6 +8,7 @@
 | AcceleratorState._reset_state             | a second training of the process finds the state of the first    |
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 
 from stages.train_student.compat.changed import changed
 
-TRIED = "1.15"
+_changed = functools.partial(changed, "accelerate", "1.15")
 COMPUTED_IN = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 """What accelerate calls the types of a computation."""
 
@@ -25,9 +26,9 @@ COMPUTED_IN = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 def require() -> None:
     """Raises PipelineError where something is gone."""
     if not hasattr(AcceleratorState, "_reset_state"):
-        raise changed("accelerate", TRIED, "AcceleratorState._reset_state", "is gone")
+        raise _changed("AcceleratorState._reset_state", "is gone")
     if "mixed_precision_policy" not in FullyShardedDataParallelPlugin.__dataclass_fields__:
-        raise changed("accelerate", TRIED, "FullyShardedDataParallelPlugin.mixed_precision_policy", "is gone")
+        raise _changed("FullyShardedDataParallelPlugin.mixed_precision_policy", "is gone")
 
 
 def insist_on_fsdp(state: Any, plugin_arguments: dict[str, Any]) -> None:
@@ -38,8 +39,8 @@ def insist_on_fsdp(state: Any, plugin_arguments: dict[str, Any]) -> None:
     """
     plugin = FullyShardedDataParallelPlugin(**plugin_arguments)
     if state.mixed_precision not in COMPUTED_IN:
-        raise changed(
-            *("accelerate", TRIED, "AcceleratorState.mixed_precision"),
+        raise _changed(
+            "AcceleratorState.mixed_precision",
             f"is {state.mixed_precision!r}, expected one of {', '.join(COMPUTED_IN)}",
         )
     dtype = COMPUTED_IN[state.mixed_precision]
@@ -53,7 +54,7 @@ def insist_on_fsdp(state: Any, plugin_arguments: dict[str, Any]) -> None:
 def require_sharded(model: torch.nn.Module) -> None:
     """Raises PipelineError if `prepare` has left a model whole that was to be sharded."""
     if not any(isinstance(module, FSDPModule) for module in model.modules()):
-        raise changed("accelerate", TRIED, "AcceleratorState.fsdp_plugin", "has no effect; the model is not sharded")
+        raise _changed("AcceleratorState.fsdp_plugin", "has no effect; the model is not sharded")
 
 
 def forget() -> None:

@@ -13,6 +13,7 @@
 peft may be missing: nothing here loads it before `require`.
 """
 
+import functools
 import inspect
 import sys
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 
 from stages.train_student.compat.changed import changed
 
-TRIED = "0.21"
+_changed = functools.partial(changed, "peft", "0.21")
 _LAYER = ("lora_A", "lora_B", "scaling", "active_adapters", "get_base_layer")
 
 
@@ -31,11 +32,11 @@ def require() -> None:
     import peft
 
     if "target_parameters" not in inspect.signature(peft.LoraConfig).parameters:
-        raise changed("peft", TRIED, "LoraConfig.target_parameters", "is gone; experts would stay frozen")
+        raise _changed("LoraConfig.target_parameters", "is gone; experts would stay frozen")
     if "save_embedding_layers" not in inspect.signature(peft.PeftModel.save_pretrained).parameters:
-        raise changed("peft", TRIED, "PeftModel.save_pretrained(save_embedding_layers)", "is gone")
+        raise _changed("PeftModel.save_pretrained(save_embedding_layers)", "is gone")
     if not hasattr(peft.LoraModel, "merge_and_unload"):
-        raise changed("peft", TRIED, "LoraModel.merge_and_unload", "is gone; adapters would not be in the student")
+        raise _changed("LoraModel.merge_and_unload", "is gone; adapters would not be in the student")
     _layer_class()
 
 
@@ -46,9 +47,9 @@ def require_adapted(model: nn.Module, wanted: list[Tensor]) -> None:
         name for name, weight in model.named_parameters() if _is_in(weight, wanted) and id(weight) not in adapted
     ]
     if missing:
-        raise changed("peft", TRIED, "get_peft_model", f"{len(missing)} weights got no adapter, such as {missing[0]}")
+        raise _changed("get_peft_model", f"{len(missing)} weights got no adapter, such as {missing[0]}")
     if odd := [name for name, weight in model.named_parameters() if weight.requires_grad and "lora_" not in name]:
-        raise changed("peft", TRIED, "the names of adapters", f"{odd[0]} is trained, expected names with 'lora_'")
+        raise _changed("the names of adapters", f"{odd[0]} is trained, expected names with 'lora_'")
 
 
 def adapted_weights(model: nn.Module) -> set[int]:
@@ -87,15 +88,13 @@ def _layer_class() -> type:
     try:
         from peft.tuners.tuners_utils import BaseTunerLayer
     except ImportError as exc:
-        raise changed("peft", TRIED, "peft.tuners.tuners_utils.BaseTunerLayer", "is gone") from exc
+        raise _changed("peft.tuners.tuners_utils.BaseTunerLayer", "is gone") from exc
     return BaseTunerLayer
 
 
 def _require_layer(layer: nn.Module) -> None:
     if gone := [name for name in _LAYER if not hasattr(layer, name)]:
-        raise changed(
-            "peft", TRIED, f"{type(layer).__name__}.{gone[0]}", "is gone; its adapter would not be in the loss"
-        )
+        raise _changed(f"{type(layer).__name__}.{gone[0]}", "is gone; its adapter would not be in the loss")
 
 
 def _is_in(weight: Tensor, weights: list[Tensor]) -> bool:

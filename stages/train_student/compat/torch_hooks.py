@@ -6,6 +6,7 @@
 | classes in the directory of a checkpoint | none: an unknown one is an error (checkpoints.py)     |
 """
 
+import functools
 import io
 import os
 import pickle
@@ -16,7 +17,7 @@ import torch
 
 from stages.train_student.compat.changed import changed
 
-TRIED = "2.11 to 2.13"
+_changed = functools.partial(changed, "torch", "2.11 to 2.13")
 WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 """Environment variable of torch."""
 
@@ -49,4 +50,4 @@ def _require_refusal() -> None:
         torch.load(file, weights_only=False)
     except pickle.UnpicklingError:
         return
-    raise changed("torch", TRIED, WEIGHTS_ONLY, "is not heeded; a checkpoint could run code when it is read")
+    raise _changed(WEIGHTS_ONLY, "is not heeded; a checkpoint could run code when it is read")

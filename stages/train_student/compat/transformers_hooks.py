@@ -16,6 +16,7 @@
 call, and `not_called` is the error where one is missing.
 """
 
+import functools
 from typing import Any
 
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -24,7 +25,7 @@ from pipeline.errors import PipelineError
 from stages.train_student.compat.changed import changed
 from stages.train_student.shardings import SHARDINGS
 
-TRIED = "5.19"
+_changed = functools.partial(changed, "transformers", "5.19")
 _TRAINER = (
     *("_get_grad_norm", "_save_checkpoint", "_prepare_inputs", "create_accelerator_and_postprocess"),
     *("get_batch_samples", "compute_loss", "get_train_dataloader"),
@@ -37,20 +38,18 @@ def require() -> None:
     for owner, names in ((Trainer, _TRAINER), (TrainerCallback, _CALLBACK)):
         for name in names:
             if not hasattr(owner, name):
-                raise changed("transformers", TRIED, f"{owner.__name__}.{name}", "is gone")
+                raise _changed(f"{owner.__name__}.{name}", "is gone")
 
 
 def not_called(hook: str, consequence: str) -> PipelineError:
     """The error of a hook that is there and was not called."""
-    return changed("transformers", TRIED, hook, f"was not called: {consequence}")
+    return _changed(hook, f"was not called: {consequence}")
 
 
 def count_tokens_once(trainer: Trainer) -> None:
     """The loss divides by the target tokens of the whole step: the Trainer must not divide again."""
     if not hasattr(trainer, "model_accepts_loss_kwargs"):
-        raise changed(
-            "transformers", TRIED, "Trainer.model_accepts_loss_kwargs", "is gone; the loss would be divided twice"
-        )
+        raise _changed("Trainer.model_accepts_loss_kwargs", "is gone; the loss would be divided twice")
     trainer.model_accepts_loss_kwargs = True
 
 
@@ -59,7 +58,7 @@ def one_gpu_a_process(arguments: TrainingArguments) -> None:
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1
     if arguments.n_gpu > 1:
-        raise changed("transformers", TRIED, "TrainingArguments._n_gpu", "has no effect; DataParallel would be taken")
+        raise _changed("TrainingArguments._n_gpu", "has no effect; DataParallel would be taken")
 
 
 def require_sharding(arguments: TrainingArguments, sharding: str) -> None:
@@ -72,9 +71,7 @@ def require_sharding(arguments: TrainingArguments, sharding: str) -> None:
     names = {"version": "fsdp_version"}
     lost = [key for key, value in asked.items() if _plain(found.get(names.get(key, key))) != _plain(value)]
     if lost or not asked:
-        raise changed(
-            "transformers", TRIED, "TrainingArguments.fsdp_plugin_args", f"is {found}, asked was {asked}: {lost} differ"
-        )
+        raise _changed("TrainingArguments.fsdp_plugin_args", f"is {found}, asked was {asked}: {lost} differ")
 
 
 def _plain(value: Any) -> str:

@@ -56,7 +56,7 @@ def in_process(run) -> tuple[int, str]:
     if pid == 0:
         os.close(reader)
         reporter = KeptLines()
-        reporter.log = lambda line: os.write(writer, f"{line}\n".encode())
+        reporter.write = lambda line, level: os.write(writer, f"{line}\n".encode())
         run(reporter)
         os._exit(0)
     os.close(writer)

@@ -22,11 +22,11 @@ ARCHITECTURES = {80: "sm_80", 90: "sm_90a", 100: "sm_100a"}
 """A100, H100 and B200."""
 TOP_K = 64
 POINTERS = {"labels_ptr": "*i64", "ids_ptr": "*i64", "is_entry_ptr": "*i1"}
-SCALARS = {"stride": "i64", "V": "i32", "K": "i32"} | dict.fromkeys(
+SCALARS = {"stride": "i64", "gradient_stride": "i64", "V": "i32", "width": "i32", "K": "i32"} | dict.fromkeys(
     ("hard_weight", "soft_weight", "inverse_T", "softcap"), "fp32"
 )
-ALIGNED = ("stride", "V")
-"""Multiples of 16 for the vocabularies of most models."""
+ALIGNED = ("stride", "gradient_stride", "width")
+"""Multiples of 16 by the padding of the rows; V is one for most models, and for 50,257 or 32,001 it is not."""
 
 
 def variants() -> Iterator[dict[str, Any]]:
@@ -40,11 +40,21 @@ def variants() -> Iterator[dict[str, Any]]:
     yield full | {"HAS_TARGETS": False, "SLOTS": 1}
 
 
-def build(architecture: int, constants: dict[str, Any]) -> dict[str, int]:
-    """Registers, spilled bytes and vector loads of a variant."""
-    names = {name: SCALARS.get(name) or POINTERS.get(name, "*fp32") for name in _rows.arg_names}
+def builds() -> Iterator[dict[str, Any]]:
+    """Every variant at any vocabulary with a gradient in bfloat16; one with each of the others."""
+    yield from ({"gradient": "bf16", "is_V_aligned": False} | constants for constants in variants())
+    first = next(variants())
+    yield {"gradient": "bf16", "is_V_aligned": True} | first
+    yield {"gradient": "fp32", "is_V_aligned": False} | first
+
+
+def build(architecture: int, gradient: str, is_V_aligned: bool, **constants: Any) -> dict[str, int]:
+    """Registers, spilled bytes, vector loads and stores, and barriers of a variant."""
+    pointers = POINTERS | {"gradient_ptr": f"*{gradient}"}
+    names = {name: SCALARS.get(name) or pointers.get(name, "*fp32") for name in _rows.arg_names}
     signature = names | dict.fromkeys(constants, "constexpr")
-    aligned = (name for name in names if name.endswith("_ptr") or name in ALIGNED)
+    multiples = (*ALIGNED, "V") if is_V_aligned else ALIGNED
+    aligned = (name for name in names if name.endswith("_ptr") or name in multiples)
     attributes = {(_rows.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
     source = ASTSource(fn=_rows, signature=signature, constexprs=constants, attrs=attributes)
     target = GPUTarget("cuda", architecture, 32)
@@ -57,7 +67,13 @@ def build(architecture: int, constants: dict[str, Any]) -> dict[str, int]:
         command = [str(assembler), "-v", f"--gpu-name={ARCHITECTURES[architecture]}", file.name, "-o", "/dev/null"]
         told = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     found = {name: int(re.search(pattern, told)[1]) for name, pattern in PATTERNS.items()}
-    return found | {"vector_loads": ptx.count("ld.global.v4"), "vector_stores": ptx.count("st.global.v4")}
+    counted = {
+        "vector_loads": "ld.global.v4",
+        "vector_stores": "st.global.v4",
+        "barriers": "bar.sync",
+        "rounded": "cvt.rn.bf16",
+    }
+    return found | {name: ptx.count(instruction) for name, instruction in counted.items()}
 
 
 PATTERNS = {
@@ -69,5 +85,5 @@ PATTERNS = {
 
 if __name__ == "__main__":
     for architecture in ARCHITECTURES:
-        for constants in variants():
-            print(json.dumps({"architecture": architecture} | constants | build(architecture, constants)))
+        for variant in builds():
+            print(json.dumps({"architecture": architecture} | variant | build(architecture, **variant)))

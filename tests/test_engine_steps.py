@@ -114,13 +114,13 @@ def test_steps_are_full_and_full_logits_stay_a_chunk(tmp_path):
     sequences = [*short_documents(2600, seed=1), *random_sequences(2, vocab_size=300)]
     corpus = make_corpus(tmp_path / "corpus", sequences)
     teacher = make_family(tmp_path / "teacher", "mistral")
-    changes = {"top_k": 4, "batch_tokens": budget, "row_chunk": row_chunk, "shard_tokens": 2000}
+    changes = {"top_k": 4, "batch_tokens": budget, "logits_bytes": row_chunk * HEAD_ROWS * 4, "shard_tokens": 2000}
     steps = watch(settings(teacher, corpus, tmp_path / "cache", engine="vllm", **changes), {})
     probe, *tokens = steps.tokens
     assert probe == PROBE_TOKENS
     assert sum(tokens) == sum(len(sequence.token_ids) for sequence in sequences)
     assert min(tokens[:-2]) > 0.9 * budget, tokens
-    # The bound that `row_chunk` states: chunks of logits, and the packed results (15 columns) of the whole step.
+    # The bound that `logits_bytes` states: chunks of logits, and the packed results (15 columns) of the whole step.
     assert steps.largest <= max(row_chunk * HEAD_ROWS, budget * 15)
     assert steps.largest < 0.1 * budget * HEAD_ROWS
 

@@ -187,7 +187,7 @@ def _load(teacher: Teacher, config: TeacherConfig, longest_request: int, model_c
     model, architecture = teacher.model, teacher.model.text_architecture
     options = {
         "reduction": dataclasses.asdict(reduction_of(config)),
-        "row_chunk": config.row_chunk,
+        "row_chunk": config.rows_at_once(teacher.vocab_size),
         "vocab_size": teacher.vocab_size,
         "files": teacher.weight_pattern,
         "left_out": teacher.left_out,

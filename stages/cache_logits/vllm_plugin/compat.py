@@ -16,8 +16,8 @@ from pathlib import Path
 
 from pipeline.errors import EngineError
 
-TRIED = ("0.31.0", "0.32.0")
-"""Versions that have run the tests with a real engine; of others the names below are compared."""
+TRIED = ("0.27.1", "0.29.0", "0.31.0", "0.32.0")
+"""Versions with which a real engine has been run (docs/vllm.md); of others the names below are compared."""
 SLOTS_FIXED_IN = (0, 32)
 """Before, the scheduler keeps a place for a sampled token in pooling too, where nothing is sampled."""
 

@@ -63,7 +63,7 @@ def rows() -> Iterator[Variant]:
 
 
 def reduction() -> Iterator[Variant]:
-    """Those of the capture: the first at any vocabulary, the second, which reads a twentieth, at those of most models."""
+    """Those of the capture: the first at any vocabulary, the second, which reads a twentieth, at most models'."""
     for logits, slots in itertools.product(("fp32", "bf16"), (1, TOP_K, MOST_CANDIDATES)):
         lane = reduction_kernel.lane_width(slots)
         both = {"LOG2_E": reduction_kernel._LOG2_E, "LANE": lane}

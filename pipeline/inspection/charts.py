@@ -73,7 +73,7 @@ def chart(
     y_ticks = ticks(highest)
     place_x = _scale(min(xs), max(xs), LEFT, WIDTH - RIGHT, math.log2 if log else float)
     place_y = _scale(0, max(highest, y_ticks[-1]), HEIGHT - BOTTOM, TOP, float)
-    x_ticks = _doublings(min(xs), max(xs)) if log else ticks(max(xs))
+    x_ticks = _doublings(min(xs), max(xs)) if log else [value for value in ticks(max(xs)) if value <= max(xs)]
     filled = _TEMPLATE.render(
         title=title,
         x_label=x_label,

@@ -53,10 +53,12 @@ def sequence_lines(
             masked = []
         if token.begins:
             yield _document_line(token.document, *means[token.document])
-        if token.said is None:
-            masked.append(token)
-        else:
+        if token.said is not None:
             yield _token_line(token, token.said)
+        elif token.is_label:
+            yield f"{token.position:>6}  {quoted(token.text)} begins the sequence: nothing predicts it"
+        else:
+            masked.append(token)
     if masked:
         yield _masked_line(masked)
     if len(tokens) < len(sequence.token_ids):
@@ -86,10 +88,7 @@ def _position_lines(cache: PartialCache, worst: Largest, speller: Speller, unit:
 
 def _document_lines(cache: PartialCache, worst: Largest, speller: Speller, unit: str) -> Iterator[str]:
     for value, (number, document) in zip(worst.values.tolist(), worst.places.tolist()):
-        sequence = cache[number]
-        start = int(sequence.document_lengths[:document].sum())
-        length = int(sequence.document_lengths[document])
-        text = "".join(speller.row(sequence.token_ids[start : start + min(length, OPENING)].tolist()))
+        start, length, text = opening(cache[number], document, speller)
         yield f"{value:9.4f} {unit}  {number}:{start}  document {document + 1}, {length:,} tokens  {quoted(text)}"
 
 
@@ -103,6 +102,13 @@ def context(sequence: CachedSequence, position: int, speller: Speller) -> tuple[
     return "".join(texts[:-1]), texts[-1], speller.token(int(ids[0])) if len(ids) else ""
 
 
+def opening(sequence: CachedSequence, document: int, speller: Speller) -> tuple[int, int, str]:
+    """Where a document begins in its sequence, how many tokens it has, and its first ones."""
+    start = int(sequence.document_lengths[:document].sum())
+    length = int(sequence.document_lengths[document])
+    return start, length, "".join(speller.row(sequence.token_ids[start : start + min(length, OPENING)].tolist()))
+
+
 def _columns(position: str, token: str, label: str, rank: str, entropy: str, tail: str, choices: str) -> str:
     padding = " " * max(0, TOKEN_WIDTH - _width(token))
     return f"{position:>6}  {token}{padding} {label:>8} {rank:>4} {entropy:>8} {tail:>7}  {choices}".rstrip()
@@ -110,7 +116,8 @@ def _columns(position: str, token: str, label: str, rank: str, entropy: str, tai
 
 def _token_line(token: Token, said: Said) -> str:
     choices = [f"{quoted(text)} {prob:.3f}" for _, text, prob in said.alternatives]
-    choices += [f"{quoted(text)} drawn {count}x" for _, text, count in said.draws]
+    if not choices:  # a cache of draws alone
+        choices = [f"{quoted(text)} drawn {count}x" for _, text, count in said.draws]
     return _columns(
         str(token.position),
         quoted(token.text),
@@ -126,8 +133,6 @@ def _masked_line(tokens: list[Token]) -> str:
     first, last = tokens[0], tokens[-1]
     text = printable("".join(token.text for token in tokens))
     shown = text if len(text) <= MASKED_WIDTH else f"{text[: MASKED_WIDTH - 3]}..."
-    if first.is_label and len(tokens) == 1:
-        return f"{first.position:>6}  '{shown}' begins the sequence: nothing predicts it"
     places = f"{first.position}" if first is last else f"{first.position}-{last.position}"
     return f"{places:>6}  masked: '{shown}'"
 

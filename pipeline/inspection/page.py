@@ -1,7 +1,7 @@
 """The page of `pipeline inspect --html`: figures of a sample and sequences token by token, without a script."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +12,7 @@ from pipeline.cache.reader import PartialCache
 from pipeline.documents import printable
 from pipeline.inspection.charts import COLOURS, Series, chart
 from pipeline.inspection.figures import FEWEST, WAYS, Figures
-from pipeline.inspection.lines import context
+from pipeline.inspection.lines import context, opening
 from pipeline.inspection.sample import Sample
 from pipeline.inspection.settings import InspectConfig
 from pipeline.inspection.summary import Summary
@@ -157,23 +157,23 @@ def _entries(count: int | None) -> str:
     return "more" if count is None else str(count)
 
 
-def _worst(cache: PartialCache, figures: Figures, speller: Speller) -> list[tuple[str, Table]]:
-    found = []
+def _worst(cache: PartialCache, figures: Figures, speller: Speller) -> Iterator[tuple[str, Table]]:
+    """Tables with their titles."""
     for way, name in WAYS.items():
-        rows = [[f"{value:.4f}", *where] for value, where in _positions(cache, figures.worst_positions[way], speller)]
-        found.append((f"Positions: {name}", [["value", "sequence:token", "text", "label", "teacher"], *rows]))
-        worst = figures.worst_documents[way]
-        rows = [[f"{value:.4f}", str(n), str(d + 1)] for value, (n, d) in zip(worst.values, worst.places.tolist())]
-        found.append((f"Documents of {FEWEST} targets or more: {name}", [["mean", "sequence", "document"], *rows]))
-    return found
+        rows = [["value", "sequence:token", "text", "label", "first choice"]]
+        for value, (number, position) in _of(figures.worst_positions[way]):
+            texts = map(printable, context(cache[number], position, speller))
+            rows.append([f"{value:.4f}", f"{number}:{position}", *texts])
+        yield f"Positions: {name}", rows
+        rows = [["mean", "sequence:token", "tokens", "begins"]]
+        for value, (number, document) in _of(figures.worst_documents[way]):
+            start, length, text = opening(cache[number], document, speller)
+            rows.append([f"{value:.4f}", f"{number}:{start}", f"{length:,}", printable(text)])
+        yield f"Documents of {FEWEST} targets or more: {name} in the mean", rows
 
 
-def _positions(cache: PartialCache, worst: Largest, speller: Speller) -> list[tuple[float, list[str]]]:
-    rows = []
-    for value, (number, position) in zip(worst.values.tolist(), worst.places.tolist()):
-        before, label, choice = (printable(text) for text in context(cache[number], position, speller))
-        rows.append((value, [f"{number}:{position}", before, label, choice]))
-    return rows
+def _of(worst: Largest) -> Iterator[tuple[float, list[int]]]:
+    return zip(worst.values.tolist(), worst.places.tolist())
 
 
 def _map(config: InspectConfig, cache: PartialCache, number: int, temperature: float, speller: Speller) -> _Map:

@@ -39,16 +39,18 @@ i, .part { background: var(--mine, var(--k0)); } .line { stroke: var(--mine); } 
   padding: .8rem 1rem; background: var(--ground); color: var(--ink); border: 1px solid var(--rule); border-radius: 8px;
   box-shadow: 0 4px 24px #0005; font: 14px/1.5 system-ui, sans-serif; white-space: normal; pointer-events: none; }
 .t:hover > .card { display: block; z-index: 2; } .t:focus > .card { display: block; }
-.card > span { display: flex; gap: .7rem; } .card .w { flex: 1; overflow-wrap: anywhere; white-space: pre-wrap;
+.card > span { display: flex; gap: .7rem; } .card .w { flex: 0 1 auto; overflow-wrap: anywhere; white-space: pre-wrap;
   font-family: ui-monospace, monospace; }
-.card .b { flex: 0 0 32%; align-self: center; } .card .b i { display: block; height: .55rem; border-radius: 2px;
-  min-width: 1px; }
+.card .small { flex-wrap: wrap; }
+.card .b { flex: 0 0 34%; align-self: center; margin-left: auto; }
+.card .b i { display: block; height: .55rem; border-radius: 2px; min-width: 1px; }
 .card .n { flex: 0 0 3.8rem; text-align: right; font-variant-numeric: tabular-nums; }
 .card .own { font-weight: 700; } .card .own .b i { background: var(--heat); }
 .scale span { padding: 1px .5rem; border-radius: 3px; margin-right: .25rem; white-space: nowrap; }
 """
 BODY = """<h1>{{ name }}</h1><p class=verdict>{{ verdict }}</p>
-<table class="left facts">{% for what, text in facts %}<tr><td>{{ what }}</td><td>{{ text }}</td></tr>{% endfor %}</table>
+<table class="left facts">{% for what, text in facts -%}
+<tr><td>{{ what }}</td><td>{{ text }}</td></tr>{% endfor %}</table>
 {% if parts %}<p><b>Bytes of a target, by part</b></p><div class=parts>{% for part, size in parts -%}
 <div class="part k{{ loop.index0 }}" style="flex: {{ size }}"></div>{% endfor %}</div>
 <p class=legend>{% for part, size in parts %}<span><i class=k{{ loop.index0 }}></i>{{ part }} {{ '%.1f' % size }}</span>
@@ -61,7 +63,7 @@ BODY = """<h1>{{ name }}</h1><p class=verdict>{{ verdict }}</p>
 <div class=scroll>{{ table(needed) }}</div>{% endif %}
 {% for title, rows in worst %}<h2>{{ title }}</h2><div class="scroll left">{{ table(rows) }}</div>{% endfor %}
 {% if maps %}<h2>Token by token</h2>
-<p class=scale>The darker, the less the teacher expected the token, at T = {{ temperature }}: {% for shade in shades -%}
+<p class=scale>The darker, the less the teacher expected the token, at T = {{ temperature }}: {% for shade in shades %}
 <span class="h{{ loop.index0 }}">{{ shade }}</span>{% endfor %} Grey text carries no loss. Point at a token, or tap it,
 for what the teacher would have had.</p>{% endif %}
 {% for map in maps %}<h3>{{ map.title }}</h3><div class=map>{% for token in map.tokens -%}
@@ -74,9 +76,8 @@ for what the teacher would have had.</p>{% endif %}
 {%- for index, text, prob in token.said.alternatives -%}
 <span{% if index == token.index %} class=own{% endif %}><span class=w>{{ show(text) }}</span><span class=b>
 <i style="width: {{ '%.1f' % (100 * prob) }}%"></i></span><span class=n>{{ '%.4f' % prob }}</span></span>{% endfor -%}
-{%- for index, text, count in token.said.draws -%}
-<span{% if index == token.index %} class=own{% endif %}><span class=w>{{ show(text) }}</span><span class=n>drawn
-{{ count }}x</span></span>{% endfor -%}
+{%- if token.said.draws %}<span class=small>drawn: {% for index, text, count in token.said.draws -%}
+<span class=w>{{ show(text) }}{% if count > 1 %} {{ count }}x{% endif %}</span>{% endfor %}</span>{% endif -%}
 </span></span>{% endif %}{% endfor %}{% if map.left %}
 <span class=doc>{{ map.left }} more tokens</span>{% endif %}</div>{% endfor %}
 """

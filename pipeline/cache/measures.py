@@ -93,16 +93,18 @@ class Coverage:
 
     def add(self, probs_NK: np.ndarray) -> None:
         """Count positions by the probabilities of their entries, the largest first."""
-        self._sums += probs_NK.sum(axis=0, dtype=np.float64)
+        held_NK = np.cumsum(probs_NK.astype(np.float64), axis=1)  # converted on the way it takes twice as long
+        self._sums += held_NK.sum(axis=0)
         self.num_values += len(probs_NK)
-        held_NK = np.cumsum(probs_NK, axis=1, dtype=np.float64)
+        ones_K = np.ones(probs_NK.shape[1], np.float32)
         for row, mass in zip(self.needed, MASSES):
-            row += np.bincount((held_NK < mass).sum(axis=1), minlength=len(row))
+            too_few_N = (held_NK < mass).astype(np.float32) @ ones_K  # exact, and half the time of a sum of truths
+            row += np.bincount(too_few_N.astype(np.int64), minlength=len(row))
 
     @property
     def curve(self) -> np.ndarray:
         """float64 [K]: mean captured mass of the first entry, of the first two, and so on."""
-        return np.cumsum(self._sums) / max(self.num_values, 1)
+        return self._sums / max(self.num_values, 1)
 
     def quantile(self, mass: float, share: float) -> int | None:
         """The entries with which that share of the positions has the mass; None if K are too few."""

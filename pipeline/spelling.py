@@ -11,12 +11,17 @@ BROKEN = "\ufffd"
 
 def units(tokenizer: Any, ids: Sequence[int]) -> Iterator[tuple[str, int]]:
     """The text of the tokens since the last `stop`, and this `stop`: one token, or those that make one character."""
-    before, start = 0, 0
+    before, start, pending = 0, 0, ""
     for stop in range(1, len(ids) + 1):
         text = _behind(tokenizer, ids[before:start], ids[start:stop])
-        if BROKEN not in text or stop - start >= LONGEST_UNIT or stop == len(ids):
-            yield text, stop
-            before, start = start, stop
+        if text.endswith(BROKEN) and stop - start < LONGEST_UNIT and stop < len(ids):
+            pending = text
+            continue
+        if pending and text.startswith(pending):  # bytes that no later token has made a character of
+            yield pending, stop - 1
+            text = text.removeprefix(pending)
+        yield text, stop
+        before, start, pending = start, stop, ""
 
 
 class Speller:

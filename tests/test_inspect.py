@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from pipeline import open_cache
 from pipeline.cache.commits import SHARDS, commit_path, read_commit
@@ -191,6 +193,22 @@ def test_tokens_that_make_one_character_are_shown_as_it(tmp_path):
     assert "" in texts
     assert Speller(tokenizer).token(ids[texts.index("")]).startswith("#")
     assert Speller(None).row([3, 4]) == ["#3", "#4"]
+
+
+def test_bytes_that_are_no_character_do_not_take_other_tokens_with_them(tmp_path):
+    tokenizer = tiny_tokenizer(tmp_path / "tokenizer")
+    ids = tokenizer.encode("🙂", add_special_tokens=False)[1:] + tokenizer.encode("the end", add_special_tokens=False)
+    texts = Speller(tokenizer).row(ids)
+    assert "".join(texts).lstrip("\ufffd") == "the end"
+    assert [text for text in texts if "\ufffd" not in text and text] == Speller(tokenizer).row(ids[3:])
+
+
+def test_spaces_of_a_decoder_that_drops_the_first_one_are_kept():
+    backend = Tokenizer(models.WordLevel({"▁the": 0, "▁end": 1, "▁a": 2, "s": 3, "?": 4}, unk_token="?"))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    speller = Speller(PreTrainedTokenizerFast(tokenizer_object=backend))
+    assert speller.row([0, 1, 3, 0]) == ["the", " end", "s", " the"]
+    assert [speller.token(index) for index in (0, 3)] == [" the", "s"]
 
 
 def test_text_cannot_move_the_cursor(tmp_path):

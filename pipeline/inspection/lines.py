@@ -70,8 +70,9 @@ def worst_lines(cache: PartialCache, figures: Figures, speller: Speller) -> Iter
     for way, name in WAYS.items():
         yield f"-- positions: {name}"
         yield from _position_lines(cache, figures.worst_positions[way], speller, UNITS[way])
-        yield f"-- documents of {FEWEST} targets or more: {name} in the mean"
-        yield from _document_lines(cache, figures.worst_documents[way], speller, UNITS[way])
+        if len(figures.worst_documents[way].values):
+            yield f"-- documents of {FEWEST} targets or more: {name} in the mean"
+            yield from _document_lines(cache, figures.worst_documents[way], speller, UNITS[way])
 
 
 def quoted(text: str) -> str:

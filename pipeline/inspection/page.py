@@ -15,7 +15,7 @@ from pipeline.inspection.figures import FEWEST, WAYS, Figures
 from pipeline.inspection.lines import context, opening
 from pipeline.inspection.sample import Sample
 from pipeline.inspection.settings import InspectConfig
-from pipeline.inspection.summary import Summary
+from pipeline.inspection.summary import Summary, exponential
 from pipeline.inspection.template import BODY, STYLE
 from pipeline.inspection.tokens import Token, document_means, tokens_of
 from pipeline.pages import Table, write_page
@@ -78,13 +78,10 @@ def write_inspection(
 def _verdict(figures: Figures) -> str:
     """The sample in a sentence."""
     found = figures.by_temperature[figures.temperature]
-    if not figures.num_targets:
-        return "No target in the sample."
     entropy = found.entropies.mean
-    choices = f"{math.exp(min(entropy, 700)):,.1f}"
     sentence = (
-        f"At T = {figures.temperature:g} the teacher is as unsure as among {choices} equal choices (entropy "
-        f"{entropy:.2f} nats); the tokens that follow surprise it by {found.cross_entropy:.2f} nats"
+        f"At T = {figures.temperature:g} the teacher is as unsure as among {exponential(entropy)} equal choices "
+        f"(entropy {entropy:.2f} nats); the tokens that follow surprise it by {found.cross_entropy:.2f} nats"
     )
     if found.coverage is None:
         return f"{sentence}. The cache holds draws alone."
@@ -169,7 +166,8 @@ def _worst(cache: PartialCache, figures: Figures, speller: Speller) -> Iterator[
         for value, (number, document) in _of(figures.worst_documents[way]):
             start, length, text = opening(cache[number], document, speller)
             rows.append([f"{value:.4f}", f"{number}:{start}", f"{length:,}", printable(text)])
-        yield f"Documents of {FEWEST} targets or more: {name} in the mean", rows
+        if len(rows) > 1:
+            yield f"Documents of {FEWEST} targets or more: {name} in the mean", rows
 
 
 def _of(worst: Largest) -> Iterator[tuple[float, list[int]]]:

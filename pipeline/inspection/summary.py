@@ -9,6 +9,7 @@ import numpy as np
 
 from pipeline.cache.commits import ShardCommit
 from pipeline.cache.reader import PartialCache
+from pipeline.documents import short
 
 PARTS = {
     "ids": ("ids", "codes", "modes", "vocabulary", "table_tokens", "table_sizes", "table_entries"),
@@ -88,11 +89,11 @@ class Summary:
         )
         yield "kept", self._kept()
         for temperature, mean in self.certainty.items():
-            choices = "" if mean.entropy > 700 else f", as of {math.exp(mean.entropy):,.1f} equal choices"
             yield (
                 f"T = {temperature:g}",
-                f"entropy {mean.entropy:.3f} nats{choices}; label {mean.cross_entropy:.3f} nats (perplexity "
-                f"{math.exp(min(mean.cross_entropy, 700)):,.2f}); outside the entries {mean.tail_mass:.3f}",
+                f"entropy {mean.entropy:.3f} nats, as of {exponential(mean.entropy)} equal choices; label "
+                f"{mean.cross_entropy:.3f} nats (perplexity {exponential(mean.cross_entropy)}); outside the entries "
+                f"{mean.tail_mass:.3f}",
             )
         yield (
             "size",
@@ -101,19 +102,18 @@ class Summary:
 
     def _teacher(self) -> str:
         teacher = self.cache.manifest.teacher
-        named = ((name, teacher[name]) for name in SAID_OF_TEACHERS if teacher.get(name) not in (None, "none", ""))
+        known = {name: teacher[name] for name in SAID_OF_TEACHERS if teacher.get(name) not in (None, "none", "")}
+        said = {name: short(value, quoted=False) for name, value in known.items()}
+        said |= {name: said[name][:HASH_SHOWN] for name in ("weights",) if name in said}
         return ", ".join(
-            str(value)
-            if name == "architecture"
-            else f"{name.replace('_dtype', '')} {str(value)[:HASH_SHOWN] if name == 'weights' else value}"
-            for name, value in named
+            text if name == "architecture" else f"{name.removesuffix('_dtype')} {text}" for name, text in said.items()
         )
 
     def _kept(self) -> str:
         manifest = self.cache.manifest
         what = [f"top {manifest.top_k}"] if manifest.top_k else []
         if manifest.tail_samples:
-            what.append(f"{manifest.tail_samples} draws at T = {manifest.draw_temperature:g}")
+            what.append(f"{manifest.tail_samples} draws at T = {manifest.draw_temperature or math.nan:g}")
         temperatures = ", ".join(f"{temperature:g}" for temperature in manifest.temperatures)
         if manifest.max_kl_error == 0:
             rounding = "lossless"
@@ -124,6 +124,12 @@ class Summary:
 
     def _a_target(self, num_bytes: int) -> float:
         return num_bytes / max(self.num_targets, 1)
+
+
+def exponential(nats: float) -> str:
+    """The number of which it is the logarithm, for a person."""
+    value = math.exp(min(nats, 700))
+    return f"{value:,.1f}" if value < 1e6 else f"{value:.1e}"
 
 
 def bytes_by_part(cache: PartialCache, partitions: list[int]) -> dict[str, float]:

@@ -3,9 +3,9 @@
     python -m benchmarks.inspecting CACHE [CACHE ...] [--rounds 3]
 
 *Scalars*: surprise, entropy and tail mass of every position at the lowest temperature, and their means by document, of
-sequences that are in memory already, and with reading and checking them. *Figures*: all that `pipeline inspect --worst
-20 --html` counts, at every temperature of the cache, with reading. Each the fastest of some passes over all sequences
-after one that does not count.
+sequences that are in memory already, and with reading and checking them. *The worst* and *all figures*: what
+`pipeline inspect --worst 20` counts, and with --html too, at every temperature of the cache. Each the fastest of some
+passes over all sequences after one that does not count.
 """
 
 import argparse
@@ -41,8 +41,11 @@ def main() -> None:
             "scalars, with reading": lambda sample=sample, T=temperature: _scalars(
                 (sequence for _, sequence in sample.read(Reporter())), T
             ),
-            "figures, with reading": lambda sample=sample, manifest=manifest, T=temperature: Figures(
-                manifest, T, 20
+            "the worst, with reading": lambda sample=sample, T=temperature: Figures(
+                sample.cache.manifest, T, 20, charts=False
+            ).add_all(sample.read(Reporter())),
+            "all figures, with reading": lambda sample=sample, T=temperature: Figures(
+                sample.cache.manifest, T, 20
             ).add_all(sample.read(Reporter())),
         }
         print(

@@ -158,6 +158,10 @@ def test_only_the_shards_that_are_shown_are_fetched(url, plain, tmp_path):
     assert fetched() == 1
     inspected(url, "--worst", 1, "--sample", 3, "--shards", 2)
     assert fetched() <= 3
+    for name in (url / TOKENIZER).names():
+        (url / TOKENIZER / name).unlink()
+    code, _, err = run("inspect", url, "--sequence", 0)
+    assert (code, "tokens are shown as ids" in err) == (0, True)
 
 
 def test_sample_is_seeded_and_of_as_many_shards_as_asked_for(plain):

@@ -58,11 +58,12 @@ class TemperatureFigures:
 class Figures:
     """Figures over the sequences that were added."""
 
-    def __init__(self, manifest: CacheManifest, temperature: float, num_worst: int) -> None:
+    def __init__(self, manifest: CacheManifest, temperature: float, num_worst: int, *, charts: bool = True) -> None:
+        """Without `charts`, the worst alone: a fifth of the time."""
         self.temperature = temperature
         """Of what is said of single positions and documents."""
         self.by_temperature = {
-            T: TemperatureFigures(manifest.top_k, manifest.vocab_size) for T in manifest.temperatures
+            T: TemperatureFigures(manifest.top_k, manifest.vocab_size) for T in manifest.temperatures if charts
         }
         self.worst_positions = {way: Largest(num_worst) for way in WAYS}
         self.worst_documents = {way: Largest(num_worst) for way in WAYS}
@@ -82,10 +83,8 @@ class Figures:
         self.num_documents += len(sequence.document_lengths)
         self.num_targets += len(sequence.targets)
         for temperature, figures in self.by_temperature.items():
-            measures = measured(sequence.targets, temperature)
-            figures.add(sequence, measures, temperature)
-            if temperature == self.temperature:
-                self._add_places(number, sequence, measures)
+            figures.add(sequence, measured(sequence.targets, temperature), temperature)
+        self._add_places(number, sequence, measured(sequence.targets, self.temperature))
 
     def by_place(self) -> list[tuple[int, int, float]]:
         """Of the places 2^i to 2^(i + 1) - 1 in a document: the first, how many targets, and their mean surprise.

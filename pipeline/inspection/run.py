@@ -33,7 +33,8 @@ def inspect_cache(config: InspectConfig, reporter: Reporter) -> Iterator[str]:
     summary = Summary.of(cache)
     if reads_sample:
         sample = Sample.draw(cache, config.sample, config.shards, config.seed)
-        figures = Figures(cache.manifest, temperature, config.worst).add_all(sample.read(reporter))
+        figures = Figures(cache.manifest, temperature, config.worst, charts=config.html is not None)
+        figures.add_all(sample.read(reporter))
         parts = bytes_by_part(cache, sample.partitions)
     else:
         parts = bytes_by_part(cache, list(cache.records)[:1] if cache.folder.path is not None else [])

@@ -50,7 +50,7 @@ def test_page_of_every_kind_of_cache_is_whole(tmp_path, corpus, kind, container)
     page = page_of(cache, tmp_path, "--worst", 3, "--maps", 2, "--longest", 30, "--sample", "all")
     charts = re.findall("<figcaption>(.*?)</figcaption>", page)
     has_entries = kind != "draws alone"
-    assert len(charts) == (6 if has_entries else 4)
+    assert len(charts) == (6 if has_entries else 3)
     assert ("How many entries a mass takes" in page) == has_entries
     assert page.count("<div class=map>") == 2
     assert "nan" not in re.sub(r"<div class=map>.*?</div>", "", page, flags=re.DOTALL).lower()
@@ -78,6 +78,13 @@ def test_text_of_documents_stays_text(tmp_path):
     assert not {"script", "img"} & shown.texts.keys()
     assert len(shown.texts["style"]) == 1
     assert not re.search("[\x1b\u202e]", page)
+
+
+def test_alternative_that_is_a_space_shows(tmp_path):
+    cache = hostile_cache(tmp_path, top_k=370)  # nearly the whole vocabulary
+    page = page_of(cache, tmp_path, "--entries", 370, "--longest", 5, "--maps", 1)
+    assert "<span class=w>␣</span>" in page
+    assert not re.search(r"<span class=w> *</span>", page)
 
 
 def test_page_that_cannot_be_written_is_one_line(tmp_path, corpus):

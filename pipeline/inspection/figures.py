@@ -65,8 +65,9 @@ class Figures:
         self.by_temperature = {
             T: TemperatureFigures(manifest.top_k, manifest.vocab_size) for T in manifest.temperatures if charts
         }
-        self.worst_positions = {way: Largest(num_worst) for way in WAYS}
-        self.worst_documents = {way: Largest(num_worst) for way in WAYS}
+        ways = [way for way in WAYS if manifest.top_k or way != "tail_masses"]  # of draws alone all is tail
+        self.worst_positions = {way: Largest(num_worst) for way in ways}
+        self.worst_documents = {way: Largest(num_worst) for way in ways}
         doublings = max(1, int(manifest.sequence_length).bit_length())
         self._places = np.zeros((2, doublings + 1))
         self.num_sequences = self.num_documents = self.num_targets = 0
@@ -101,7 +102,7 @@ class Figures:
         self._places += [np.bincount(doublings, weights, size) for weights in (None, measures.surprises)]
         if not self.worst_positions["surprises"].count:
             return
-        for way in WAYS:
+        for way in self.worst_positions:
             values = getattr(measures, way)
             self.worst_positions[way].add(values, number, sequence.target_positions + 1)
             counts, means = group_means(values, documents, len(sequence.document_lengths))

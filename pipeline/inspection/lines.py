@@ -67,9 +67,10 @@ def sequence_lines(
 
 def worst_lines(cache: PartialCache, figures: Figures, speller: Speller) -> Iterator[str]:
     """Positions and documents of the sample, the worst first."""
-    for way, name in WAYS.items():
+    for way, worst in figures.worst_positions.items():
+        name = WAYS[way]
         yield f"-- positions: {name}"
-        yield from _position_lines(cache, figures.worst_positions[way], speller, UNITS[way])
+        yield from _position_lines(cache, worst, speller, UNITS[way])
         if len(figures.worst_documents[way].values):
             yield f"-- documents of {FEWEST} targets or more: {name} in the mean"
             yield from _document_lines(cache, figures.worst_documents[way], speller, UNITS[way])

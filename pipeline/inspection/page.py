@@ -23,6 +23,12 @@ from pipeline.spelling import Speller
 
 SHADES = (0.5, 0.2, 0.05, 0.01, 0.001)
 """Probabilities of a label below which its token is darker by a shade."""
+HISTOGRAMS = [
+    ("Entropy of the teacher", "nats; share of the positions", "entropies"),
+    ("Probability of the label", "probability; share of the positions", "label_probs"),
+    ("Mass outside the entries", "probability; share of the positions", "tail_masses"),
+]
+"""Title, what x is, and the name among TemperatureFigures."""
 LINE_END = "↵\n"
 
 
@@ -71,8 +77,14 @@ def write_inspection(
         temperature=f"{figures.temperature:g}",
         shades=[f"p ≥ {SHADES[0]:g}", *(f"< {shade:g}" for shade in SHADES)],
         shade_of=lambda prob: sum(prob < shade for shade in SHADES),
-        show=lambda text: printable(text, newline=LINE_END),
+        show=_shown,
+        alone=lambda text: _shown(text if text.strip(" ") else "␣" * len(text)),
     )
+
+
+def _shown(text: str) -> str:
+    """A token as the page shows it: nothing in it turns or hides what stands beside it."""
+    return printable(text, newline=LINE_END)
 
 
 def _verdict(figures: Figures) -> str:
@@ -94,7 +106,10 @@ def _verdict(figures: Figures) -> str:
 def _charts(figures: Figures) -> list[Markup]:
     by_temperature = {f"T = {T:g}": found for T, found in figures.by_temperature.items()}
     charts = []
-    if all(found.coverage is not None for found in by_temperature.values()):
+    histograms = HISTOGRAMS
+    if any(found.coverage is None for found in by_temperature.values()):
+        histograms = [one for one in HISTOGRAMS if one[-1] != "tail_masses"]
+    else:
         curves = [
             Series(name=name, xs=range(1, len(found.coverage.curve) + 1), ys=found.coverage.curve.tolist())
             for name, found in by_temperature.items()
@@ -103,11 +118,7 @@ def _charts(figures: Figures) -> list[Markup]:
         charts.append(
             chart("Captured mass, by the number of entries", "most probable entries", curves, log=True, top=1)
         )
-    for title, x_label, name in (
-        ("Entropy of the teacher", "nats; share of the positions", "entropies"),
-        ("Probability of the label", "probability; share of the positions", "label_probs"),
-        ("Mass outside the entries", "probability; share of the positions", "tail_masses"),
-    ):
+    for title, x_label, name in histograms:
         charts.append(
             chart(title, x_label, [_shares(which, getattr(found, name)) for which, found in by_temperature.items()])
         )
@@ -156,9 +167,9 @@ def _entries(count: int | None) -> str:
 
 def _worst(cache: PartialCache, figures: Figures, speller: Speller) -> Iterator[tuple[str, Table]]:
     """Tables with their titles."""
-    for way, name in WAYS.items():
-        rows = [["value", "sequence:token", "text", "label", "first choice"]]
-        for value, (number, position) in _of(figures.worst_positions[way]):
+    for way, worst in figures.worst_positions.items():
+        name, rows = WAYS[way], [["value", "sequence:token", "text", "label", "first choice"]]
+        for value, (number, position) in _of(worst):
             texts = map(printable, context(cache[number], position, speller))
             rows.append([f"{value:.4f}", f"{number}:{position}", *texts])
         yield f"Positions: {name}", rows

@@ -10,6 +10,7 @@ import numpy as np
 from pipeline.cache.commits import ShardCommit
 from pipeline.cache.reader import PartialCache
 from pipeline.documents import short
+from pipeline.formats.codec import is_lossless
 
 PARTS = {
     "ids": ("ids", "codes", "modes", "vocabulary", "table_tokens", "table_sizes", "table_entries"),
@@ -92,8 +93,8 @@ class Summary:
             yield (
                 f"T = {temperature:g}",
                 f"entropy {mean.entropy:.3f} nats, as of {exponential(mean.entropy)} equal choices; label "
-                f"{mean.cross_entropy:.3f} nats (perplexity {exponential(mean.cross_entropy)}); outside the entries "
-                f"{mean.tail_mass:.3f}",
+                f"{mean.cross_entropy:.3f} nats (perplexity {exponential(mean.cross_entropy)})"
+                + (f"; outside the entries {mean.tail_mass:.3f}" if manifest.top_k else ""),
             )
         yield (
             "size",
@@ -105,8 +106,11 @@ class Summary:
         known = {name: teacher[name] for name in SAID_OF_TEACHERS if teacher.get(name) not in (None, "none", "")}
         said = {name: short(value, quoted=False) for name, value in known.items()}
         said |= {name: said[name][:HASH_SHOWN] for name in ("weights",) if name in said}
+        place = self.cache.manifest.settings.get("teacher")
+        came_from = f" from {short(place, quoted=False)}" if isinstance(place, str) else ""
         return ", ".join(
-            text if name == "architecture" else f"{name.removesuffix('_dtype')} {text}" for name, text in said.items()
+            text + came_from if name == "architecture" else f"{name.removesuffix('_dtype')} {text}"
+            for name, text in said.items()
         )
 
     def _kept(self) -> str:
@@ -115,7 +119,7 @@ class Summary:
         if manifest.tail_samples:
             what.append(f"{manifest.tail_samples} draws at T = {manifest.draw_temperature or math.nan:g}")
         temperatures = ", ".join(f"{temperature:g}" for temperature in manifest.temperatures)
-        if manifest.max_kl_error == 0:
+        if not manifest.top_k or is_lossless(manifest.max_kl_error):
             rounding = "lossless"
         else:
             cost = "" if self.kl_error is None else f", {self.kl_error:.1e} measured"

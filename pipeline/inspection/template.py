@@ -10,6 +10,7 @@ h1 { overflow-wrap: anywhere; } .small, figcaption, .legend, .doc { color: var(-
 .verdict { background: var(--panel); border-left: 4px solid var(--k0); }
 .scroll { overflow-x: auto; } table { font-variant-numeric: tabular-nums; } th { border-color: var(--rule); }
 .left td, .left th { text-align: left; vertical-align: top; } .left td { overflow-wrap: anywhere; }
+.worst td { white-space: pre-wrap; }
 .facts td:first-child { color: var(--soft); white-space: nowrap; }
 .grid { grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); gap: 1.2rem 2rem; }
 figure { margin: 0; } figcaption { color: var(--ink); font-weight: 600; } .legend { margin: .1rem 0; }
@@ -61,7 +62,7 @@ BODY = """<h1>{{ name }}</h1><p class=verdict>{{ verdict }}</p>
 {% if needed %}<h2>How many entries a mass takes</h2>
 <p class=small>Half of the positions, and 95 in 100, have the mass with so many of the most probable entries.</p>
 <div class=scroll>{{ table(needed) }}</div>{% endif %}
-{% for title, rows in worst %}<h2>{{ title }}</h2><div class="scroll left">{{ table(rows) }}</div>{% endfor %}
+{% for title, rows in worst %}<h2>{{ title }}</h2><div class="scroll left worst">{{ table(rows) }}</div>{% endfor %}
 {% if maps %}<h2>Token by token</h2>
 <p class=scale>The darker, the less the teacher expected the token, at T = {{ temperature }}: {% for shade in shades %}
 <span class="h{{ loop.index0 }}">{{ shade }}</span>{% endfor %} Grey text carries no loss. Point at a token, or tap it,
@@ -70,14 +71,15 @@ for what the teacher would have had.</p>{% endif %}
 {% if token.begins %}<span class=doc>{{ map.documents[token.document] }}</span>{% endif -%}
 {% if token.said is none %}<span class="t{% if not token.is_label %} m{% endif %}">{{ show(token.text) }}</span>
 {%- else %}<span class="t h{{ shade_of(token.said.label_prob) }}" tabindex=0>{{ show(token.text) or '·' -}}
-<span class=card><b class=w>{{ show(token.text) or '·' }}</b> at {{ token.position }}, id {{ token.index }}: probability
-{{ '%.4g' % token.said.label_prob }}{% if token.said.rank %}, number {{ token.said.rank }}{% endif %}; entropy
-{{ '%.3f' % token.said.entropy }} nats, outside the entries {{ '%.3f' % token.said.tail_mass }}
+<span class=card><b class=w>{{ alone(token.text) or '·' }}</b> at {{ token.position }}, id {{ token.index }}:
+probability {{ '%.4g' % token.said.label_prob }}{% if token.said.rank %}, number {{ token.said.rank }}{% endif -%}
+; entropy {{ '%.3f' % token.said.entropy }} nats
+{%- if token.said.alternatives %}, outside the entries {{ '%.3f' % token.said.tail_mass }}{% endif -%}
 {%- for index, text, prob in token.said.alternatives -%}
-<span{% if index == token.index %} class=own{% endif %}><span class=w>{{ show(text) }}</span><span class=b>
+<span{% if index == token.index %} class=own{% endif %}><span class=w>{{ alone(text) }}</span><span class=b>
 <i style="width: {{ '%.1f' % (100 * prob) }}%"></i></span><span class=n>{{ '%.4f' % prob }}</span></span>{% endfor -%}
 {%- if token.said.draws %}<span class=small>drawn: {% for index, text, count in token.said.draws -%}
-<span class=w>{{ show(text) }}{% if count > 1 %} {{ count }}x{% endif %}</span>{% endfor %}</span>{% endif -%}
+<span class=w>{{ alone(text) }}{% if count > 1 %} {{ count }}x{% endif %}</span>{% endfor %}</span>{% endif -%}
 </span></span>{% endif %}{% endfor %}{% if map.left %}
 <span class=doc>{{ map.left }} more tokens</span>{% endif %}</div>{% endfor %}
 """

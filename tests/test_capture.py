@@ -89,15 +89,14 @@ def shard_number(path):
 @pytest.mark.parametrize("threads", [1, 3])
 def test_failure_of_an_encoding_thread_reaches_the_caller_and_leaves_nothing(tmp_path, corpus, monkeypatch, threads):
     rows, manifest, folder = prepared(tmp_path, corpus)
-    before, encode_row = threading.active_count(), ScoredRow.store
+    before = threading.active_count()
     bad = list(rows.rows())[25].key
 
-    def store(row, layout):
+    def stored(row):
         if row.sequence.key == bad:
             raise ValueError("no room for this one")
-        return encode_row(row, layout)
 
-    monkeypatch.setattr(ScoredRow, "store", store)
+    monkeypatch.setattr(ScoredRow, "stored", stored)
     with pytest.raises(ValueError, match="no room for this one"):
         capture(
             FakeEngine(manifest), rows, CacheFolder(folder), range(manifest.num_partitions), encoding_threads=threads

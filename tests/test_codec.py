@@ -160,7 +160,8 @@ def test_shard_that_breaks_its_bound_is_never_committed(tmp_path, corpus, monkey
     manifest = fake_manifest(rows, max_kl_error=1e-4)
     cache = CacheFolder.begin(tmp_path / "cache", manifest, corpus / TOKENIZER)
     monkeypatch.setattr(
-        "pipeline.formats.layout.round_targets", lambda targets, labels, bound: round_targets(targets, labels, 1e-1)
+        "pipeline.formats.layout.round_targets",
+        lambda targets, labels, bound, rows: round_targets(targets, labels, 1e-1),
     )
     monkeypatch.setattr("pipeline.formats.codec.MAX_PROBABILITY_ERROR", 1.0)
     monkeypatch.setattr("pipeline.formats.grid.MAX_PROBABILITY_ERROR", 1.0)

@@ -12,7 +12,7 @@ from pipeline.formats.codec import _finer as made_finer
 from pipeline.formats.codec import rising_in_runs, round_targets
 from pipeline.formats.containers import CONTAINERS
 from pipeline.formats.contexts import code_differences, learn, sum_differences
-from pipeline.formats.grid import FINEST_LEVEL, grid_of, tail_places, tail_values
+from pipeline.formats.grid import FINEST_LEVEL, Grid, grid_of, tail_places, tail_values
 from pipeline.formats.layout import ShardCounts, ShardLayout, decode, encode
 from pipeline.targets import COLUMNS, SparseTargets, TargetSpec, logsumexps_of, reconstruction_errors
 from stages.cache_logits.capture import capture
@@ -85,7 +85,8 @@ def test_sequences_that_are_rounded_together_come_out_as_alone(max_kl_error, mon
     exact, labels, _ = random_targets((1.0, 2.0))
     finer = []
     monkeypatch.setattr("pipeline.formats.codec._finer", lambda *given: finer.append(given) or made_finer(*given))
-    monkeypatch.setattr("pipeline.formats.grid.EXPECTED", 4.0)  # an estimate that is wrong more often
+    estimate = Grid.estimated_levels
+    monkeypatch.setattr(Grid, "estimated_levels", lambda *given: np.maximum(estimate(*given) - 4, 0))  # too coarse
     rows = [slice(0, 1), slice(1, 40), slice(40, 41), slice(41, len(exact))]
     together, levels = round_targets(exact, labels, max_kl_error, rows)
     assert 0 < len(finer) <= len(rows)

@@ -120,10 +120,10 @@ def _other_readers(folder: Path, commit: ShardCommit) -> dict[str, Callable[[], 
 
 
 def _write_cache(folder: Path, container: str, options: argparse.Namespace) -> None:
-    from benchmarks.storage import _sequences
+    from benchmarks.storage import sequences_of
     from benchmarks.storage_teacher import load_targets
 
-    captured = _sequences(*load_targets(options.work, "mixture", options.sequences))
+    captured = sequences_of(*load_targets(options.work, "mixture", options.sequences))
     cuts = np.linspace(0, len(captured), options.shards + 1).astype(int)
     manifest = _manifest(folder, container, tuple(cuts.tolist()), SEQUENCE)
     cache = CacheFolder(folder)

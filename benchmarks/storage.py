@@ -108,7 +108,7 @@ def _print_row(scheme: str, found: Measured) -> None:
 def _measure_ours(
     tokens: np.ndarray, targets: SparseTargets, container: str, max_kl_error: float, rounds: int
 ) -> Measured:
-    captured = _sequences(tokens, targets)
+    captured = sequences_of(tokens, targets)
     count = len(captured)
     spec = TargetSpec(top_k=targets.top_k, temperatures=targets.temperatures, max_kl_error=max_kl_error)
     layout = ShardLayout(counts=ShardCounts.of([sequence for sequence, _ in captured]), spec=spec)
@@ -138,7 +138,7 @@ def _measure_ours(
     return Measured(*sizes, errors.mean(axis=0), [layout.counts.num_targets / value for value in seconds])
 
 
-def _sequences(tokens: np.ndarray, targets: SparseTargets) -> list[tuple[TokenSequence, SparseTargets]]:
+def sequences_of(tokens: np.ndarray, targets: SparseTargets) -> list[tuple[TokenSequence, SparseTargets]]:
     """Sequences that carry loss on all tokens but the first, each with copies of its targets."""
     mask = np.arange(SEQUENCE) > 0
     lengths = np.array([SEQUENCE], np.int32)

@@ -7,8 +7,9 @@ import os
 import signal
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator
-from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from multiprocessing.process import BaseProcess
 from typing import Any, TypeVar
 
@@ -31,6 +32,48 @@ def map_in_threads(function: Callable[[Item], Result], items: Iterable[Item], wo
     """`function` of every item, in the items' order; for what `in_threads` is for."""
     numbered = in_threads(lambda pair: (pair[0], function(pair[1])), enumerate(items), workers)
     return [result for _, result in sorted(numbered, key=lambda pair: pair[0])]
+
+
+class Threads:
+    """Threads that share work whose results are wanted in order, as often as one asks; one alone is the caller itself.
+
+    What they are given must not wait for them.
+    """
+
+    def __init__(self, workers: int) -> None:
+        self._ahead = 2 * workers
+        self._pool = ThreadPoolExecutor(workers, "ordered") if workers > 1 else None
+
+    def __enter__(self) -> "Threads":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+    def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+        """`function` of every item, in the items' order; the first failure is raised in its place.
+
+        Items are drawn by the caller, at most twice as many as there are threads before their results are taken.
+        """
+        if self._pool is None:
+            yield from map(function, items)
+            return
+        pending: deque[Future[Result]] = deque()
+        try:
+            for item in items:
+                pending.append(self._pool.submit(function, item))
+                while pending and (len(pending) >= self._ahead or pending[0].done()):
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            for future in pending:
+                future.cancel()
+
+
+ALONE = Threads(1)
+"""Nobody but the caller."""
 
 
 def in_processes(function: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Iterator[Result]:

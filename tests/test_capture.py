@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from pipeline.formats.containers import CONTAINERS
 from pipeline.processes import owner_name
 from stages.cache_logits.capture import capture
 from stages.cache_logits.fake_engine import FakeEngine
+from stages.cache_logits.scoring import ScoredRow
 from tests.support.small import fake_manifest, make_cache
 
 ROOT = Path(__file__).parent.parent
@@ -63,6 +65,49 @@ def test_two_writers_of_one_cache_commit_each_partition_once(tmp_path, corpus):
     before = {path.name: path.stat().st_mtime_ns for path in (folder / SHARDS).iterdir()}
     capture(FakeEngine(manifest), rows, CacheFolder(folder), range(manifest.num_partitions))
     assert {path.name: path.stat().st_mtime_ns for path in (folder / SHARDS).iterdir()} == before
+    assert verify_cache(folder).problems == []
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+@pytest.mark.parametrize("settings", [{}, {"max_kl_error": 0.0, "tail_samples": 2}, {"top_k": 0, "tail_samples": 2}])
+def test_shards_have_the_same_bytes_however_many_threads_encode(tmp_path, corpus, container, settings):
+    found = []
+    for threads in (1, 2, 5):
+        folder = make_cache(tmp_path / str(threads), corpus, threads, container=container, **settings)
+        commits = [asdict(commit) for commit in open_cache(folder).commits]
+        for commit in commits:
+            del commit["file"], commit["statistics"]["seconds"]
+        found.append((commits, [path.read_bytes() for path in sorted((folder / SHARDS).iterdir(), key=shard_number)]))
+    assert len(found[0][0]) > 5
+    assert found[1] == found[2] == found[0]
+
+
+def shard_number(path):
+    return int(path.name.partition("-")[0])
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_failure_of_an_encoding_thread_reaches_the_caller_and_leaves_nothing(tmp_path, corpus, monkeypatch, threads):
+    rows, manifest, folder = prepared(tmp_path, corpus)
+    before, encode_row = threading.active_count(), ScoredRow.store
+    bad = list(rows.rows())[25].key
+
+    def store(row, layout):
+        if row.sequence.key == bad:
+            raise ValueError("no room for this one")
+        return encode_row(row, layout)
+
+    monkeypatch.setattr(ScoredRow, "store", store)
+    with pytest.raises(ValueError, match="no room for this one"):
+        capture(
+            FakeEngine(manifest), rows, CacheFolder(folder), range(manifest.num_partitions), encoding_threads=threads
+        )
+    assert threading.active_count() == before
+    assert not list(folder.rglob("*.partial"))
+    place = int(np.searchsorted(manifest.partitions, 25, side="right")) - 1
+    assert CacheFolder(folder).todo() == list(range(place, manifest.num_partitions))
+    monkeypatch.undo()
+    make_cache(folder, corpus, threads)
     assert verify_cache(folder).problems == []
 
 

@@ -16,6 +16,7 @@ from stages.train_student import fused_head
 from stages.train_student.divergences import BUCKET_DIVERGENCES, DIVERGENCES
 from stages.train_student.loss import distillation_loss, fused_distillation_loss
 from stages.train_student.loss_settings import LossSettings
+from stages.train_student.row_loss import distillation_rows_
 from stages.train_student.tails import TAILS
 from stages.train_student.targets import DistillationTargets, TeacherTargets
 from tests.support.rounding import UNIT
@@ -141,6 +142,64 @@ def test_blocks_of_rows_do_not_change_the_result(monkeypatch):
     monkeypatch.setattr("stages.train_student.fused_head.BLOCK_BYTES", {"cpu": 2 * 17 * 8})
     for tail, temperature in itertools.product(STORED_TAILS, TEMPERATURES):
         assert_matches_dense(make_case(num_tokens=7), 0.3, temperature, tail, chunk_bytes=5 * 17 * 8)
+
+
+def case_in(dtype):
+    """Seven tokens of `make_case` whose student is in another dtype."""
+    hidden, weight, *rest = make_case(num_tokens=7)
+    return *(tensor.detach().to(dtype).requires_grad_() for tensor in (hidden, weight)), *rest
+
+
+def as_on_a_gpu(monkeypatch):
+    """Products that read bfloat16 and write float32, which no CPU has, and rows with padding behind them."""
+
+    def product(left, right, out, scale, *, accumulate):
+        wide = scale * (left.float() @ right.float())
+        out.copy_(out + wide if accumulate else wide)
+
+    monkeypatch.setattr("stages.train_student.loss.product_dtype", lambda hidden: torch.bfloat16)
+    monkeypatch.setattr(fused_head, "_product", product)
+    monkeypatch.setitem(fused_head.ROW_ALIGNMENT, "cpu", 16)
+
+
+def narrow_kernel(logits, labels, targets, settings, weights, gradient):
+    """What the row kernel promises, by the torch path: the gradient takes the place of the logits."""
+    rows = logits.clone(memory_format=torch.contiguous_format)
+    values = distillation_rows_(rows, labels, targets, settings, weights, torch.empty_like(rows))
+    assert gradient.data_ptr() == logits.data_ptr()
+    assert gradient.stride(0) * gradient.itemsize == logits.stride(0) * logits.itemsize
+    torch.as_strided(logits, (len(logits), logits.stride(0)), logits.stride()).fill_(torch.nan)
+    gradient.copy_(rows)
+    return values
+
+
+@pytest.mark.parametrize("tail", STORED_TAILS)
+def test_gradient_in_the_place_of_the_logits_is_the_rounded_one(monkeypatch, tail):
+    """17 columns in rows of 32, in chunks of which the last is smaller."""
+    as_on_a_gpu(monkeypatch)
+    found = []
+    for kernel in (None, narrow_kernel):
+        monkeypatch.setattr(fused_head, "_row_kernel", lambda logits, kernel=kernel: kernel)
+        hidden, weight, *rest = case_in(torch.bfloat16)
+        loss = fused_distillation_loss(hidden, weight, *rest, tail=tail, chunk_bytes=3 * 32 * 4)
+        loss.loss.backward()
+        found.append((loss.loss.detach(), hidden.grad, weight.grad))
+    for first, second in zip(*found):
+        assert torch.equal(first, second)
+        assert first.abs().sum() > 0
+
+
+@pytest.mark.parametrize("kind", [*({"tail": tail} for tail in STORED_TAILS), {"divergence": "js"}])
+def test_padding_behind_the_rows_changes_no_bit(monkeypatch, kind):
+    found = []
+    for alignment in (1, 16):
+        monkeypatch.setitem(fused_head.ROW_ALIGNMENT, "cpu", alignment)
+        hidden, weight, *rest = case_in(torch.float32)
+        loss = fused_distillation_loss(hidden, weight, *rest, logit_softcap=2.0, chunk_bytes=3 * 32 * 4, **kind)
+        loss.loss.backward()
+        found.append((*loss, hidden.grad, weight.grad))
+    for first, second in zip(*found):
+        assert torch.equal(first, second)
 
 
 @pytest.mark.parametrize("tail", STORED_TAILS)
@@ -615,6 +674,7 @@ def no_values(monkeypatch):
     """
     for sizes in (fused_head.DEFAULT_CHUNK_BYTES, fused_head.BLOCK_BYTES):
         monkeypatch.setitem(sizes, "meta", 4 * 17 * 4)
+    monkeypatch.setitem(fused_head.ROW_ALIGNMENT, "meta", 16)
     monkeypatch.setattr(torch, "autocast", lambda device_type, enabled: contextlib.nullcontext())
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device_type: False)
     return torch.device("meta")

@@ -69,7 +69,8 @@ def grown(folder: Path, corpus_folder: Path, earlier: list[Path], **settings: ob
     manifest = fake_manifest(rows, **settings)
     cache = CacheFolder.begin(folder, manifest, corpus_folder / "tokenizer")
     engine = CountingEngine(manifest)
-    capture(engine, rows, cache, range(manifest.num_partitions), KnownTargets(earlier, manifest))
+    known = KnownTargets(earlier, manifest)
+    capture(engine, rows, cache, range(manifest.num_partitions), known, encoding_threads=3)
     return engine
 
 

@@ -2,6 +2,7 @@
 
 import time
 from collections import defaultdict
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,36 @@ import numpy as np
 from pipeline.cache.commits import ShardCommit
 from pipeline.cache.sequence import StoredSequence
 from pipeline.formats.layout import ShardLayout, targets_of
-from pipeline.targets import SparseTargets, reconstruction_errors
+from pipeline.targets import reconstruction_errors
+
+
+@dataclass(frozen=True)
+class SequenceStatistics:
+    """What one sequence adds to the statistics of its shard."""
+
+    num_targets: int
+    sums: np.ndarray
+    """float64 [3, temperatures]: of entropies, tail masses and log-probabilities of labels."""
+    source: ShardCommit | None
+    """The shard that it is copied from: what it has lost, it had lost before."""
+    kl: np.ndarray
+    """float64 [temperatures]: the sum of what its stored form has lost; 0 for a copy."""
+    largest: np.ndarray
+    """float32 [temperatures]: the largest error of a probability; 0 for a copy."""
+
+
+def measured(sequence: StoredSequence, layout: ShardLayout) -> SequenceStatistics:
+    """The targets of one sequence summed, and held against their stored form."""
+    temperatures = layout.spec.temperatures
+    targets, sums = sequence.targets, np.zeros((3, len(temperatures)))
+    for index, temperature in enumerate(temperatures):
+        values = (targets.entropy(temperature), targets.tail_mass(temperature), targets.label_logprobs(temperature))
+        sums[:, index] = [value.sum(dtype=np.float64) for value in values]
+    if sequence.source is not None:
+        nothing = np.zeros(len(temperatures))
+        return SequenceStatistics(len(targets), sums, sequence.source, nothing, nothing)
+    kl, errors = reconstruction_errors(targets, targets_of(sequence.columns, layout))
+    return SequenceStatistics(len(targets), sums, None, kl.sum(axis=0, dtype=np.float64), errors.max(axis=0, initial=0))
 
 
 class TargetStatistics:
@@ -24,16 +54,14 @@ class TargetStatistics:
         self._copied: dict[str, int] = defaultdict(int)
         self._sources: dict[str, ShardCommit] = {}
 
-    def add(self, sequence: StoredSequence) -> None:
-        """Count the targets of one sequence, and what their stored form has lost: a copy has lost it before."""
-        self._sum(sequence.targets)
+    def add(self, sequence: SequenceStatistics) -> None:
+        """Count one sequence; the sums depend on the order, in their last bits."""
+        self._sums += sequence.sums
+        self._kl += sequence.kl
+        self._largest = np.maximum(self._largest, sequence.largest)
         if (source := sequence.source) is not None:
-            self._copied[source.xxh3_128] += len(sequence.targets)
+            self._copied[source.xxh3_128] += sequence.num_targets
             self._sources[source.xxh3_128] = source
-            return
-        kl, errors = reconstruction_errors(sequence.targets, targets_of(sequence.columns, self._layout))
-        self._kl += kl.sum(axis=0, dtype=np.float64)
-        self._largest = np.maximum(self._largest, errors.max(axis=0, initial=0))
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values: sums and means a temperature, seconds from the first sequence to the last.
@@ -63,8 +91,3 @@ class TargetStatistics:
         values = np.array(statistics.get(name, 1.0), np.float64)
         sound = values.shape == self._largest.shape and np.isfinite(values).all() and (values >= 0).all()
         return values if sound else np.ones_like(self._largest)
-
-    def _sum(self, targets: SparseTargets) -> None:
-        for index, temperature in enumerate(self._layout.spec.temperatures):
-            values = (targets.entropy(temperature), targets.tail_mass(temperature), targets.label_logprobs(temperature))
-            self._sums[:, index] += [value.sum(dtype=np.float64) for value in values]

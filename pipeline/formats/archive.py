@@ -19,6 +19,7 @@ import zstandard
 from pcodec import standalone as pcodec
 
 from pipeline.errors import CacheCorruptError
+from pipeline.parallel import ALONE, Threads
 
 CRC_BYTES = 4
 ABSENT = 2**64 - 1
@@ -31,19 +32,28 @@ Compress = Callable[[np.ndarray], bytes]
 
 
 def bundles(
-    values: np.ndarray, chunk_shape: tuple[int, ...], bundle_shape: tuple[int, ...], compress: Compress
+    values: np.ndarray,
+    chunk_shape: tuple[int, ...],
+    bundle_shape: tuple[int, ...],
+    compress: Compress,
+    threads: Threads = ALONE,
 ) -> Iterator[bytes]:
     """The bundles of consecutive rows, the first of which begins one. Chunks are filled up with zeros."""
+
+    def chunk_at(place: tuple[int, ...]) -> bytes:
+        piece = rows[tuple(slice(at * size, (at + 1) * size) for at, size in zip(place, chunk_shape))]
+        filled = np.zeros(chunk_shape, values.dtype)
+        filled[tuple(map(slice, piece.shape))] = piece
+        return _with_crc(compress(filled))
+
     for start in range(0, len(values), bundle_shape[0]):
         rows = values[start : start + bundle_shape[0]]
         index = np.full((*(size // chunk for size, chunk in zip(bundle_shape, chunk_shape)), 2), ABSENT, "<u8")
-        parts, offset = [], 0
-        for place in np.ndindex(*(-(-size // chunk) for size, chunk in zip(rows.shape, chunk_shape))):
-            piece = rows[tuple(slice(at * size, (at + 1) * size) for at, size in zip(place, chunk_shape))]
-            filled = np.pad(piece, [(0, chunk - size) for size, chunk in zip(piece.shape, chunk_shape)])
-            parts.append(_with_crc(compress(np.ascontiguousarray(filled))))
-            index[place] = offset, len(parts[-1])
-            offset += len(parts[-1])
+        places = list(np.ndindex(*(-(-size // chunk) for size, chunk in zip(rows.shape, chunk_shape))))
+        parts, offset = list(threads.map(chunk_at, places)), 0
+        for place, part in zip(places, parts):
+            index[place] = offset, len(part)
+            offset += len(part)
         yield b"".join([*parts, _with_crc(index.tobytes())])
 
 

@@ -17,6 +17,7 @@ from pipeline.errors import CacheCorruptError
 from pipeline.formats.containers import Container
 from pipeline.formats.layout import ALIGNMENT, RAGGED, ShardLayout
 from pipeline.ipc import file_batches
+from pipeline.parallel import ALONE, Threads
 
 BATCH_TARGETS = 65_536
 FORMAT = {"format": "sparse-target-shard", "format_version": "2"}
@@ -59,7 +60,7 @@ class ArrowShardWriter:
         if self._pending_targets >= BATCH_TARGETS:
             self._flush()
 
-    def close(self) -> None:
+    def close(self, threads: Threads = ALONE) -> None:
         """Write what is pending and the footer."""
         self._flush()
         self._writer.close()

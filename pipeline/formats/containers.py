@@ -13,6 +13,7 @@ import numpy as np
 import xxhash
 
 from pipeline.formats.layout import ShardLayout
+from pipeline.parallel import ALONE, Threads
 from pipeline.tables import Table
 
 
@@ -22,8 +23,8 @@ class ShardWriter(Protocol):
     def append(self, columns: dict[str, np.ndarray]) -> None:
         """Add the stored columns of one sequence."""
 
-    def close(self) -> None:
-        """Write what is pending."""
+    def close(self, threads: Threads = ALONE) -> None:
+        """Write what is pending; the same bytes, whoever shares the work."""
 
     def discard(self) -> None:
         """Let go of the file, finished or not; does nothing after `close`."""

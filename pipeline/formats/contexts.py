@@ -11,11 +11,14 @@ of the shard by falling count. The first id of a position always goes by the pre
 Decoding is one look-up in one array, the same for every entry: no entry waits for another one.
 """
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+
+from pipeline.parallel import ALONE, Threads
 
 TABLE_SIZE = 1024
 """Longest table."""
@@ -25,6 +28,8 @@ MIN_POSITIONS = 12
 """How often a context must come up to have a table."""
 PREVIOUS, FIRST = 0, 1
 CACHED_ROWS = 1024
+PIECE_ROWS = 8192
+"""Positions that a thread takes at a time."""
 
 
 @dataclass(frozen=True)
@@ -67,9 +72,20 @@ class ContextModel:
         first, second = found
         return first, second
 
+    @cached_property
+    def _places(self) -> np.ndarray:
+        """int32: the place of every id in the vocabulary."""
+        return _inverse(self.vocabulary)
+
+    @cached_property
+    def _listed(self) -> tuple[dict[int, np.ndarray], ...]:
+        """The entries of the table of every context that has one, by kind."""
+        parts = [np.split(kind.entries, np.cumsum(kind.sizes)[:-1]) for kind in self.tables]
+        return tuple(dict(zip(kind.tokens.tolist(), entries)) for kind, entries in zip(self.tables, parts))
+
     def encode(self, ids_NK: np.ndarray, previous_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """int32 [N, K] codes, and uint8 [N] the kind of table that each position uses."""
-        places = _places_in(self.vocabulary, ids_NK)
+        places = self._places[ids_NK]
         codes, others = (self._codes(kind, places, context) for kind, context in enumerate((previous_N, ids_NK[:, 0])))
         kinds = np.zeros(len(ids_NK), np.uint8)
         for rows in row_blocks(len(ids_NK)):
@@ -94,13 +110,11 @@ class ContextModel:
         return self._starts[kind].take(contexts_N, mode="clip")
 
     def _codes(self, kind: int, places_NK: np.ndarray, contexts_N: np.ndarray) -> np.ndarray:
-        tables = self.tables[kind]
         codes = places_NK + np.int32(TABLE_SIZE)
         inverse = np.arange(TABLE_SIZE, TABLE_SIZE + len(self.vocabulary), dtype=np.int32)
         order = np.arange(TABLE_SIZE, dtype=np.int32)
-        listed = dict(zip(tables.tokens.tolist(), np.split(tables.entries, np.cumsum(tables.sizes)[:-1])))
         for context, rows in _groups(contexts_N):
-            entries = listed.get(context)
+            entries = self._listed[kind].get(context)
             if entries is not None:
                 inverse[entries] = order[: len(entries)]
                 codes[rows] = inverse.take(places_NK[rows])
@@ -108,20 +122,26 @@ class ContextModel:
         return codes
 
 
-def learn(ids_NK: np.ndarray, previous_N: np.ndarray) -> ContextModel:
+def learn(ids_NK: np.ndarray, previous_N: np.ndarray, threads: Threads = ALONE) -> ContextModel:
     """The model of a shard's ids and of the tokens before them."""
-    counts = np.zeros(int(ids_NK.max(initial=0)) + 1, np.int64)
-    for rows in row_blocks(len(ids_NK)):
-        counts += np.bincount(ids_NK[rows].ravel(), minlength=len(counts))
+    blocks = list(row_blocks(len(ids_NK), PIECE_ROWS))
+    num_ids = int(ids_NK.max(initial=0)) + 1
+    counts = np.zeros(num_ids, np.int64)
+    for part in threads.map(lambda rows: np.bincount(ids_NK[rows].ravel(), minlength=num_ids), blocks):
+        counts += part
     found = np.flatnonzero(counts)
     vocabulary = found[np.argsort(-counts[found], kind="stable")].astype(np.int32)
-    places = _places_in(vocabulary, ids_NK)
-    return ContextModel(vocabulary, (_learn_tables(places, previous_N), _learn_tables(places, ids_NK[:, 0])))
+    places, inverse = np.empty(ids_NK.shape, np.int32), _inverse(vocabulary)
+    for _ in threads.map(lambda rows: inverse.take(ids_NK[rows], out=places[rows], mode="clip"), blocks):
+        pass
+    contexts = (previous_N, ids_NK[:, 0])
+    first, second = (_learn_tables(places, contexts_N, threads) for contexts_N in contexts)
+    return ContextModel(vocabulary, (first, second))
 
 
-def row_blocks(num_rows: int) -> Iterator[slice]:
-    """All rows, in blocks that fit a CPU's cache."""
-    return (slice(start, start + CACHED_ROWS) for start in range(0, num_rows, CACHED_ROWS))
+def row_blocks(num_rows: int, block_rows: int = CACHED_ROWS) -> Iterator[slice]:
+    """All rows, in blocks: by default those that fit a CPU's cache."""
+    return (slice(start, start + block_rows) for start in range(0, num_rows, block_rows))
 
 
 def _cost(codes_NK: np.ndarray) -> np.ndarray:
@@ -129,17 +149,30 @@ def _cost(codes_NK: np.ndarray) -> np.ndarray:
     return np.log2(codes_NK[:, 1:] + np.float32(4)).sum(axis=1)
 
 
-def _learn_tables(places_NK: np.ndarray, contexts_N: np.ndarray) -> Tables:
-    tokens, entries = [], []
-    for context, rows in _groups(contexts_N):
-        if len(rows) < MIN_POSITIONS:
-            continue
-        frequent = _frequent(places_NK[rows].ravel())
-        if len(frequent):
-            tokens.append(context)
-            entries.append(frequent)
+def _learn_tables(places_NK: np.ndarray, contexts_N: np.ndarray, threads: Threads) -> Tables:
+    groups = [(context, rows) for context, rows in _groups(contexts_N) if len(rows) >= MIN_POSITIONS]
+
+    def frequent_of(piece: list[tuple[int, np.ndarray]]) -> list[np.ndarray]:
+        return [_frequent(places_NK[rows].ravel()) for _, rows in piece]
+
+    found = itertools.chain.from_iterable(threads.map(frequent_of, _pieces(groups)))
+    learnt = [(context, frequent) for (context, _), frequent in zip(groups, found) if len(frequent)]
+    tokens, entries = [context for context, _ in learnt], [frequent for _, frequent in learnt]
     sizes = np.array([len(table) for table in entries], np.int32)
     return Tables(np.array(tokens, np.int32), sizes, np.concatenate([np.zeros(0, np.int32), *entries]))
+
+
+def _pieces(groups: list[tuple[int, np.ndarray]]) -> Iterator[list[tuple[int, np.ndarray]]]:
+    """Contexts of about PIECE_ROWS positions in all, or one that has more: what is worth a thread's while."""
+    piece: list[tuple[int, np.ndarray]] = []
+    num_rows = 0
+    for group in groups:
+        piece.append(group)
+        num_rows += len(group[1])
+        if num_rows >= PIECE_ROWS:
+            yield piece
+            piece, num_rows = [], 0
+    yield piece
 
 
 def _frequent(places: np.ndarray) -> np.ndarray:
@@ -161,11 +194,11 @@ def _groups(contexts_N: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
         yield int(ordered[start]), order[start:stop]
 
 
-def _places_in(vocabulary: np.ndarray, ids: np.ndarray) -> np.ndarray:
-    """int32: the place of every id in the vocabulary, which has them all."""
+def _inverse(vocabulary: np.ndarray) -> np.ndarray:
+    """int32: the place of every id in the vocabulary; 0 for those that are not in it."""
     places = np.zeros(int(vocabulary.max(initial=0)) + 1, np.int32)
     places[vocabulary] = np.arange(len(vocabulary), dtype=np.int32)
-    return places[ids]
+    return places
 
 
 def code_differences(codes_NK: np.ndarray, inside_NK: np.ndarray) -> np.ndarray:

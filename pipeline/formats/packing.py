@@ -37,6 +37,7 @@ from pipeline.formats.contexts import (
 )
 from pipeline.formats.grid import Grid, grid_of, tail_places, tail_values
 from pipeline.formats.layout import ShardLayout
+from pipeline.parallel import Threads
 
 Arrays = dict[str, np.ndarray]
 
@@ -99,7 +100,7 @@ class Packer:
         for name, values in arrays.items():
             self._pending.setdefault(name, []).append(values)
 
-    def arrays(self, block_rows: int) -> tuple[Arrays, Callable[[], Iterator[Arrays]]]:
+    def arrays(self, block_rows: int, threads: Threads) -> tuple[Arrays, Callable[[], Iterator[Arrays]]]:
         """All arrays but `codes` and `modes`, and a function that gives those in blocks of rows."""
         whole = {name: np.concatenate(self._pending.pop(name)) for name in list(self._pending)}
         if not self._layout.spec.top_k:
@@ -107,19 +108,17 @@ class Packer:
         ids, previous = whole.pop("ids"), whole.pop("previous")
         levels = whole.pop("levels", np.zeros(len(ids), np.uint8))
         steps = whole.get("steps") if self._layout.on_grid else None
-        model = learn(ids, previous)
+        model = learn(ids, previous, threads)
 
-        def blocks() -> Iterator[Arrays]:
-            for start in range(0, len(ids), block_rows):
-                rows = slice(start, start + block_rows)
-                codes, kinds = model.encode(ids[rows], previous[rows])
-                if steps is not None:
-                    inside = _inside(steps[rows])
-                    codes = code_differences(rising_in_runs(codes, run_numbers(inside)), inside)
-                yield {"codes": codes, "modes": 2 * levels[rows].astype(np.uint16) + kinds}
+        def block(rows: slice) -> Arrays:
+            codes, kinds = model.encode(ids[rows], previous[rows])
+            if steps is not None:
+                inside = _inside(steps[rows])
+                codes = code_differences(rising_in_runs(codes, run_numbers(inside)), inside)
+            return {"codes": codes, "modes": 2 * levels[rows].astype(np.uint16) + kinds}
 
         stored = {name: values for name, values in whole.items() if 0 not in values.shape[1:]}
-        return stored | _model_arrays(model), blocks
+        return stored | _model_arrays(model), lambda: threads.map(block, row_blocks(len(ids), block_rows))
 
 
 def unpack(arrays: Arrays, model: ContextModel | None, layout: ShardLayout) -> Arrays:

@@ -23,6 +23,7 @@ from pipeline.formats.containers import Container
 from pipeline.formats.contexts import ContextModel
 from pipeline.formats.layout import ALIGNMENT, ShardLayout
 from pipeline.formats.packing import MODEL, Packer, array_specs, model_of, unpack
+from pipeline.parallel import ALONE, Threads
 
 CHUNK_VALUES = 32_768
 """Values in the chunks of a row block, the unit of reading."""
@@ -53,23 +54,23 @@ class ZarrShardWriter:
         """Add the stored columns of one or more sequences."""
         self._packer.append(columns)
 
-    def close(self) -> None:
+    def close(self, threads: Threads = ALONE) -> None:
         """Learn the shard's model, write all arrays and the zip directory."""
         block_rows = chunk_shape("codes", (0, self._layout.spec.top_k))[0] * CHUNKS_IN_BUNDLE
-        arrays, blocks = self._packer.arrays(block_rows)
+        arrays, blocks = self._packer.arrays(block_rows, threads)
         attributes = _attributes(self._layout) | {"previous_tables": int(arrays.pop("previous_tables", 0))}
         specs = {name: (values.dtype, values.shape) for name, values in arrays.items()}
         specs |= {name: spec for name, spec in array_specs(self._layout).items() if name in CODED}
         for name, document in _metadata(attributes, specs).items():
-            self._file.writestr(name, document)
+            self._add(name, document)
         for name, values in arrays.items():
-            self._write(name, values, first=0)
+            self._write(name, values, 0, threads)
         modes = []
         for number, block in enumerate(blocks()):
-            self._write("codes", block["codes"].astype(np.uint32), first=number)
+            self._write("codes", block["codes"].astype(np.uint32), number, threads)
             modes.append(block["modes"])
         if modes:
-            self._write("modes", np.concatenate(modes), first=0)
+            self._write("modes", np.concatenate(modes), 0, threads)
         self._file.close()
 
     def discard(self) -> None:
@@ -77,11 +78,17 @@ class ZarrShardWriter:
         with contextlib.suppress(OSError):  # the zip directory does not fit a full disk either
             self._file.close()
 
-    def _write(self, name: str, values: np.ndarray, first: int) -> None:
+    def _write(self, name: str, values: np.ndarray, first: int, threads: Threads) -> None:
         """Rows of an array as bundles, the first of which has the number `first`."""
         shapes = chunk_shape(name, values.shape), bundle_shape(name, values.shape)
-        for number, bundle in enumerate(bundles(values, *shapes, _compress), start=first):
-            self._file.writestr(f"{name}/c/{number}{'/0' * (values.ndim - 1)}", bundle)
+        for number, bundle in enumerate(bundles(values, *shapes, _compress, threads), start=first):
+            self._add(f"{name}/c/{number}{'/0' * (values.ndim - 1)}", bundle)
+
+    def _add(self, name: str, contents: bytes) -> None:
+        """An entry without the time of day: the same targets make the same file."""
+        entry = zipfile.ZipInfo(name)
+        entry.external_attr = 0o600 << 16
+        self._file.writestr(entry, contents)
 
 
 class ZarrShard:

@@ -15,7 +15,7 @@ import numpy as np
 from pipeline.cache.folder import CacheFolder
 from pipeline.cache.sequence import StoredSequence
 from pipeline.cache.shard import StoredShard
-from pipeline.cache.statistics import TargetStatistics
+from pipeline.cache.statistics import TargetStatistics, measured
 from pipeline.errors import CacheCorruptError
 from pipeline.files import hash_file
 from pipeline.formats.containers import CONTAINERS, Container, Shard
@@ -78,10 +78,11 @@ def _measure(shard: Shard, source: StoredShard, rows: np.ndarray) -> tuple[Shard
     heads = shard.heads()
     sums = {name: int(heads[name][rows].sum()) for name in ("num_tokens", "num_documents", "num_targets")}
     counts = ShardCounts(num_sequences=len(rows), **sums)
-    statistics = TargetStatistics(ShardLayout(counts=counts, spec=source.spec))
+    layout = ShardLayout(counts=counts, spec=source.spec)
+    statistics = TargetStatistics(layout)
     for row, columns in zip(rows, sequences_of_shard(shard, source.layout, rows)):
         targets = source.decode(columns, row).targets
-        statistics.add(StoredSequence(columns=columns, targets=targets, source=source.commit))
+        statistics.add(measured(StoredSequence(columns=columns, targets=targets, source=source.commit), layout))
     return counts, statistics.to_dict()
 
 

@@ -4,6 +4,7 @@ A sequence is known by its key, which names its tokens, mask and document bounda
 the same in any corpus, order and shard. They are copied as they are stored, and not rounded again.
 """
 
+import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from contextlib import closing
@@ -42,7 +43,7 @@ REASONS = {
 class KnownTargets:
     """The committed shards of earlier caches, finished or not, by the keys of their sequences.
 
-    Keeps 24 bytes of memory a sequence. `load` is not for several threads at once.
+    Keeps 24 bytes of memory a sequence.
     """
 
     def __init__(self, folders: Sequence[Store], wanted: CacheManifest) -> None:
@@ -52,6 +53,8 @@ class KnownTargets:
             _require_reusable(cache, wanted)
             self._shards += cache.committed()
         self._open: OrderedDict[int, Shard] = OrderedDict()
+        self._reading = threading.Lock()
+        """Held while a shard is read: neither the list of open ones nor they are for several threads at once."""
         parts = map_in_threads(_keys, self._shards, available_cores())
         self._starts = np.cumsum([0, *map(len, parts)])
         merged = comparable_keys(np.concatenate([np.zeros((0, 16), np.uint8), *parts]))
@@ -80,7 +83,8 @@ class KnownTargets:
         """The sequence at a place that `find` returned for `key`; raises CacheCorruptError."""
         index = int(np.searchsorted(self._starts, place, side="right")) - 1
         stored, row = self._shards[index], int(place - self._starts[index])
-        columns = self._opened(index).columns(row, row + 1)
+        with self._reading:
+            columns = self._opened(index).columns(row, row + 1)
         sequence = stored.decode(columns, row)
         if sequence.key != key:
             raise CacheCorruptError(f"{stored.where(row)} has not the key that it had when the run began.")

@@ -2,24 +2,30 @@
 
 The engine runs in the caller's thread and is never drained between partitions. A second thread encodes (or
 copies what an earlier cache knows), writes and commits; the queue between them is bounded, and an error on either
-side stops the other and reaches the caller.
+side stops the other and reaches the caller. The second may have others that share its work: a sequence at a time, and
+of a shard whose last sequence is there what its container divides. What comes of it is put together in order, so that
+a shard has the same bytes however many they are.
 """
 
+import functools
 import itertools
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import numpy as np
+
 from pipeline.cache.commits import ShardCommit
 from pipeline.cache.folder import CacheFolder
-from pipeline.cache.statistics import TargetStatistics
+from pipeline.cache.statistics import SequenceStatistics, TargetStatistics, measured
 from pipeline.corpus import Corpus, TokenSequence
 from pipeline.errors import CorpusError
 from pipeline.formats.containers import CONTAINERS
 from pipeline.formats.layout import ShardCounts, ShardLayout
 from pipeline.handover import Handover
 from pipeline.lifecycle.reuse import KnownTargets
+from pipeline.parallel import Threads
 from pipeline.targets import SparseTargets
 from stages.cache_logits.engine import Engine
 from stages.cache_logits.scoring import Row, row_of, score_rows
@@ -41,6 +47,7 @@ def capture(
     partitions: Iterable[int],
     known: KnownTargets | None = None,
     *,
+    encoding_threads: int = 1,
     on_sequence: Callable[[TokenSequence, SparseTargets | None], None] = lambda sequence, targets: None,
     on_commit: _OnCommit = lambda partition, commit: None,
     on_unreadable: Callable[[int, CorpusError], None] = _raise,
@@ -51,7 +58,7 @@ def capture(
     a sequence that was known. `on_commit` is called in the writer's thread once a partition is committed, with None if
     another process was faster; `on_unreadable` gets a partition whose rows cannot be read, and the rest goes on.
     """
-    with _Writer(cache, on_commit) as writer:
+    with Threads(encoding_threads) as threads, _Writer(cache, on_commit, threads) as writer:
 
         def rows() -> Iterator[Row]:
             for partition in partitions:
@@ -82,8 +89,8 @@ def _read_rows(corpus: Corpus, start: int, stop: int) -> list[TokenSequence]:
 class _Writer:
     """Stores rows and commits shards in a thread of its own, in the order in which the shards were begun."""
 
-    def __init__(self, cache: CacheFolder, on_commit: _OnCommit) -> None:
-        self._cache, self._on_commit = cache, on_commit
+    def __init__(self, cache: CacheFolder, on_commit: _OnCommit, threads: Threads) -> None:
+        self._cache, self._on_commit, self._threads = cache, on_commit, threads
         self._rows: Handover[Row] = Handover(QUEUE_SEQUENCES)
         self._layouts: deque[tuple[int, ShardLayout]] = deque()
         self._failure: BaseException | None = None
@@ -126,15 +133,20 @@ class _Writer:
         with self._cache.new_shard(partition) as path:
             writer = container.create(path, layout)
             try:
-                for row in rows:
-                    stored = row.store(layout)
-                    statistics.add(stored)
-                    writer.append(stored.columns)
+                for columns, added in self._threads.map(functools.partial(encoded, layout), rows):
+                    statistics.add(added)
+                    writer.append(columns)
                     num_written += 1
                 if num_written < layout.counts.num_sequences:
                     return
-                writer.close()
+                writer.close(self._threads)
             finally:
                 writer.discard()
             commit = self._cache.commit(partition, path, layout.counts, statistics.to_dict())
         self._on_commit(partition, commit)
+
+
+def encoded(layout: ShardLayout, row: Row) -> tuple[dict[str, np.ndarray], SequenceStatistics]:
+    """The stored columns of a row, and what they add to the statistics of their shard."""
+    stored = row.store(layout)
+    return stored.columns, measured(stored, layout)

@@ -49,6 +49,7 @@ def cache_logits(config: CacheConfig, reporter: Reporter | None = None) -> Cache
             rank=rank,
             terms=RunTerms(max_failures=config.max_failures, lease_s=config.lease_s),
             stall_s=config.stall_s,
+            encoding_threads=config.num_encoding_threads,
             reporter=reporter,
         )
     reporter.log(f"{config.out}: complete, {manifest.num_sequences:,} sequences, {manifest.num_targets:,} targets.")

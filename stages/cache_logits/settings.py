@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.cpu import available_cores
 from pipeline.errors import ConfigError
 from pipeline.formats.containers import CONTAINERS
 from pipeline.formats.grid import WARMEST
@@ -14,6 +15,8 @@ from stages.cache_logits.engines import ENGINES
 FLOAT32_BYTES = 4
 LOGITS_BYTES = 400 << 20
 """1,024 positions of a vocabulary of 102,400 on one device; 8,192 on each of eight."""
+MOST_ENCODING_THREADS = 4
+"""Unless one asks for more."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +111,11 @@ class CacheConfig(TeacherConfig):
         "A cache by the same teacher and settings, finished or not: sequences that it holds are copied instead of "
         "scored; repeatable.",
     )
+    encoding_threads: int | None = setting(
+        None,
+        "Threads that round and compress targets beside the engine; none takes a quarter of the cores, "
+        f"{MOST_ENCODING_THREADS} at most. The shards are the same.",
+    )
     worker: int = setting(0, "Number of this worker, from 0; any number of workers may share one --out.")
     workers: int = setting(1, "Workers that share the cache: each begins with its share and then takes what is left.")
     worker_from_env: bool = setting(
@@ -128,11 +136,17 @@ class CacheConfig(TeacherConfig):
     def check(self) -> None:
         super().check()
         self.at_least("shard_tokens", 1)
+        self.at_least("encoding_threads", 1)
         self.at_least("max_failures", 1)
         self.positive("lease_s", (self.lease_s,))
         self.positive("stall_s", (self.stall_s,))
         if not 0 <= self.worker < self.workers:
             raise ConfigError(f"worker is {self.worker} of {self.workers} workers; count from 0.")
+
+    @property
+    def num_encoding_threads(self) -> int:
+        """Threads that encode: as many as were asked for, else few beside an engine that needs cores itself."""
+        return self.encoding_threads or max(1, min(MOST_ENCODING_THREADS, available_cores() // 4))
 
 
 @dataclass(frozen=True, kw_only=True)

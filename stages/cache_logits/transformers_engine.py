@@ -6,6 +6,7 @@ Slower than vLLM on large models; serves architectures that vLLM does not know.
 import contextlib
 from collections.abc import Hashable, Iterable, Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -45,7 +46,9 @@ class TransformersEngine:
         widens = self._device.type == "cpu" and not has_products(teacher.dtype)
         self._products = WideProducts if widens else contextlib.nullcontext
         head = model.get_output_embeddings()
-        self._head_VH = head.weight[: self._vocab_size].float()
+        weight_VH = head.weight[: self._vocab_size]
+        # A CPU cannot write float32 from factors in bfloat16: there the head is widened once.
+        self._head_VH = weight_VH.float() if self._device.type == "cpu" else weight_VH
         self._bias_V = head.bias[: self._vocab_size].float() if getattr(head, "bias", None) is not None else None
         self._scale, self._soft_cap = teacher.model.logit_scale, teacher.model.logit_softcap
         with first_forward(type(model).__name__):
@@ -57,12 +60,19 @@ class TransformersEngine:
         """Targets, longest request first within a window of requests."""
         for batch in _batches(requests, self._batch_tokens):
             hidden_BSH = self._hidden([torch.tensor(request.token_ids, dtype=torch.long) for request in batch])
-            for request, hidden_SH in zip(batch, hidden_BSH):
-                positions, labels = (
-                    torch.tensor(part, dtype=torch.long) for part in (request.positions, request.labels)
+            starts = np.arange(len(batch)) * hidden_BSH.shape[1]
+            rows, labels, uniforms = (
+                torch.from_numpy(np.concatenate(parts)).to(self._device)
+                for parts in (
+                    [start + request.positions for start, request in zip(starts, batch)],
+                    [request.labels.astype(np.int64) for request in batch],
+                    [request.uniforms for request in batch],
                 )
-                uniforms = torch.tensor(request.uniforms)
-                yield request.key, self._reduce(hidden_SH[positions.to(self._device)], labels, uniforms)
+            )
+            targets = self._reduce(hidden_BSH.flatten(0, 1)[rows], labels, uniforms)
+            ends = np.cumsum([len(request.positions) for request in batch]).tolist()
+            for request, start, end in zip(batch, [0, *ends], ends):
+                yield request.key, targets[start:end]
 
     def close(self) -> None:
         """Let go of the model."""
@@ -75,7 +85,16 @@ class TransformersEngine:
             return text_body(self._model)(input_ids=padded, use_cache=False).last_hidden_state
 
     def _logits(self, hidden_NH: Tensor) -> Tensor:
-        logits_NV = torch.nn.functional.linear(hidden_NH.float(), self._head_VH, self._bias_V)
+        """float32 [N, V], as if the hidden states and the head were float32, where products of narrower ones are exact.
+
+        On a device narrow factors are multiplied as they are and summed in float32, so that no wide head is needed.
+        """
+        if hidden_NH.dtype == self._head_VH.dtype != torch.float32:
+            logits_NV = torch.mm(hidden_NH, self._head_VH.t(), out_dtype=torch.float32)
+            if self._bias_V is not None:
+                logits_NV += self._bias_V
+        else:
+            logits_NV = torch.nn.functional.linear(hidden_NH.float(), self._head_VH.float(), self._bias_V)
         if self._scale != 1.0:
             logits_NV *= self._scale
         if self._soft_cap is not None:
@@ -87,9 +106,8 @@ class TransformersEngine:
         for hidden, labels, uniforms in zip(
             *(part.split(self._row_chunk) for part in (hidden_NH, labels_N, uniforms_N))
         ):
-            packed_NW = reduce_rows(self._reduction, self._logits(hidden), labels, uniforms)
-            rows.append(packed_NW.cpu())
-        return unpack(torch.cat(rows).numpy(), self._reduction)
+            rows.append(reduce_rows(self._reduction, self._logits(hidden), labels, uniforms))
+        return unpack(torch.cat(rows).cpu().numpy(), self._reduction)
 
     @torch.inference_mode()
     def _check_head(self) -> None:

@@ -40,6 +40,7 @@ def work(
     rank: Rank,
     terms: RunTerms,
     stall_s: float,
+    encoding_threads: int,
     reporter: Reporter,
 ) -> None:
     """Work until every partition is committed, by whichever worker.
@@ -57,7 +58,7 @@ def work(
         todo = manifest.num_partitions - len(cache.done())
         share = manifest.num_tokens * todo // manifest.num_partitions // rank.workers
         with reporter.progress("cache-logits", share) as progress:
-            worker = _Worker(cache, corpus, known, claims, heartbeat, drain, reporter, progress)
+            worker = _Worker(cache, corpus, known, claims, heartbeat, drain, encoding_threads, reporter, progress)
             with closing(Watchdog(stall_s, functools.partial(_give_up, folder, heartbeat, reporter))) as watchdog:
                 worker.run(watchdog, make_engine)
         if drain.requested and claims.unsettled():
@@ -94,12 +95,13 @@ class _Worker:
         claims: PartitionClaims,
         heartbeat: Heartbeat,
         drain: Drain,
+        encoding_threads: int,
         reporter: Reporter,
         progress: Progress,
     ) -> None:
         self._cache, self._corpus, self._known = cache, corpus, known
         self._claims, self._heartbeat, self._drain = claims, heartbeat, drain
-        self._reporter, self._progress = reporter, progress
+        self._encoding_threads, self._reporter, self._progress = encoding_threads, reporter, progress
         self._tally = _Tally(cache.manifest.temperatures[-1])
         self._bytes = 0
         self._rate = Rate()
@@ -137,6 +139,7 @@ class _Worker:
             self._cache,
             self._claims.stream(),
             self._known,
+            encoding_threads=self._encoding_threads,
             on_sequence=self._on_sequence,
             on_commit=self._on_commit,
             on_unreadable=self._on_unreadable,

@@ -29,6 +29,12 @@ DEFAULT_CHUNK_BYTES = {"cpu": 256 * 2**20, "cuda": 2**30}
 BLOCK_BYTES = {"cpu": 2 * 2**20, "cuda": 64 * 2**20}
 """Bytes of the logits that are turned into loss and gradient at a time: a cache on a CPU, few launches on a GPU."""
 
+ROW_ALIGNMENT = {"cpu": 1, "cuda": 16}
+"""Memory of a row of logits is a multiple of so many elements, whatever the vocabulary.
+
+A GPU reads rows in vectors, and multiplies them without a detour, where each begins at a multiple of 16 bytes.
+"""
+
 
 @dataclass(frozen=True, kw_only=True)
 class HeadStep:
@@ -116,10 +122,11 @@ def _loss_and_gradients(
         for index, (pair, hidden_CH) in enumerate(zip(pairs, hiddens)):
             _product(hidden_CH, pair.weight_VH.t(), chunk_logits_CV, step.settings.logit_scale, accumulate=index > 0)
         chunk_targets = None if targets is None else targets.rows(chunk)
-        _chunk_losses_(chunk_logits_CV, labels_M[chunk], chunk_targets, step, scratch, row_losses_2M[:, chunk])
+        grad_logits_CV = _chunk_losses_(
+            chunk_logits_CV, labels_M[chunk], chunk_targets, step, scratch, row_losses_2M[:, chunk]
+        )
         if step.row_weights is None:
             continue
-        grad_logits_CV = chunk_logits_CV.to(step.product_dtype)
         for pair, hidden_CH in zip(pairs, hiddens):
             _accumulate_gradients(pair, grad_logits_CV, hidden_CH, chunk, step.settings)
     cross_entropy = row_losses_2M[0].sum() / step.denominator
@@ -165,15 +172,19 @@ def _chunk_losses_(
     step: HeadStep,
     scratch: list[Tensor],
     row_losses_2C: Tensor,
-) -> None:
-    """Fills the cross-entropy and the KL of a chunk's tokens; the logits become the gradient of the loss."""
+) -> Tensor:
+    """The gradient of the loss with respect to a chunk's logits, which are lost, in the dtype of the products.
+
+    Fills the cross-entropy and the KL of its tokens.
+    """
     settings, weights = step.settings, step.row_weights
     kernel = _row_kernel(logits_CV)
     if kernel is not None:
-        row_losses_2C[0], divergence_C = kernel(logits_CV, labels_C, targets, settings, weights)
+        grad_logits_CV = logits_CV.view(step.product_dtype)[:, : settings.vocab_size]  # in the logits' memory
+        row_losses_2C[0], divergence_C = kernel(logits_CV, labels_C, targets, settings, weights, grad_logits_CV)
         if divergence_C is not None:
             row_losses_2C[1] = divergence_C
-        return
+        return grad_logits_CV
     for start in range(0, len(logits_CV), len(scratch[0])):
         block = slice(start, start + len(scratch[0]))
         logits_BV, labels_B = logits_CV[block], labels_C[block]
@@ -188,6 +199,7 @@ def _chunk_losses_(
             )
         if settings.logit_softcap is not None and weights is not None:
             logits_BV.mul_(slope_BV[0])
+    return logits_CV.to(step.product_dtype)
 
 
 def _row_kernel(logits_CV: Tensor) -> Callable[..., tuple[Tensor, Tensor | None]] | None:
@@ -237,10 +249,12 @@ def _buffers(weight_VH: Tensor, num_targets: int, step: HeadStep, dtype: torch.d
 
     The chunks are evened out, so that none is a small remainder that pays for the head's whole gradient.
     """
-    row_bytes = len(weight_VH) * dtype.itemsize
+    alignment = ROW_ALIGNMENT[weight_VH.device.type]
+    row_size = math.ceil(len(weight_VH) / alignment) * alignment
+    row_bytes = row_size * dtype.itemsize
     num_chunks = math.ceil(num_targets / max(1, step.chunk_bytes // row_bytes))
     chunk_rows = math.ceil(num_targets / max(1, num_chunks))
     block_rows = max(1, BLOCK_BYTES[weight_VH.device.type] // row_bytes)
-    logits_CV = weight_VH.new_empty(max(1, chunk_rows), len(weight_VH), dtype=dtype)
+    logits_CV = weight_VH.new_empty(max(1, chunk_rows), row_size, dtype=dtype)[:, : len(weight_VH)]
     num_scratch = 1 if step.settings.logit_softcap is None else 2
     return [logits_CV, *(torch.empty_like(logits_CV[:block_rows]) for _ in range(num_scratch))]

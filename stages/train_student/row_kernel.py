@@ -3,6 +3,10 @@
 The same formulas and the same results as the torch path, which stays the reference; no atomics, no scratch. Loaded only
 where triton is. The stored columns become -inf before the passes and get their gradient from registers after them, so
 that both passes run over the rest alone, as in row_loss.py.
+
+The gradient takes the place of the logits, also in a narrower dtype: the second pass has read a block, and every lane
+of it, before it writes one, and what it writes ends where that block ends or before. So it costs 10 bytes a logit
+instead of 18: two passes read 4, one writes 2, and no other kernel reads 4 and writes 2 to round.
 """
 
 import torch
@@ -15,6 +19,8 @@ from stages.train_student.row_targets import RowTargets
 
 BLOCK = 2048
 """Columns that a program holds at a time."""
+VECTOR = 16
+"""Triton reads vectors where strides and sizes are multiples of this."""
 _ABSENT = tl.constexpr(-1e30)
 _TINY = tl.constexpr(1.1754943508222875e-38)
 
@@ -42,13 +48,15 @@ def _outcomes(log_p, log_q, p, q, DIVERGENCE: tl.constexpr):
 
 @triton.jit
 def _rows(
-    logits_ptr, stride, labels_ptr, ids_ptr, is_entry_ptr, weights_ptr, bucket_ptr, level_ptr, total_ptr, num_rest_ptr,
-    entropy_ptr, cross_entropy_ptr, divergence_ptr, hard_weight, soft_weight, inverse_T, softcap, V, K,
+    logits_ptr, stride, gradient_ptr, gradient_stride, labels_ptr, ids_ptr, is_entry_ptr, weights_ptr, bucket_ptr,
+    level_ptr, total_ptr, num_rest_ptr, entropy_ptr, cross_entropy_ptr, divergence_ptr, hard_weight, soft_weight,
+    inverse_T, softcap, V, width, K,
     SLOTS: tl.constexpr, BLOCK: tl.constexpr, HAS_TARGETS: tl.constexpr, HAS_LEVEL: tl.constexpr,
     DIVERGENCE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_GRADIENT: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * stride
+    gradient_ptr += row * gradient_stride
     label = tl.load(labels_ptr + row)
     raw_label = tl.load(logits_ptr + label)
     slots = tl.arange(0, SLOTS)
@@ -63,9 +71,10 @@ def _rows(
         tl.debug_barrier()
 
     largest, exp_sum, soft_exp_sum, rest_sum = -1e30, 0.0, 0.0, 0.0
-    for start in range(0, V, BLOCK):
+    for start in range(0, width, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        raw = tl.load(logits_ptr + columns, mask=columns < V, other=float("-inf"))
+        raw = tl.load(logits_ptr + columns, mask=columns < width, other=0.0)
+        raw = tl.where(columns < V, raw, float("-inf"))  # the mask alone would be no multiple of a vector
         z = raw
         if HAS_SOFTCAP:
             z = tl.where(raw == float("-inf"), raw, _cap(raw, softcap))
@@ -120,9 +129,10 @@ def _rows(
         hard_scale = hard_weight / exp_sum
 
     if HAS_GRADIENT:
-        for start in range(0, V, BLOCK):
+        for start in range(0, width, BLOCK):
             columns = start + tl.arange(0, BLOCK)
-            raw = tl.load(logits_ptr + columns, mask=columns < V, other=float("-inf"))
+            raw = tl.load(logits_ptr + columns, mask=columns < width, other=0.0)
+            raw = tl.where(columns < V, raw, float("-inf"))
             z, slope = raw, 1.0
             if HAS_SOFTCAP:
                 z = tl.where(raw == float("-inf"), raw, _cap(raw, softcap))
@@ -130,7 +140,9 @@ def _rows(
             gradient = hard_scale * tl.exp(z - largest)
             if HAS_TARGETS:
                 gradient += soft_scale * tl.exp((z - largest) * inverse_T) - level
-            tl.store(logits_ptr + columns, gradient * slope, mask=columns < V)
+            if gradient_ptr.dtype != logits_ptr.dtype:
+                tl.debug_barrier()  # every lane has read this block: what is written lies in it and in those before
+            tl.store(gradient_ptr + columns, gradient * slope, mask=columns < width)
         tl.debug_barrier()
         label_gradient = hard_scale * tl.exp(z_label - largest) - hard_weight
         if HAS_TARGETS:
@@ -139,14 +151,14 @@ def _rows(
             entry_gradients -= tl.where(ids == label, hard_weight, 0.0)
             if HAS_SOFTCAP:
                 entry_gradients *= 1.0 - (z_entries / softcap) * (z_entries / softcap)
-            tl.store(logits_ptr + ids, entry_gradients, mask=is_entry)
+            tl.store(gradient_ptr + ids, entry_gradients, mask=is_entry)
             label_is_stored = tl.sum(tl.where(is_entry & (ids == label), 1, 0), 0) > 0
         else:
             label_is_stored = False
         if HAS_SOFTCAP:
             label_gradient *= 1.0 - (z_label / softcap) * (z_label / softcap)
         if not label_is_stored:
-            tl.store(logits_ptr + label, label_gradient)
+            tl.store(gradient_ptr + label, label_gradient)
 
 
 def kernel_rows_(
@@ -155,11 +167,13 @@ def kernel_rows_(
     targets: RowTargets | None,
     settings: LossSettings,
     weights: tuple[float, float] | None,
+    gradient_NV: Tensor,
 ) -> tuple[Tensor, Tensor | None]:
     """Cross-entropy and divergence of every row, as row_loss.py's functions after the soft cap; float32 logits.
 
-    With `weights`, the logits become the gradient of the loss with respect to them before the cap. The second is None
-    without targets.
+    With `weights`, `gradient_NV` becomes the gradient of the loss with respect to the logits before the cap: the logits
+    themselves, or a view in a narrower dtype of which every row begins where that of the logits does. What a row has
+    behind its columns, up to the next, is overwritten. The second is None without targets.
     """
     num_rows, vocab_size = logits_NV.shape
     hard_weight, soft_weight = weights or (0.0, 0.0)
@@ -181,6 +195,8 @@ def kernel_rows_(
         _rows[(num_rows,)](
             logits_NV,
             logits_NV.stride(0),
+            gradient_NV,
+            gradient_NV.stride(0),
             labels_N,
             *fields,
             cross_entropy_N,
@@ -190,6 +206,7 @@ def kernel_rows_(
             1.0 / settings.temperature,
             settings.logit_softcap or 1.0,
             vocab_size,
+            _width(logits_NV),
             k,
             SLOTS=triton.next_power_of_2(k),
             BLOCK=min(BLOCK, triton.next_power_of_2(vocab_size)),
@@ -201,3 +218,10 @@ def kernel_rows_(
             num_warps=8,
         )
     return cross_entropy_N, divergence_N
+
+
+def _width(logits_NV: Tensor) -> int:
+    """Columns that are read and written: with so much of the padding behind a row that vectors come out even."""
+    num_columns, stride = logits_NV.shape[1], logits_NV.stride(0)
+    padded = -(-num_columns // VECTOR) * VECTOR
+    return padded if stride % VECTOR == 0 and padded <= stride else num_columns

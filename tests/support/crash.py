@@ -64,4 +64,4 @@ def kill_everywhere(work: Callable[[], object]) -> None:
 
 if __name__ == "__main__":
     corpus, folder, container = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
-    kill_everywhere(lambda: make_cache(folder, corpus, container=container))
+    kill_everywhere(lambda: make_cache(folder, corpus, encoding_threads=2, container=container))

@@ -21,7 +21,8 @@ from stages.train_student.tails import TAILS
 from stages.train_student.targets import TeacherTargets
 
 row_kernel.BLOCK = 16  # several blocks and a ragged one
-N, V = 7, 45
+N, V, PADDED = 7, 45, 48
+GRADIENT_DTYPES = itertools.cycle((torch.float16, torch.float32))
 KINDS = [(tail, "forward") for tail in TAILS] + [("ghost", other) for other in DIVERGENCES[1:]]
 
 
@@ -54,6 +55,24 @@ def make_targets(k, tail_mass, settings):
     return make_row_targets(teacher, settings, torch.float32)
 
 
+def kernel(name, logits, labels, targets, settings, weights):
+    """Values and gradients of the kernel; raises unless rows with padding behind them give the same.
+
+    There the gradient is in a narrower dtype in every other case: float16, since the interpreter cuts off in bfloat16.
+    """
+    ours = logits.clone()
+    values = row_kernel.kernel_rows_(ours, labels, targets, settings, weights, ours)
+    dtype = next(GRADIENT_DTYPES)
+    padded = torch.full((N, PADDED), torch.nan)[:, :V].copy_(logits)
+    gradient = padded.view(dtype)[:, :V]
+    again = row_kernel.kernel_rows_(padded, labels, targets, settings, weights, gradient)
+    for first, second in zip(values, again):
+        assert first is second is None or torch.equal(first, second), f"{name}: values of padded rows"
+    if weights is not None:
+        assert torch.equal(gradient, ours.to(dtype)), f"{name}: gradient of padded rows in {dtype}"
+    return values, ours
+
+
 def check(name, found, expected, tolerance=2e-5):
     """Raise unless two tensors agree, relative to the larger of 1 and the expected."""
     error = ((found.double() - expected).abs() / expected.abs().clamp_min(1.0)).max().item()
@@ -76,10 +95,9 @@ def main():
         logits, labels = spread * torch.randn(N, V), torch.randint(V, (N,))
         labels[0], labels[2] = targets.ids_NK[0, -1], targets.ids_NK[2, 0]
         for weights in ((0.3, 0.7), None) if count % 5 == 0 else ((0.3, 0.7),):
-            ours = logits.clone()
-            found = row_kernel.kernel_rows_(ours, labels, targets, settings, weights)
-            expected, gradient = torch_path(logits, labels, targets, settings, weights)
             name = f"{tail} {divergence} k={k} T={temperature} cap={softcap} spread={spread} tail={tail_mass}"
+            found, ours = kernel(name, logits, labels, targets, settings, weights)
+            expected, gradient = torch_path(logits, labels, targets, settings, weights)
             check(f"{name}: cross-entropy", found[0], expected[0])
             check(f"{name}: divergence", found[1], expected[1])
             if weights is not None:
@@ -87,8 +105,8 @@ def main():
         count += 1
     for softcap, spread in itertools.product((None, 2.5), (1.0, 60.0)):
         logits, labels = spread * torch.randn(N, V), torch.randint(V, (N,))
-        ours, settings = logits.clone(), LossSettings(vocab_size=V, logit_softcap=softcap)
-        found = row_kernel.kernel_rows_(ours, labels, None, settings, (0.3, 0.0))
+        settings = LossSettings(vocab_size=V, logit_softcap=softcap)
+        found, ours = kernel(f"cap={softcap}", logits, labels, None, settings, (0.3, 0.0))
         expected, gradient = torch_path(logits, labels, None, settings, (0.3, 0.0))
         check(f"cross-entropy alone, cap={softcap}", found[0], expected[0])
         check(f"gradient alone, cap={softcap}", ours, gradient)

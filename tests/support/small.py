@@ -144,10 +144,11 @@ def prepare_folder(folder: Path, corpus_folder: Path, **settings: object) -> Pat
     return CacheFolder.begin(folder, fake_manifest(Corpus(corpus_folder), **settings), corpus_folder / TOKENIZER).folder
 
 
-def make_cache(folder: Path, corpus_folder: Path, **settings: object) -> Path:
+def make_cache(folder: Path, corpus_folder: Path, encoding_threads: int = 1, **settings: object) -> Path:
     """A cache by FakeEngine; continues one that was begun."""
     cache = CacheFolder(prepare_folder(folder, corpus_folder, **settings))
-    capture(FakeEngine(cache.manifest), Corpus(corpus_folder), cache, cache.todo())
+    todo = cache.todo()
+    capture(FakeEngine(cache.manifest), Corpus(corpus_folder), cache, todo, encoding_threads=encoding_threads)
     return cache.folder
 
 

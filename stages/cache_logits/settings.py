@@ -12,11 +12,11 @@ from pipeline.stores.store import Store
 from pipeline.targets import TargetSpec
 from stages.cache_logits.engines import ENGINES
 
-MOST_ENCODING_THREADS = 4
-"""Unless one asks for more."""
 FLOAT32_BYTES = 4
 LOGITS_BYTES = 400 << 20
 """1,024 positions of a vocabulary of 102,400 on one device; 8,192 on each of eight."""
+MOST_ENCODING_THREADS = 4
+"""Unless one asks for more."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -129,7 +129,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=512, help="Tokens of a sequence.")
     parser.add_argument("--sequences", type=int, default=8, help="Sequences a case and round.")
     parser.add_argument("--batch-tokens", type=int, default=2048)
-    parser.add_argument("--row-chunk", type=int, default=1024)
+    parser.add_argument("--logits-bytes", type=int, default=400 << 20)
     parser.add_argument("--rounds", type=int, default=5)
     return parser.parse_args()
 
@@ -182,7 +182,7 @@ def _our_engine(folder: Path, options: argparse.Namespace) -> Any:
         dtype=SHAPES[options.shape]["dtype"],
         quantization=options.quantization,
         batch_tokens=options.batch_tokens,
-        row_chunk=options.row_chunk,
+        logits_bytes=options.logits_bytes,
         enforce_eager=True,
     )
     teacher = Teacher(

@@ -46,7 +46,10 @@ def _parameter(spec: dataclasses.Field[Any], annotation: Any) -> Callable[..., A
     if kind is bool:
         names = [f"{names[0]}/--no-{names[0].removeprefix('--')}"]
     help_text = f"{metadata['help']}  [{_default(spec, several)}]"
-    return click.option(*names, spec.name, type=click_type, default=None, multiple=several, help=help_text)
+    hidden = metadata["former"]
+    return click.option(
+        *names, spec.name, type=click_type, default=None, multiple=several, help=help_text, hidden=hidden
+    )
 
 
 _TYPES = {

@@ -38,13 +38,14 @@ def setting(
     flag: str = "",
     argument: bool = False,
     words: Mapping[str, Any] = types.MappingProxyType({}),
+    former: bool = False,
 ) -> Any:
     """A field of a config class. `flag` names its option where that differs from the field's name.
 
     `words` are names that may be given for certain values. A folder that may also be the URL of an object
-    store is a Store.
+    store is a Store. A `former` setting is taken where an earlier version wrote it down, and `--help` has it no more.
     """
-    metadata = {"help": help, "choices": choices, "flag": flag, "argument": argument, "words": words}
+    metadata = {"help": help, "choices": choices, "flag": flag, "argument": argument, "words": words, "former": former}
     metadata["required"] = default is _REQUIRED
     return field(default=None if default is _REQUIRED else default, metadata=metadata)
 
@@ -183,7 +184,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 def _nearest(key: Any, specs: Mapping[str, Any]) -> str:
     close = difflib.get_close_matches(str(key).replace("-", "_"), specs, n=1, cutoff=0.5)
-    return f"did you mean {close[0]!r}?" if close else f"valid keys are: {', '.join(specs)}."
+    valid = ", ".join(name for name, spec in specs.items() if not spec.metadata["former"])
+    return f"did you mean {close[0]!r}?" if close else f"valid keys are: {valid}."
 
 
 def _meaning(spec: dataclasses.Field[Any], value: Any) -> Any:

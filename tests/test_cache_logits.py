@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -50,14 +51,15 @@ def settings(teacher: Path, corpus: Path, out: Path, **changes: object) -> Cache
     return CacheConfig(teacher=teacher, corpus=corpus, out=out, **values | {"enforce_eager": True} | changes)
 
 
-def run_command(config: CacheConfig) -> subprocess.Popen:
-    """`pipeline cache-logits` with the settings in a YAML file."""
+def run_command(config: CacheConfig, **environment: str) -> subprocess.Popen:
+    """`pipeline cache-logits` with the settings in a YAML file; `environment` holds more variables."""
     path = config.out.with_suffix(".yaml")
     values = {key: str(value) if isinstance(value, Path) else value for key, value in vars(config).items()}
     path.write_text(json.dumps(values))
     return subprocess.Popen(
         [*PIPELINE, "cache-logits", "--config", str(path)],
         cwd=ROOT,
+        env=os.environ | environment,
         stderr=subprocess.PIPE,
         text=True,
     )
@@ -87,12 +89,12 @@ def assert_exact(folder: Path, teacher: Path, corpus: Path) -> None:
             assert_within(label, of(probs, labels)[:, 0], of(errors, labels)[:, 0] + rounding)
 
 
-def capture(config: CacheConfig) -> None:
+def capture(config: CacheConfig, **environment: str) -> None:
     """The cache of `config`; vLLM in a process of its own, as it is used."""
     if config.engine == "transformers":
         cache_logits(config)
         return
-    process = run_command(config)
+    process = run_command(config, **environment)
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
 

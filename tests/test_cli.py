@@ -33,7 +33,8 @@ def test_help_explains_every_option_with_its_default(command):
     assert code == 0
     options = [line for line in out.splitlines() if line.startswith("  --") and not line.startswith("  --config")]
     declared = [parameter for parameter in main.commands[command].params if isinstance(parameter, click.Option)]
-    assert len(options) == len(declared) - 1  # --config
+    shown = [parameter for parameter in declared if not parameter.hidden]
+    assert len(options) == len(shown) - 1  # --config
     assert out.count("[default:") + out.count("[required]") + out.count("[default:\n") >= len(options)
 
 

@@ -53,6 +53,25 @@ def test_flags_override_the_file_and_the_file_the_defaults(tmp_path):
     assert (config.top_k, config.shard_tokens, config.max_kl_error) == (8, 1_000_000, 1e-4)
 
 
+@pytest.mark.parametrize(("ranks", "logits_bytes", "rows"), [(1, None, 1024), (8, None, 8192), (8, 1000, 1)])
+def test_budget_of_logits_is_that_of_one_device(ranks, logits_bytes, rows):
+    changes = {"tensor_parallel": ranks, "logits_bytes": logits_bytes}
+    assert load_config(CacheConfig, None, {**NEEDED[CacheConfig], **changes}).rows_at_once(102_400) == rows
+
+
+def test_file_of_a_run_that_an_earlier_version_began_is_still_taken(tmp_path):
+    """It counts positions, and says so to every worker that goes on; nobody is told of the setting any more."""
+    path = tmp_path / "run.yaml"
+    path.write_text("teacher: t\ncorpus: c\nout: o\nrow_chunk: 256\n")
+    config = load_config(CacheConfig, path)
+    assert config.rows_at_once(102_400) == 256
+    assert load_config(CacheConfig, None, resolved(config)) == config
+    path.write_text("zzzz: 1\n")
+    with pytest.raises(ConfigError, match=r"valid keys are: .*logits_bytes") as caught:
+        load_config(CacheConfig, path)
+    assert "row_chunk" not in str(caught.value)
+
+
 @pytest.mark.parametrize(("given", "value"), [("lossless", 0.0), ("1e-3", 1e-3), (0.002, 0.002)])
 def test_bound_on_the_kl_error_is_a_number_or_lossless(given, value):
     config = load_config(CacheConfig, None, {**NEEDED[CacheConfig], "max_kl_error": given})

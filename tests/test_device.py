@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -22,11 +23,21 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from stages.cache_logits.draws import reduce_rows
+from stages.cache_logits.engine import Request
 from stages.cache_logits.reduction import LANE, Reduction
 
 CARD = "card:0"
+STAGING = (
+    torch.ops.prim.device.default,
+    torch.ops.aten.lift_fresh.default,
+    torch.ops.aten.detach.default,
+    torch.ops.aten.copy_.default,
+)
+"""What the host may do to its own tensors before it sends them."""
 ROWS, VOCAB, HIDDEN, ROW_CHUNK = 24, 1003, 16, 10
 NUM_DRAWS = 3
+SCHEDULED, ENDS, PROMPTS = (12, 5, 11, 6), (12, 5, 20, 6), (12, 9, 20, 6)
+"""Tokens of a step, request by request, where they end, and the lengths of the prompts."""
 BENCHMARK = """
 import runpy, sys
 
@@ -47,10 +58,13 @@ class Work(TorchDispatchMode):
     """What operators there were."""
 
     uploads: int = 0
-    """Copies from the host: each waits until the device has read it, as the memory is not pinned."""
+    """Copies from the host."""
+    waits: int = 0
+    """Those of them until whose end the host waits, and so for all that the device has yet to do."""
     downloads: int = 0
     on_host: list[str] = field(default_factory=list)
     """Operators other than copies that had a tensor of the host's."""
+    _pinned: list[Tensor] = field(default_factory=list)
     float64: list[tuple[str, int]] = field(default_factory=list)
     """Operators that gave float64 on the device, and how many elements."""
 
@@ -59,14 +73,20 @@ class Work(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, kinds: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         """Note where it comes from and where it goes."""
-        result = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
         given, made = ([leaf for leaf in pytree.tree_leaves(tree) if torch.is_tensor(leaf)] for tree in (args, result))
         devices = [{tensor.device.type for tensor in tensors} for tensors in (given, made)]
-        if devices == [{"cpu"}, {"card"}]:
+        if kwargs.get("pin_memory"):
+            self._pinned.append(result)
+        elif devices == [{"cpu"}, {"card"}]:
             self.uploads += 1
+            memory = given[0].untyped_storage()._cdata
+            is_pinned = any(memory == tensor.untyped_storage()._cdata for tensor in self._pinned)
+            self.waits += not (is_pinned and kwargs.get("non_blocking"))
         elif devices == [{"card"}, {"cpu"}]:
             self.downloads += 1
-        elif "cpu" in devices[0] | devices[1] and func is not torch.ops.prim.device.default:
+        elif "cpu" in devices[0] | devices[1] and func not in STAGING:
             self.on_host.append(str(func))
         doubles = [tensor.numel() for tensor in made if tensor.dtype == torch.float64 and tensor.device.type == "card"]
         self.float64 += [(str(func), size) for size in doubles]
@@ -107,7 +127,7 @@ def _reduce_rows(fake: FakeTensorMode, num_draws: int, ranks: int) -> dict[str, 
 
 
 def vars_of(work: Work) -> dict[str, Any]:
-    return {name: getattr(work, name) for name in ("uploads", "downloads", "on_host", "float64")}
+    return {name: getattr(work, name) for name in ("uploads", "waits", "downloads", "on_host", "float64")}
 
 
 def test_reduction_stays_on_its_device():
@@ -137,19 +157,38 @@ def _pool(fake: FakeTensorMode, num_draws: int) -> dict[str, Any]:
     model = torch.nn.Module()
     pooler = module.SparseTargetPooler(model, reduction=options, row_chunk=ROW_CHUNK, vocab_size=VOCAB - 3)
     model.compute_logits = lambda hidden: pooler._local_logits(processor, hidden, head)
-    rows, uniforms = torch.arange(ROWS), torch.zeros(ROWS)
-    hidden_states = on_the_card(fake, 2 * ROWS, HIDDEN)
+    hidden_states, step = on_the_card(fake, sum(SCHEDULED), HIDDEN), _step(fake, module.pack_rows, num_draws)
     with Work() as work:
-        packed = pooler._reduce(hidden_states, rows, rows, uniforms)
-    assert (str(packed.device), packed.dtype, len(packed)) == (CARD, torch.int32, ROWS)
+        results = pooler(hidden_states, step)
+    whole, first, last, profiled = results
+    assert first is None
+    assert [len(rows) for rows in (whole, last, profiled)] == [SCHEDULED[0] - 1, PROMPTS[2] - 1, SCHEDULED[3]]
+    assert {(str(rows.device), rows.dtype) for rows in (whole, last, profiled)} == {(CARD, torch.int32)}
     return vars_of(work)
 
 
+def _step(fake: FakeTensorMode, pack_rows: Any, num_draws: int) -> Any:
+    """The metadata of a step: a whole prompt, the first part of one, the last of one, and one of a profiling run."""
+    requests = [Request(0, ids := np.arange(n), ids[:-1], np.zeros(n - 1, np.float32)) for n in PROMPTS]
+    starts = [end - count for end, count in zip(ENDS, SCHEDULED)]
+    width = _reduction(num_draws).width
+    held = [[on_the_card(fake, start, width, dtype=torch.int32)] if start else [] for start in starts]
+    params = [types.SimpleNamespace(extra_kwargs=pack_rows(request)) for request in requests[:-1]]
+    cursor = types.SimpleNamespace(
+        num_scheduled_tokens_cpu=np.array(SCHEDULED), seq_lens_cpu=np.array(ENDS), prompt_lens_cpu=np.array(PROMPTS)
+    )
+    return types.SimpleNamespace(
+        get_pooling_cursor=lambda: cursor,
+        pooling_params=[*params, types.SimpleNamespace(extra_kwargs=None)],
+        pooling_states=[types.SimpleNamespace(hidden_states_cache=rows, clean=rows.clear) for rows in held],
+    )
+
+
 @pytest.mark.vllm
-def test_pooler_sends_three_tensors_a_step_to_the_device_and_waits_for_none():
-    """Which rows, their labels and uniforms, however many chunks of rows there are."""
+def test_pooler_sends_one_tensor_a_step_to_the_device_and_waits_for_nothing():
+    """Which rows, their labels and uniforms, however many requests and chunks of rows there are."""
     for num_draws, work in zip((0, NUM_DRAWS), in_a_process(_pool, [(0,), (NUM_DRAWS,)]), strict=True):
-        assert (work.uploads, work.downloads, work.on_host) == (3, 0, [])
+        assert (work.uploads, work.waits, work.downloads, work.on_host) == (1, 0, 0, [])
         assert_little_float64(work, num_draws)
 
 

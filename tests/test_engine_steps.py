@@ -21,7 +21,13 @@ from stages.cache_logits.run import cache_logits
 from stages.cache_logits.settings import CacheConfig
 from stages.cache_logits.teacher import Teacher
 from stages.cache_logits.transformers_engine import _batches
-from stages.cache_logits.vllm_engine import PROBE_TOKENS, _max_model_len, _skips_compilation, _tokens_in_flight
+from stages.cache_logits.vllm_engine import (
+    PROBE_TOKENS,
+    _max_model_len,
+    _schedules_ahead,
+    _skips_compilation,
+    _tokens_in_flight,
+)
 from stages.cache_logits.vllm_plugin import FRONT_END, register
 from tests.support.small import llama_config, make_corpus, random_sequences
 from tests.test_cache_logits import assert_exact, settings
@@ -41,23 +47,45 @@ class Steps:
     """Of every step that had any."""
     largest: int = 0
     """Elements of the largest tensor that the pooler made."""
+    in_flight: int = 0
+    """Steps that were scheduled and had not ended, at most."""
 
 
-def watch(config: CacheConfig, options: dict[str, Any]) -> Steps:
-    """Capture in a process of its own, with the engine's core in it; `options` are more of vLLM's."""
+def watch(config: CacheConfig, options: dict[str, Any], ahead: bool = False) -> Steps:
+    """Capture in a process of its own, with the engine's core in it; `options` are more of vLLM's.
+
+    With `ahead` a step is scheduled while another runs, which vLLM has on GPUs alone.
+    """
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(_watched_capture, config, options).result(timeout=400)
+        return pool.submit(_watched_capture, config, options, ahead).result(timeout=400)
 
 
-def _watched_capture(config: CacheConfig, options: dict[str, Any]) -> Steps:
+def _schedule_ahead_on_a_cpu() -> None:
+    from vllm.platforms.cpu import CpuPlatform
+
+    adapt = CpuPlatform.check_and_update_config
+
+    def keep(config: Any) -> None:
+        asked = config.scheduler_config.async_scheduling
+        adapt(config)
+        config.scheduler_config.async_scheduling = asked
+
+    CpuPlatform.check_and_update_config = staticmethod(keep)
+
+
+def _watched_capture(config: CacheConfig, options: dict[str, Any], ahead: bool) -> Steps:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     import vllm
     from vllm.v1.core.sched.scheduler import Scheduler
 
+    if ahead:
+        _schedule_ahead_on_a_cpu()
+
     from stages.cache_logits.vllm_plugin.pooler import SparseTargetPooler
 
-    steps, began = Steps(), []
+    steps, began, in_flight = Steps(), [], [0]
     preempt, schedule, reduce = Scheduler._preempt_request, Scheduler.schedule, SparseTargetPooler._reduce
+    end = Scheduler.update_from_output
 
     def counted(self: Scheduler, *args: Any, **kwargs: Any) -> None:
         steps.preemptions += 1
@@ -68,7 +96,13 @@ def _watched_capture(config: CacheConfig, options: dict[str, Any]) -> Steps:
         if output.total_num_scheduled_tokens:
             steps.tokens.append(output.total_num_scheduled_tokens)
         began.append(True)
+        in_flight[0] += 1
+        steps.in_flight = max(steps.in_flight, in_flight[0])
         return output
+
+    def ended(self: Scheduler, *args: Any, **kwargs: Any) -> Any:
+        in_flight[0] -= 1
+        return end(self, *args, **kwargs)
 
     def measured(self: SparseTargetPooler, hidden_states: Any, *columns: Any) -> Any:
         with LargestTensor([hidden_states]) as recorder:
@@ -78,18 +112,22 @@ def _watched_capture(config: CacheConfig, options: dict[str, Any]) -> Steps:
         return packed
 
     Scheduler._preempt_request, Scheduler.schedule, SparseTargetPooler._reduce = counted, noted, measured
+    Scheduler.update_from_output = ended
     vllm.LLM = functools.partial(vllm.LLM, **options)
     cache_logits(config)
     return steps
 
 
 @pytest.mark.vllm
-def test_requests_that_vllm_preempts_are_exact(tmp_path, teacher, corpus):
+@pytest.mark.parametrize("ahead", [False, True], ids=["", "scheduled ahead"])
+def test_requests_that_vllm_preempts_are_exact(tmp_path, teacher, corpus, ahead):
     """A key-value cache for less than two sequences, and prompts that grow side by side."""
     config = settings(teacher, corpus, tmp_path / "cache", engine="vllm")
     scarce = {"num_gpu_blocks_override": 6, "block_size": 32}
     growing = {"scheduler_reserve_full_isl": False, "long_prefill_token_threshold": 16}
-    assert watch(config, scarce | growing).preemptions > 0
+    steps = watch(config, scarce | growing, ahead)
+    assert steps.preemptions > 0
+    assert steps.in_flight == (2 if ahead else 1)
     assert_exact(config.out, teacher, corpus)
 
 
@@ -114,13 +152,13 @@ def test_steps_are_full_and_full_logits_stay_a_chunk(tmp_path):
     sequences = [*short_documents(2600, seed=1), *random_sequences(2, vocab_size=300)]
     corpus = make_corpus(tmp_path / "corpus", sequences)
     teacher = make_family(tmp_path / "teacher", "mistral")
-    changes = {"top_k": 4, "batch_tokens": budget, "row_chunk": row_chunk, "shard_tokens": 2000}
+    changes = {"top_k": 4, "batch_tokens": budget, "logits_bytes": row_chunk * HEAD_ROWS * 4, "shard_tokens": 2000}
     steps = watch(settings(teacher, corpus, tmp_path / "cache", engine="vllm", **changes), {})
     probe, *tokens = steps.tokens
     assert probe == PROBE_TOKENS
     assert sum(tokens) == sum(len(sequence.token_ids) for sequence in sequences)
     assert min(tokens[:-2]) > 0.9 * budget, tokens
-    # The bound that `row_chunk` states: chunks of logits, and the packed results (15 columns) of the whole step.
+    # The bound that `logits_bytes` states: chunks of logits, and the packed results (15 columns) of the whole step.
     assert steps.largest <= max(row_chunk * HEAD_ROWS, budget * 15)
     assert steps.largest < 0.1 * budget * HEAD_ROWS
 
@@ -184,6 +222,14 @@ def test_messages_that_follow_each_other_at_once_are_not_slept_over(monkeypatch)
 )
 def test_a_cpu_compiles_where_it_is_asked_or_must(tmp_path, changes, skips):
     assert _skips_compilation(settings(tmp_path, tmp_path, tmp_path, **changes)) == skips
+
+
+@pytest.mark.parametrize(
+    ("changes", "version", "ahead"),
+    [({}, "0.32.0", True), ({"pipeline_parallel": 2}, "0.32.0", None), ({}, "0.31.0", None), ({}, "dev", True)],
+)
+def test_steps_are_scheduled_ahead_where_vllm_samples_nothing_behind_a_prompt(tmp_path, changes, version, ahead):
+    assert _schedules_ahead(settings(tmp_path, tmp_path, tmp_path, **changes), version) is ahead
 
 
 def test_as_many_tokens_wait_as_all_stages_take():

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, Qwen3
 from pipeline.cli import main
 from pipeline.errors import ConfigError, CorpusError
 from stages.cache_logits.run import cache_logits
+from stages.cache_logits.settings import LOGITS_BYTES
 from stages.estimate.run import Amount, ModelSize, estimate
 from stages.estimate.settings import EstimateConfig
 from tests.support.small import make_corpus, random_sequences
@@ -101,7 +102,7 @@ def test_the_recipe_costs_what_its_models_are_known_to_cost(deepseek):
     assert found.capture.flops_per_token == pytest.approx(139.5e9, rel=1e-3)
     assert found.capture.device_hours == pytest.approx(139.5e18 / (989e12 * 0.5) / 3600, rel=1e-3)
     assert found.capture.seconds == pytest.approx(found.capture.device_hours * 3600 / 32)
-    assert found.capture.memory_gb == pytest.approx(134.8 / 8, rel=0.05)
+    assert found.capture.memory_gb == pytest.approx(134.8 / 8 + 3 * LOGITS_BYTES / 1e9, rel=0.05)
     assert found.capture.fits
     assert found.storage.partitions == 954
     assert found.training is not None

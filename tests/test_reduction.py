@@ -105,6 +105,34 @@ def test_extreme_logits_stay_finite():
         assert np.isfinite(values).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_logits_give_the_targets_of_the_numbers_that_they_are(dtype):
+    logits, labels = (3 * torch.randn(9, 700)).to(dtype), torch.arange(9)
+    reduction = Reduction(6, (1.0, 2.0), 4, 2.0)
+    packed, uniforms = [], torch.rand(9)
+    for values in (logits, logits.float()):
+        packed.append(unpack(reduce_packed(values, labels, reduction, uniforms=uniforms).numpy(), reduction))
+    check(packed[0], logits.float(), labels)
+    assert (packed[0].draws == packed[1].draws).all()
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_ids_that_are_ruled_out_have_no_weight(ranks):
+    logits = torch.randn(6, 400)
+    logits[:, 100:390] = -torch.inf  # whole lanes, and all but some columns of a rank
+    targets = reduce(logits, torch.zeros(6, dtype=torch.long), Reduction(4, (1.0,)), ranks)
+    sums = np.logaddexp.reduce(logits.double().numpy() - logits.max(1, keepdim=True)[0].double().numpy(), axis=1)
+    np.testing.assert_allclose(targets.logsumexps[:, 0], sums, rtol=1e-6)
+
+
+@pytest.mark.parametrize("place", [3, 250])
+def test_logit_that_is_no_number_makes_its_row_none(place):
+    logits = torch.randn(3, 300)
+    logits[1, place] = torch.nan
+    targets = reduce(logits, torch.zeros(3, dtype=torch.long), Reduction(4, (1.0, 2.0)))
+    assert np.isfinite(targets.logsumexps).all(1).tolist() == [True, False, True]
+
+
 def test_uniform_row_has_maximal_entropy_and_ascending_ids():
     targets = reduce(torch.zeros(2, 4096), torch.zeros(2, dtype=torch.long), Reduction(16, (1.0, 2.0)), ranks=2)
     allowed = entropy_errors(np.zeros((2, 4096)), 2.0)
@@ -148,6 +176,21 @@ def test_draws_are_unbiased_and_systematic(ranks, top_k, vocab_size):
     fraction = num_draws * share % 1
     deviation = np.sqrt(fraction * (1 - fraction) / num_rows)
     assert (np.abs(counts.mean(0) - num_draws * share) < 6 * deviation + 1e-3).all()
+
+
+def test_draws_lie_where_the_running_sum_of_the_tail_says():
+    """At points that rounding cannot move over the end of an id's stretch."""
+    logits, labels, uniforms = 2 * torch.randn(40, 1003), torch.zeros(40, dtype=torch.long), torch.rand(40)
+    reduction = Reduction(5, (2.0, 1.0), 8, 1.0)
+    targets = unpack(reduce_packed(logits, labels, reduction, uniforms=uniforms).numpy(), reduction)
+    tail = softmax(logits.numpy(), 1.0)
+    np.put_along_axis(tail, targets.ids.astype(np.int64), 0.0, 1)
+    ends = tail.cumsum(1) / tail.sum(1, keepdims=True)
+    points = (uniforms.double().numpy()[:, None] + np.arange(8)) / 8
+    expected = np.stack([np.searchsorted(row, wanted, side="right") for row, wanted in zip(ends, points)])
+    is_safe = np.stack([np.abs(row[:, None] - wanted).min(0) > 1e-6 for row, wanted in zip(ends, points)])
+    assert is_safe.mean() > 0.9
+    assert (targets.draws == expected)[is_safe].all()
 
 
 def test_row_without_tail_draws_nothing():

@@ -13,6 +13,7 @@ import pytest
 from pipeline.errors import EngineError
 from stages.cache_logits.vllm_plugin import FRONT_END, RECHECK_INTERVAL_MS
 from stages.cache_logits.vllm_plugin.compat import ENGINE_ARGUMENTS, HOOKS, installed, problems, require_known_vllm
+from tests.support.small import make_teacher
 
 STAGE = Path(__file__).parent.parent / "stages" / "cache_logits"
 FOREIGN = """
@@ -32,6 +33,23 @@ before = state()
 load_plugins_by_group("vllm.general_plugins")["pipeline_teacher"]()
 after = state()
 print(json.dumps([before == after, *after[:2]]))
+"""
+GRAPHS = """
+import json, sys
+from vllm.engine.arg_utils import EngineArgs
+from vllm.platforms.cpu import CpuPlatform
+
+CpuPlatform.support_static_graph_mode = staticmethod(lambda: True)  # as a GPU's does; what a CPU changes is left out
+CpuPlatform.check_and_update_config = staticmethod(lambda config: setattr(config.cache_config, "block_size", 16))
+
+def compilation(asked):
+    shared = {"model": sys.argv[1], "skip_tokenizer_init": True, "runner": "pooling", "max_model_len": 64}
+    config = EngineArgs(compilation_config=asked, **shared).create_engine_config().compilation_config
+    names = "mode backend splitting_ops compile_sizes compile_ranges_endpoints custom_ops pass_config".split()
+    compiled = {name: str(getattr(config, name)) for name in names}
+    return config.cudagraph_mode.name, config.cudagraph_capture_sizes, compiled
+
+print(json.dumps([compilation({}), compilation({"cudagraph_mode": "NONE"})]))
 """
 
 
@@ -83,7 +101,7 @@ def test_vllm_with_another_name_is_refused_with_the_name(copy, file, old, new, m
     before = path.read_text()
     try:
         path.unlink() if old is None else path.write_text(before.replace(old, new))
-        with pytest.raises(EngineError, match=rf"^vLLM [\d.]+: .*{message}.*; known to work: 0\.31\.0, 0\.32\.0\.$"):
+        with pytest.raises(EngineError, match=rf"^vLLM [\d.]+: .*{message}.*; known to work: 0\.27.*, 0\.32\.0\.$"):
             require_known_vllm(copy)
     finally:
         path.write_text(before)
@@ -134,3 +152,17 @@ def test_another_vllm_of_the_environment_keeps_its_own_ways(is_ours):
     unchanged, defaults, interval_ms = json.loads(said.stdout.splitlines()[-1])
     assert (unchanged, defaults) == (not is_ours, [0 if is_ours else 1])
     assert (interval_ms == RECHECK_INTERVAL_MS) == is_ours
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_no_graphs_are_captured_and_what_is_compiled_stays_as_it_is(tmp_path):
+    """On a platform that has graphs."""
+    command = [sys.executable, "-W", "ignore", "-c", GRAPHS, make_teacher(tmp_path / "teacher")]
+    said = subprocess.run(command, capture_output=True, text=True, cwd=STAGE.parent.parent)
+    assert said.returncode == 0, said.stderr
+    (default, sizes, before), (asked, none, after) = json.loads(said.stdout.splitlines()[-1])
+    assert (default, asked, none) == ("PIECEWISE", "NONE", [])
+    assert len(sizes) > 8
+    assert before == after
+    assert before["mode"] == "3", "vLLM compiles"

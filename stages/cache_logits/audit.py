@@ -143,7 +143,7 @@ def _capture_settings(config: AuditConfig, manifest: CacheManifest) -> TeacherCo
 
 _ARITHMETIC = ("tensor_parallel", "pipeline_parallel", "batch_tokens", "gpu_memory_utilization", "enforce_eager")
 _OWN = (*_ARITHMETIC, "trust_remote_code")
-_TAKEN_OVER = (*_ARITHMETIC, "row_chunk", "quantization")
+_TAKEN_OVER = (*_ARITHMETIC, "logits_bytes", "row_chunk", "quantization")
 """Settings of the capture that decide its arithmetic. A manifest may come from a stranger: nothing else is taken."""
 
 

@@ -10,7 +10,11 @@ the candidates that the merge dropped; every rank looks up the draws that fall i
 The order of the running sum, and so the draws, depend on the number of ranks; what they are worth does not.
 """
 
+import functools
+import logging
 from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -21,6 +25,20 @@ NONE = -1
 """Stands for a draw that falls into another rank's columns, and for one from a row that has no tail."""
 _BELOW_ONE = 1 - 1e-12
 """Keeps a rounded point inside the stretch that it belongs to."""
+MOST_CANDIDATES = 128
+"""With more the Triton kernels' programs do not fit into registers."""
+PROBE_SHAPE, PROBE_TOP_K = (16, 5003), 7
+"""Rows and columns on which the kernels are tried."""
+_LOGGER = logging.getLogger("pipeline")
+
+
+@dataclass(frozen=True)
+class Tail:
+    """The weights exp((z - m) / T) of this rank's columns that are no candidates, in lanes of consecutive columns."""
+
+    lane_sums_NL: Tensor
+    weights_of: Callable[[Tensor], Tensor]
+    """[N, D, W], the weights of the lanes [N, D]; W columns a lane, 0 behind the last column."""
 
 
 def reduce_rows(
@@ -34,27 +52,111 @@ def reduce_rows(
     first_id: int = 0,
     gather: Callable[[Tensor], Tensor] = lambda columns: columns,
 ) -> Tensor:
-    """int32 [N, Reduction.width]: the packed targets of rows of float32 logits, which are overwritten.
+    """int32 [N, Reduction.width]: the packed targets of rows of logits, which are overwritten.
 
     `logits_NV` are the columns from `first_id` on that this rank holds; `gather` puts the columns of all
     ranks side by side. Every rank returns the same.
     """
-    shard_NW = reduction.reduce_shard(logits_NV, labels_N, first_id)
+    kernel = kernel_of(logits_NV.device) if reduction.num_candidates <= MOST_CANDIDATES else None
+    reduce = _by_torch if kernel is None else functools.partial(_by_kernel, kernel)
+    shard_NW, tail_of = reduce(reduction, logits_NV, labels_N, first_id)
     shards_NRW = gather(shard_NW).unflatten(1, (ranks, reduction.shard_width))
     packed_NW = reduction.merge(shards_NRW)
     if reduction.tail_samples == 0:
         return packed_NW
-    draws_ND = draw(reduction, logits_NV, shards_NRW, uniforms_N, rank, first_id)
+    tail = tail_of() if logits_NV.shape[1] else None
+    draws_ND = draw(reduction, tail, shards_NRW, uniforms_N, rank, first_id)
     draws_ND = gather(draws_ND.contiguous()).unflatten(1, (ranks, reduction.tail_samples)).amax(1)
     return torch.cat([packed_NW, draws_ND], dim=1)
 
 
+@functools.cache
+def kernel_of(device: torch.device) -> ModuleType | None:
+    """The Triton kernels, where triton is and they give on a few rows what torch gives; tried once a device."""
+    if device.type != "cuda":
+        return None
+    try:
+        from stages.cache_logits import reduction_kernel
+
+        difference = _difference(reduction_kernel, device)
+    except ImportError:
+        return None
+    except Exception as exc:  # a compiler's, a driver's: of many kinds
+        difference = str(exc)
+    if difference:
+        _LOGGER.warning("the Triton kernels of the reduction are left out on %s: %s", device, difference)
+    return None if difference else reduction_kernel
+
+
+def _difference(kernel: ModuleType, device: torch.device) -> str:
+    """What of the kernels' result is not torch's on rows of this function's making; empty if all is."""
+    generator = torch.Generator().manual_seed(0)
+    logits_NV = (3 * torch.randn(PROBE_SHAPE, generator=generator)).to(device)
+    labels_N = torch.arange(PROBE_SHAPE[0], device=device)
+    reduction = Reduction(PROBE_TOP_K, (1.0, 2.0), 1, 1.0)
+    found, expected = (
+        reduction.merge(reduce(reduction, logits_NV.clone(), labels_N, 0)[0][:, None])
+        for reduce in (functools.partial(_by_kernel, kernel), _by_torch)
+    )
+    if not torch.equal(found[:, :PROBE_TOP_K], expected[:, :PROBE_TOP_K]):
+        return "other ids are kept"
+    apart = (found[:, PROBE_TOP_K:].view(torch.float32) - expected[:, PROBE_TOP_K:].view(torch.float32)).abs()
+    return "" if (apart <= 1e-4).all() else f"a target is {apart.max():.2g} off"
+
+
+def _by_kernel(
+    kernel: ModuleType, reduction: Reduction, logits_NV: Tensor, labels_N: Tensor, first_id: int
+) -> tuple[Tensor, Callable[[], Tail]]:
+    """A partial result, and the tail to draw from; its candidates become -inf in the logits when it is asked for."""
+    temperature = reduction.draw_temperature if reduction.tail_samples else None
+    shard_NW, sums_NL = kernel.reduce_shard(
+        logits_NV, labels_N, first_id, reduction.num_candidates, reduction.temperatures, temperature
+    )
+
+    def tail_of() -> Tail:
+        values_NK, ids_NK, *_ = reduction.split_shard(shard_NW)
+        count, width = min(reduction.num_candidates, logits_NV.shape[1]), kernel.lane_width(reduction.num_candidates)
+        logits_NV.scatter_(1, ids_NK[:, :count].long() - first_id, -torch.inf)
+        maximum_N11, in_lane = values_NK.amax(1)[:, None, None], torch.arange(width, device=logits_NV.device)
+
+        def weights_of(lane_ND: Tensor) -> Tensor:
+            columns_NDW = lane_ND[:, :, None] * width + in_lane
+            inside = columns_NDW.clamp(max=logits_NV.shape[1] - 1).flatten(1)
+            z_NDW = logits_NV.gather(1, inside).float().view_as(columns_NDW)
+            weights_NDW = ((z_NDW - maximum_N11) / temperature).exp()
+            return weights_NDW.masked_fill(columns_NDW >= logits_NV.shape[1], 0.0)
+
+        return Tail(sums_NL.double(), weights_of)
+
+    return shard_NW, tail_of
+
+
+def _by_torch(
+    reduction: Reduction, logits_NV: Tensor, labels_N: Tensor, first_id: int
+) -> tuple[Tensor, Callable[[], Tail]]:
+    """As `_by_kernel`; float32 logits become relative to their row's maximum."""
+    logits_NV = logits_NV.float()
+    shard_NW = reduction.reduce_shard(logits_NV, labels_N, first_id)
+
+    def tail_of() -> Tail:
+        ids_NK = reduction.split_shard(shard_NW)[1][:, : min(reduction.num_candidates, logits_NV.shape[1])]
+        weights_NV = (logits_NV / reduction.draw_temperature).exp_().scatter_(1, ids_NK.long() - first_id, 0.0)
+        padded_NV = torch.nn.functional.pad(weights_NV, (0, -weights_NV.shape[1] % LANE))
+        lanes_NLW = padded_NV.unflatten(1, (-1, LANE))
+        return Tail(
+            lanes_NLW.sum(-1, dtype=torch.float64),
+            lambda lane_ND: lanes_NLW.gather(1, lane_ND[:, :, None].expand(-1, -1, LANE)),
+        )
+
+    return shard_NW, tail_of
+
+
 def draw(
-    reduction: Reduction, relative_NV: Tensor, shards_NRW: Tensor, uniforms_N: Tensor, rank: int, first_id: int
+    reduction: Reduction, tail: Tail | None, shards_NRW: Tensor, uniforms_N: Tensor, rank: int, first_id: int
 ) -> Tensor:
     """int32 [N, D]: this rank's draws, NONE for the others'; the maximum over ranks has all.
 
-    `relative_NV` is what `reduce_shard` left of this rank's logits, `shards_NRW` all ranks' partial results.
+    `tail` is that of this rank's columns, None where it has none, and `shards_NRW` are all ranks' partial results.
     """
     temperature = reduction.draw_temperature
     assert temperature is not None, "draws have a temperature"
@@ -73,25 +175,22 @@ def draw(
     candidates_ND = ids.flatten(1).gather(1, (places_ND - num_ranks).clamp(min=0)).to(torch.int32)
     has_tail_N1 = ends[:, -1:] > 0
     drawn_ND = torch.where((places_ND >= num_ranks) & has_tail_N1, candidates_ND, NONE)
-    if relative_NV.shape[1] == 0:
+    if tail is None:
         return drawn_ND
-    own_columns = (ids[:, rank, : min(reduction.num_candidates, relative_NV.shape[1])] - first_id).long()
-    local_ND = _look_up(relative_NV, own_columns, share_ND, temperature) + first_id
+    local_ND = _look_up(tail, share_ND) + first_id
     return torch.where((places_ND == rank) & has_tail_N1, local_ND.to(torch.int32), drawn_ND)
 
 
-def _look_up(relative_NV: Tensor, taken: Tensor, share_ND: Tensor, temperature: float) -> Tensor:
+def _look_up(tail: Tail, share_ND: Tensor) -> Tensor:
     """int64 [N, D]: the columns at which the running sum of the weights passes the given shares of their total."""
-    weights = (relative_NV / temperature).exp_().scatter_(1, taken, 0.0)
-    weights = torch.nn.functional.pad(weights, (0, -weights.shape[1] % LANE))
-    lanes = weights.unflatten(1, (-1, LANE))
-    lane_ends = lanes.sum(-1, dtype=torch.float64).cumsum(1)
+    lane_ends = tail.lane_sums_NL.cumsum(1)
     points = share_ND * lane_ends[:, -1:] * _BELOW_ONE
     lane = torch.searchsorted(lane_ends, points, right=True).clamp(max=lane_ends.shape[1] - 1)
     inside = points - torch.nn.functional.pad(lane_ends, (1, 0)).gather(1, lane)
-    chosen = lanes.gather(1, lane[:, :, None].expand(-1, -1, LANE))
+    chosen = tail.weights_of(lane)
+    width = chosen.shape[2]
     ends = chosen.double().cumsum(-1)
-    column = torch.searchsorted(ends, inside[:, :, None], right=True).clamp(max=LANE - 1)
+    column = torch.searchsorted(ends, inside[:, :, None], right=True).clamp(max=width - 1)
     # Rounding can point behind the last weight of a lane: then its largest is taken.
     column = torch.where(chosen.gather(2, column) > 0, column, chosen.argmax(-1, keepdim=True))
-    return lane * LANE + column[:, :, 0]
+    return lane * width + column[:, :, 0]

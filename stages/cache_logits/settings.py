@@ -12,6 +12,9 @@ from pipeline.stores.store import Store
 from pipeline.targets import TargetSpec
 from stages.cache_logits.engines import ENGINES
 
+FLOAT32_BYTES = 4
+LOGITS_BYTES = 400 << 20
+"""1,024 positions of a vocabulary of 102,400 on one device; 8,192 on each of eight."""
 MOST_ENCODING_THREADS = 4
 """Unless one asks for more."""
 
@@ -42,7 +45,11 @@ class TeacherConfig(Settings):
     tensor_parallel: int = setting(1, "Devices that share each layer of the teacher (vLLM).")
     pipeline_parallel: int = setting(1, "Devices that share the stack of layers (vLLM).")
     batch_tokens: int = setting(8192, "Tokens in one step of the engine.")
-    row_chunk: int = setting(1024, "Positions whose full logits exist at the same time.")
+    logits_bytes: int = setting(
+        LOGITS_BYTES,
+        "Bytes of full logits, in float32, that a device has at a time: so many positions are reduced at once.",
+    )
+    row_chunk: int | None = setting(None, "Positions that are reduced at once, whatever they take.", former=True)
     gpu_memory_utilization: float = setting(0.9, "Share of a GPU's memory that vLLM takes, 0 to 1.")
     quantization: str | None = setting(None, "vLLM's name of the teacher's quantisation, such as fp8.")
     enforce_eager: bool | None = setting(
@@ -57,7 +64,7 @@ class TeacherConfig(Settings):
         self.at_least("tail_samples", 0)
         if self.top_k + self.tail_samples == 0:
             raise ConfigError("top_k is 0 and tail_samples is 0; keep at least one entry of a position.")
-        for name in ("tensor_parallel", "pipeline_parallel", "batch_tokens", "row_chunk"):
+        for name in ("tensor_parallel", "pipeline_parallel", "batch_tokens", "logits_bytes", "row_chunk"):
             self.at_least(name, 1)
         if not self.temperatures:
             raise ConfigError("temperatures is empty; give at least one, such as --temperature 2.0.")
@@ -84,6 +91,11 @@ class TeacherConfig(Settings):
             draw_temperature=warmest if self.tail_samples else None,
             max_kl_error=self.max_kl_error,
         )
+
+    def rows_at_once(self, vocab_size: int) -> int:
+        """Positions whose logits in float32 exist on a device at the same time, of a vocabulary that ranks share."""
+        columns = -(-vocab_size // self.tensor_parallel)
+        return self.row_chunk or max(1, self.logits_bytes // (columns * FLOAT32_BYTES))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -36,7 +36,7 @@ class TransformersEngine:
         if config.tensor_parallel > 1 or config.pipeline_parallel > 1 or teacher.quantization != "none":
             raise ConfigError("--engine transformers runs on one device, unquantised; take --engine vllm for more.")
         self._reduction = reduction_of(config)
-        self._batch_tokens, self._row_chunk = config.batch_tokens, config.row_chunk
+        self._batch_tokens, self._row_chunk = config.batch_tokens, config.rows_at_once(teacher.vocab_size)
         self._vocab_size = teacher.vocab_size
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         # The other implementations leave out the cap on attention scores, and say nothing.

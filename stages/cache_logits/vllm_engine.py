@@ -184,10 +184,10 @@ def _marked() -> Iterator[None]:
 def _load(teacher: Teacher, config: TeacherConfig, longest_request: int, model_classes: dict[str, str]) -> Any:
     from vllm import LLM
 
-    model, architecture = teacher.model, teacher.model.text_architecture
+    model, architecture, version = teacher.model, teacher.model.text_architecture, version_of(installed())
     options = {
         "reduction": dataclasses.asdict(reduction_of(config)),
-        "row_chunk": config.row_chunk,
+        "row_chunk": config.rows_at_once(teacher.vocab_size),
         "vocab_size": teacher.vocab_size,
         "files": teacher.weight_pattern,
         "left_out": teacher.left_out,
@@ -206,11 +206,13 @@ def _load(teacher: Teacher, config: TeacherConfig, longest_request: int, model_c
         quantization=config.quantization,
         tensor_parallel_size=config.tensor_parallel,
         pipeline_parallel_size=config.pipeline_parallel,
-        max_model_len=_max_model_len(teacher, longest_request, version_of(installed())),
+        max_model_len=_max_model_len(teacher, longest_request, version),
         max_num_batched_tokens=max(config.batch_tokens, longest_request),
         max_num_seqs=min(MAX_REQUESTS, max(config.batch_tokens, longest_request)),
         gpu_memory_utilization=config.gpu_memory_utilization,
+        async_scheduling=_schedules_ahead(config, version),
         enforce_eager=_skips_compilation(config),
+        compilation_config={"cudagraph_mode": "NONE"},  # steps of prompts are larger than any graph that it captures
         enable_prefix_caching=False,
         disable_log_stats=True,
     )
@@ -219,6 +221,15 @@ def _load(teacher: Teacher, config: TeacherConfig, longest_request: int, model_c
 def _tokens_in_flight(batch_tokens: int, concurrent_batches: int) -> int:
     """Tokens that wait or run, so that a full step is there whenever one ends: a pipeline runs one a stage."""
     return WAITING * concurrent_batches * batch_tokens
+
+
+def _schedules_ahead(config: TeacherConfig, version: str) -> bool | None:
+    """Whether vLLM prepares a step while another runs, which its default leaves out for the sake of latency.
+
+    None leaves it to vLLM: a pipeline has steps in flight already; and a version that keeps a place for a token behind
+    each prompt would run one for it, whose output the pooler knows nothing of. On a CPU vLLM takes it back.
+    """
+    return True if config.pipeline_parallel == 1 and not keeps_slot_for_a_token(version) else None
 
 
 def _max_model_len(teacher: Teacher, longest_request: int, version: str) -> int:

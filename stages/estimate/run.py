@@ -211,7 +211,8 @@ def _capture(config: EstimateConfig, cache: CacheConfig, amount: Amount) -> Cost
     fp8, full = "fp8" in (cache.quantization or ""), cache.dtype == "float32"
     shards = cache.tensor_parallel * cache.pipeline_parallel
     weights = size.num_parameters * (1 if fp8 else 4 if full else 2)
-    logits = 3 * 4 * cache.row_chunk * size.vocab_size  # of a chunk in float32, and two temporaries of their size
+    rows = min(cache.batch_tokens, cache.rows_at_once(size.vocab_size))
+    logits = 3 * 4 * rows * size.vocab_size  # in float32, and two temporaries of their size
     return _cost(
         config,
         model=cache.teacher,
@@ -220,7 +221,7 @@ def _capture(config: EstimateConfig, cache: CacheConfig, amount: Amount) -> Cost
         num_tokens=amount.num_tokens,
         flops=size.forward_flops(amount),
         rate=device.fp8 if fp8 else device.float32 if full else device.half,
-        memory_gb=(weights + size.kv_bytes * cache.batch_tokens + logits) / shards / 1e9,
+        memory_gb=((weights + size.kv_bytes * cache.batch_tokens) / shards + logits / cache.tensor_parallel) / 1e9,
         memory_limit_gb=device.memory_gb * cache.gpu_memory_utilization,
     )
 

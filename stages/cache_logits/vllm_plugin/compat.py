@@ -16,8 +16,8 @@ from pathlib import Path
 
 from pipeline.errors import EngineError
 
-TRIED = ("0.31.0", "0.32.0")
-"""Versions that have run the tests with a real engine; of others the names below are compared."""
+TRIED = ("0.27.1", "0.29.0", "0.31.0", "0.32.0")
+"""Versions with which a real engine has been run (docs/vllm.md); of others the names below are compared."""
 SLOTS_FIXED_IN = (0, 32)
 """Before, the scheduler keeps a place for a sampled token in pooling too, where nothing is sampled."""
 
@@ -43,7 +43,7 @@ ENGINE_ARGUMENTS = (
     *("model", "skip_tokenizer_init", "trust_remote_code", "runner", "hf_overrides", "pooler_config"),
     *("model_class_overrides", "additional_config", "dtype", "quantization", "tensor_parallel_size"),
     *("pipeline_parallel_size", "max_model_len", "max_num_batched_tokens", "max_num_seqs", "gpu_memory_utilization"),
-    *("enforce_eager", "enable_prefix_caching", "disable_log_stats"),
+    *("async_scheduling", "enforce_eager", "compilation_config", "enable_prefix_caching", "disable_log_stats"),
 )
 ENVIRONMENT = (
     *("VLLM_PLUGINS", "VLLM_LOGGING_LEVEL", "VLLM_NO_USAGE_STATS", "VLLM_CPU_KVCACHE_SPACE"),
@@ -70,6 +70,9 @@ HOOKS = (
     Hook("vllm.outputs", "PoolingOutput.data"),
     *(Hook("vllm.config.vllm", f"VllmConfig.{name}") for name in ("model_config", "additional_config")),
     Hook("vllm.config.vllm", "VllmConfig.max_concurrent_batches"),
+    Hook("vllm.config.compilation", "CompilationConfig.cudagraph_mode"),
+    Hook("vllm.config.compilation", "CUDAGraphMode.NONE"),
+    Hook("vllm.v1.core.sched.async_scheduler", "AsyncScheduler", mentions="num_sampled_tokens_per_step"),
     *(Hook("vllm.config.model", f"ModelConfig.{name}") for name in ("head_dtype", "quantization")),
     Hook("vllm.transformers_utils.config", "get_config", takes=("model", "trust_remote_code")),
     # How it learns that the engine's process has died, and ends it.

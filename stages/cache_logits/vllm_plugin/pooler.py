@@ -1,8 +1,8 @@
 """The pooler that runs inside vLLM's workers: hidden states in, packed sparse targets out.
 
 Only the rows that a request asks for are projected, in chunks, so that full logits never exceed
-row_chunk x this rank's columns. Under tensor parallelism every rank reduces its own columns and
-only candidates and sums are gathered.
+row_chunk x this rank's columns; which rows is copied to the device once a step. Under tensor
+parallelism every rank reduces its own columns and only candidates and sums are gathered.
 """
 
 import functools
@@ -49,31 +49,35 @@ class SparseTargetPooler(Pooler):
         cursor = pooling_metadata.get_pooling_cursor()
         scheduled = cursor.num_scheduled_tokens_cpu.tolist()
         ends, prompt_lengths = cursor.seq_lens_cpu.tolist(), cursor.prompt_lens_cpu.tolist()
-        wanted = []
+        wanted, before = [], []
         offset = 0
         for params, count, end in zip(pooling_metadata.pooling_params, scheduled, ends):
-            wanted.append(_wanted_rows(params.extra_kwargs, offset, end - count, end))
+            wanted_3W, given = _wanted_rows(params.extra_kwargs, offset, end - count, end)
+            wanted.append(wanted_3W)
+            before.append(given)
             offset += count
-        packed = self._reduce(hidden_states, *(torch.cat(parts) for parts in list(zip(*wanted))[:3]))
+        wanted_3W = _to_device(np.concatenate(wanted, axis=1), hidden_states.device)
+        sizes = [part.shape[1] for part in wanted]
         results: list[Tensor | None] = []
-        pieces = packed.split([len(rows) for rows, *_ in wanted])
-        for params, state, piece, (rows, *_, before), count, end, length in zip(
+        for params, state, piece, rows_W, came_before, count, end, length in zip(
             pooling_metadata.pooling_params,
             pooling_metadata.pooling_states,
-            pieces,
-            wanted,
+            self._reduce(hidden_states, wanted_3W).split(sizes),
+            wanted_3W[0].split(sizes),
+            before,
             scheduled,
             ends,
             prompt_lengths,
         ):
             if PROBE in (params.extra_kwargs or ()):
-                piece = torch.cat([piece, *self._own_logits(hidden_states[rows.to(piece.device)])], dim=1)
+                piece = torch.cat([piece, *self._own_logits(hidden_states[rows_W])], dim=1)
             held = state.hidden_states_cache
             if end == count:
                 held.clear()  # the first chunk, or the first again after a preemption
-            if sum(map(len, held)) != before:
-                raise RuntimeError(f"chunked prompt: {sum(map(len, held))} rows are held where {before} came before")
-            held.append(piece.clone())
+            if sum(map(len, held)) != came_before:
+                found = sum(map(len, held))
+                raise RuntimeError(f"chunked prompt: {found} rows are held where {came_before} came before")
+            held.append(piece.clone())  # a view would be sent with the whole step that it is a part of
             if end < length:
                 results.append(None)
                 continue
@@ -81,13 +85,14 @@ class SparseTargetPooler(Pooler):
             state.clean()
         return results
 
-    def _reduce(self, hidden_states: Tensor, rows: Tensor, labels: Tensor, uniforms: Tensor) -> Tensor:
-        device = hidden_states.device
-        chunks = [torch.empty((0, self._reduction.width), dtype=torch.int32, device=device)]
-        for chunk in zip(*(part.to(device).split(self._row_chunk) for part in (rows, labels, uniforms))):
-            if len(chunk[0]):
-                chunks.append(self._reduce_chunk(hidden_states[chunk[0]], *chunk[1:]))
-        return torch.cat(chunks)
+    def _reduce(self, hidden_states: Tensor, wanted_3W: Tensor) -> Tensor:
+        """int32 [W, Reduction.width]: the packed targets of what `_wanted_rows` has gathered of a step."""
+        packed = [torch.empty((0, self._reduction.width), dtype=torch.int32, device=hidden_states.device)]
+        for rows_N, labels_N, uniforms_N in zip(*(column.split(self._row_chunk) for column in wanted_3W)):
+            if len(rows_N):
+                hidden_NH = hidden_states[rows_N]
+                packed.append(self._reduce_chunk(hidden_NH, labels_N.long(), uniforms_N.view(torch.float32)))
+        return torch.cat(packed)
 
     def _reduce_chunk(self, hidden_NH: Tensor, labels_N: Tensor, uniforms_N: Tensor) -> Tensor:
         logits_NV = self._model().compute_logits(hidden_NH)
@@ -153,18 +158,23 @@ def _gather(columns: Tensor) -> Tensor:
     return tensor_model_parallel_all_gather(columns.view(torch.float32)).view(torch.int32)
 
 
-def _wanted_rows(
-    extra: dict[str, bytes] | None, offset: int, start: int, end: int
-) -> tuple[Tensor, Tensor, Tensor, int]:
+def _to_device(columns_3W: np.ndarray, device: torch.device) -> Tensor:
+    """The columns on the device, by one copy for which nobody waits: from pageable memory it would, for the forward."""
+    staged_3W = torch.empty(columns_3W.shape, dtype=torch.int32, pin_memory=device.type != "cpu")
+    return staged_3W.copy_(torch.from_numpy(columns_3W)).to(device, non_blocking=True)
+
+
+def _wanted_rows(extra: dict[str, bytes] | None, offset: int, start: int, end: int) -> tuple[np.ndarray, int]:
     """What a request wants of a step in which it has the positions `start` to `end`.
 
-    Rows of the flattened step, their labels and uniforms, and how many rows earlier steps gave.
+    int32 [3, W], rows of the flattened step, their labels and the bits of their uniforms, and how many rows earlier
+    steps gave.
     """
     if extra is None or ROWS not in extra:  # vLLM's own profiling run: every position
-        rows = torch.arange(offset, offset + end - start)
-        return rows, torch.zeros_like(rows), torch.zeros(len(rows)), start
-    positions, labels, uniforms = np.frombuffer(extra[ROWS], "<i4").reshape(3, -1).copy()
-    first, last = np.searchsorted(positions, (start, end))
-    rows = torch.from_numpy(positions[first:last]).long() - start + offset
-    labels_N = torch.from_numpy(labels[first:last]).long()
-    return rows, labels_N, torch.from_numpy(uniforms[first:last].view("<f4")), int(first)
+        rows_W = np.arange(offset, offset + end - start, dtype=np.int32)
+        return np.stack([rows_W, np.zeros_like(rows_W), np.zeros_like(rows_W)]), start
+    columns_3P = np.frombuffer(extra[ROWS], "<i4").reshape(3, -1)
+    first, last = np.searchsorted(columns_3P[0], (start, end))
+    wanted_3W = columns_3P[:, first:last].astype(np.int32)
+    wanted_3W[0] += offset - start
+    return wanted_3W, int(first)

@@ -1,4 +1,4 @@
-"""What a student is measured by against a teacher of which everything is known, and how near one gradient is to another.
+"""What a student is measured by against a teacher that is wholly known, and how near one gradient is to another.
 
 Full vocabulary, no bounds. Shapes: N target tokens, V vocabulary, B bins, H hidden size.
 """

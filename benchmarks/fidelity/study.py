@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.fidelity.cells import Cell, Recipe, Scale
-from benchmarks.fidelity.students import CHOICE, ensure_pruned, ensure_random
 from benchmarks.fidelity.teacher import StoredTeacher, ensure_cache
+from benchmarks.real.students import CHOICE, ensure_pruned, ensure_random
 from benchmarks.real.teacher import ensure_teacher
 from benchmarks.real.text import HELD_OUT, TRAIN, collect_passages
 from pipeline.cache.reader import Cache

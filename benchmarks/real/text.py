@@ -13,7 +13,7 @@ import hashlib
 import os
 import struct
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,16 +38,23 @@ class Source(NamedTuple):
     text: str
 
 
-def collect_passages(out: Path, tokenizer: Any, num_train: int, num_held_out: int) -> dict[str, dict[str, int]]:
+Kinds = dict[str, Callable[[Path], Iterable[Source]]]
+"""Sources by kind, of a folder to keep what was collected."""
+
+
+def collect_passages(
+    out: Path, tokenizer: Any, num_train: int, num_held_out: int, kinds: Kinds | None = None
+) -> dict[str, dict[str, int]]:
     """Write train.jsonl and heldout.jsonl; tokens of either, by kind.
 
     Each kind gets a third of the tokens that are asked for, or what there is; its last passage is cut at a line.
     """
+    kinds = kinds or KINDS
     counts: dict[str, dict[str, int]] = {TRAIN: {}, HELD_OUT: {}}
     documents: dict[str, list[dict[str, str]]] = {TRAIN: [], HELD_OUT: []}
     seen: set[str] = set()
-    for kind, sources in KINDS.items():
-        budgets = {TRAIN: num_train // len(KINDS), HELD_OUT: num_held_out // len(KINDS)}
+    for kind, sources in kinds.items():
+        budgets = {TRAIN: num_train // len(kinds), HELD_OUT: num_held_out // len(kinds)}
         counts[TRAIN][kind] = counts[HELD_OUT][kind] = 0
         for source in sorted(sources(out), key=lambda source: _hash(source.name)):
             side = HELD_OUT if _hash(source.group) < HELD_OUT_SHARE * 2**64 else TRAIN
@@ -110,9 +117,6 @@ def _chinese(work: Path) -> Iterator[Source]:
             yield Source(f"{language}/{path.name}", _package(path.stem), "\n".join(_messages(path.read_bytes())))
 
 
-KINDS: dict[str, Callable[[Path], Iterator[Source]]] = {"english": _english, "chinese": _chinese, "code": _code}
-
-
 def _standard_library(work: Path) -> Iterator[Source]:
     """As `pipeline demo` collects it; the split is our own."""
     folder = work / "stdlib"
@@ -158,3 +162,6 @@ def _package(name: str) -> str:
 
 def _hash(name: str) -> int:
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
+
+
+KINDS: Kinds = {"english": _english, "chinese": _chinese, "code": _code}

@@ -1,18 +1,19 @@
-"""Students of the study: the teacher without a block of its layers, and a small Llama of random weights.
+"""Students for a real teacher: the teacher without a block of its layers, and a small Llama of random weights.
 
-`pruned`: one block of neighbouring layers goes, the one across which the residual stream turns least on held-out text
+`pruned`: one block of neighbouring layers goes, the one across which the residual stream turns least on training text
 (Gromov et al., arXiv 2403.17887; ShortGPT, arXiv 2403.03853, ranks single layers by the same idea; Minitron, arXiv
 2407.14679, distils after it). The last layer stays in any case, as Gromov et al. found it must.
 `random`: nothing is known at the start, so training moves it far.
 """
 
 import json
+import math
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from benchmarks.fidelity.measures import block_distances
 from pipeline.corpus import Corpus
 from pipeline.files import replacing
 from pipeline.stores.sealed import write_json
@@ -35,12 +36,12 @@ def choose_block(distances: list[float]) -> int:
     return min(range(len(allowed)), key=allowed.__getitem__)
 
 
-def ensure_pruned(teacher: Path, held_out: Corpus, out: Path, num_removed: int) -> Path:
+def ensure_pruned(teacher: Path, corpus: Corpus, out: Path, num_removed: int) -> Path:
     """The teacher without `num_removed` layers, as a folder; removed.json says which, and all distances."""
     if (out / CHOICE).is_file():
         return out
     model = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32)
-    distances = block_distances(_residual_streams(model, held_out), num_removed).tolist()
+    distances = block_distances(_residual_streams(model, corpus), num_removed).tolist()
     first = choose_block(distances)
     layers = model.model.layers
     model.model.layers = torch.nn.ModuleList([*layers[:first], *layers[first + num_removed :]])
@@ -65,10 +66,24 @@ def ensure_random(teacher: Path, out: Path) -> Path:
     return out / "config.json"
 
 
+def block_distances(hidden_LNH: Tensor, num_removed: int) -> Tensor:
+    """[L - n]: mean angle between what enters layer l and what enters layer l + n, in units of pi.
+
+    `hidden_LNH` has the residual stream before every layer and after the last, so one more than there are layers
+    (Gromov et al., arXiv 2403.17887, equation 7).
+    """
+    last = len(hidden_LNH) - num_removed
+    cosines = [
+        torch.cosine_similarity(hidden_LNH[layer], hidden_LNH[layer + num_removed], dim=-1).clamp(-1, 1)
+        for layer in range(last)
+    ]
+    return torch.stack([cosine.arccos().mean() / math.pi for cosine in cosines])
+
+
 @torch.inference_mode()
-def _residual_streams(model: torch.nn.Module, corpus: Corpus, num_tokens: int = 1024) -> torch.Tensor:
+def _residual_streams(model: torch.nn.Module, corpus: Corpus, num_tokens: int = 1024) -> Tensor:
     """[L + 1, N, H] before every layer and after the last one, without the final norm, document by document."""
-    streams: list[list[torch.Tensor]] = [[] for _ in range(len(model.model.layers) + 1)]
+    streams: list[list[Tensor]] = [[] for _ in range(len(model.model.layers) + 1)]
 
     def before(layer: int):
         return lambda module, inputs: streams[layer].append(inputs[0][0])

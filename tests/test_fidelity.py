@@ -158,7 +158,7 @@ def result(recipe: Recipe, seed: int, cross_entropy: float, size: float | None) 
     names = ("top1_agreement", "acceptance", "calibration_error", "kl_1", "kl_2")
     measured = {"cross_entropy": cross_entropy} | dict.fromkeys(names, cross_entropy / 10)
     cell = Cell(student="pruned", recipe=recipe, temperature=1.0, alpha=1.0, seed=seed)
-    return cell, {"held_out": measured, "bytes_per_token": size}
+    return cell, {"held_out": measured, "bytes_per_token": size, "corpus": ["text", "held out"]}
 
 
 @pytest.fixture
@@ -193,7 +193,9 @@ def test_report_writes_table_and_plot_and_refuses_an_empty_folder(results, tmp_p
         write_report([], tmp_path)
 
 
-def test_results_of_another_scale_are_not_mixed_in(results):
+def test_results_of_another_scale_or_text_are_not_mixed_in(results):
+    with pytest.raises(PipelineError, match="corpus is"):
+        read_results(results, SCALES["small"], ["other text", "held out"])
     (results / "small").rename(results / "full")
-    with pytest.raises(PipelineError, match="made by the scale"):
+    with pytest.raises(PipelineError, match="scale is"):
         read_results(results, SCALES["full"])

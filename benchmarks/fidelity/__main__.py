@@ -59,12 +59,13 @@ def _run(arguments: argparse.Namespace, scale: Scale) -> None:
             found = {"gradients": compare_gradients(study, student), **measure_ends(study, student)}
             write_json(path, {"scale": dataclasses.asdict(scale), **found, "machine": machine()})
         return
+    read_results(arguments.results, scale, study.fingerprints)  # from other text than this machine's: refused
     todo = [cell for cell in _cells(arguments, students) if not result_path(arguments.results, scale, cell).is_file()]
     for cell in todo[: arguments.limit]:
         measured = run_cell(study, cell)
         write_result(arguments.results, scale, cell, measured | {"machine": machine()})
         held_out = ", ".join(f"{name} {value:.4f}" for name, value in measured["held_out"].items())
-        reporter.log(f"{cell.name}: {held_out}; {measured['train_seconds']:.0f} s")
+        reporter.log(f"{cell.name}: {held_out}; {measured['train_cpu_seconds']:.0f} CPU seconds")
 
 
 def _cells(arguments: argparse.Namespace, students: tuple[str, ...]) -> list[Cell]:

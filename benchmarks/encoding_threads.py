@@ -25,7 +25,7 @@ from pipeline.formats.containers import CONTAINERS
 from pipeline.formats.layout import ShardCounts, ShardLayout
 from pipeline.parallel import Threads
 from pipeline.targets import TargetSpec
-from stages.cache_logits.capture import encoded
+from stages.cache_logits.capture import encoded, groups
 from stages.cache_logits.scoring import ScoredRow
 
 
@@ -72,9 +72,10 @@ def _write(container: str, rows: list[ScoredRow], layout: ShardLayout, count: in
         path = Path(folder) / "shard"
         started, started_cpu = time.perf_counter(), time.process_time()
         writer, statistics = CONTAINERS[container].create(path, layout), TargetStatistics(layout)
-        for columns, added in threads.map(functools.partial(encoded, layout), rows):
-            statistics.add(added)
-            writer.append(columns)
+        for sequences in threads.map(functools.partial(encoded, layout), groups(rows)):
+            for columns, added in sequences:
+                statistics.add(added)
+                writer.append(columns)
         writer.close(threads)
         return time.perf_counter() - started, time.process_time() - started_cpu, hash_file(path)
 

@@ -16,6 +16,7 @@ from pipeline.cpu import prepare_threads
 from pipeline.documents import printable
 from pipeline.errors import CacheCorruptError, Drained, PipelineError, StorageSilentError, fault_of_machine
 from pipeline.exit_codes import DISAGREES, MENDABLE
+from pipeline.hub import stay_offline
 from pipeline.inspection.settings import InspectConfig
 from pipeline.launch.settings import SubmitConfig
 from pipeline.lifecycle.settings import ConvertConfig, ExportConfig, MergeConfig
@@ -34,14 +35,15 @@ from stages.train_student.settings import TrainConfig
 SHOWN_PROBLEMS = 20
 """Disagreements that an audit lists; the rest is counted."""
 
-QUIET = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1"}
-"""What keeps the libraries from talking over our own progress, and from asking a model hub."""
+QUIET = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
+"""What keeps the libraries from talking over our own progress."""
 
 
 class _Main(click.Group):
     def invoke(self, context: click.Context) -> Any:
         for name, value in QUIET.items():
             os.environ.setdefault(name, value)
+        stay_offline(os.environ)
         prepare_threads()
         follow_parent()
         try:

@@ -13,8 +13,12 @@ from types import FrameType
 
 from pipeline.exit_codes import of_signal
 
-SIGNALS = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM)
-"""Ctrl-C and the end of the terminal or of its ssh, which all of its processes get, and the word of others."""
+SIGNALS = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1)
+"""Ctrl-C and the end of the terminal or of its ssh, which all of its processes get, and the word of others.
+
+Slurm's warning before a time limit may come while a worker starts, when it has nothing in hand yet: then too the log
+says why the worker is gone.
+"""
 ECHO_S = 2.0
 """Signals that follow the first so closely are the same request: a launcher of several threads that is killed may
 send its parent-death signal once for every thread."""

@@ -19,12 +19,13 @@ from pipeline.cache.manifest import CacheManifest
 from pipeline.cache.partitions import plan_partitions
 from pipeline.cache.verify import verify_cache
 from pipeline.corpus import Corpus
-from pipeline.errors import CacheMismatchError
+from pipeline.errors import CacheMismatchError, ConfigError
 from pipeline.formats.containers import CONTAINERS
 from pipeline.processes import owner_name
 from stages.cache_logits.capture import capture
 from stages.cache_logits.fake_engine import FakeEngine
 from stages.cache_logits.scoring import ScoredRow
+from stages.cache_logits.settings import CacheConfig
 from tests.support.small import fake_manifest, make_cache
 
 ROOT = Path(__file__).parent.parent
@@ -89,15 +90,14 @@ def shard_number(path):
 @pytest.mark.parametrize("threads", [1, 3])
 def test_failure_of_an_encoding_thread_reaches_the_caller_and_leaves_nothing(tmp_path, corpus, monkeypatch, threads):
     rows, manifest, folder = prepared(tmp_path, corpus)
-    before, encode_row = threading.active_count(), ScoredRow.store
+    before = threading.active_count()
     bad = list(rows.rows())[25].key
 
-    def store(row, layout):
+    def stored(row):
         if row.sequence.key == bad:
             raise ValueError("no room for this one")
-        return encode_row(row, layout)
 
-    monkeypatch.setattr(ScoredRow, "store", store)
+    monkeypatch.setattr(ScoredRow, "stored", stored)
     with pytest.raises(ValueError, match="no room for this one"):
         capture(
             FakeEngine(manifest), rows, CacheFolder(folder), range(manifest.num_partitions), encoding_threads=threads
@@ -218,3 +218,13 @@ def test_unanswered_request_is_an_error(tmp_path, corpus):
         capture(ForgetfulEngine(manifest), rows, CacheFolder(folder), range(manifest.num_partitions))
     make_cache(folder, corpus)
     assert verify_cache(folder).problems == []
+
+
+@pytest.mark.parametrize(("cores", "threads"), [(1, 1), (2, 1), (8, 2), (16, 4), (128, 4)])
+def test_few_threads_encode_beside_an_engine_unless_more_are_asked_for(monkeypatch, cores, threads):
+    monkeypatch.setattr("stages.cache_logits.settings.available_cores", lambda: cores)
+    places = {"teacher": Path("teacher"), "corpus": Path("corpus"), "out": Path("cache")}
+    assert CacheConfig(**places).num_encoding_threads == threads
+    assert CacheConfig(**places, encoding_threads=7).num_encoding_threads == 7
+    with pytest.raises(ConfigError, match="encoding_threads is 0; it must be at least 1"):
+        CacheConfig(**places, encoding_threads=0)

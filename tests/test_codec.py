@@ -8,12 +8,13 @@ import pytest
 from pipeline.cache.commits import read_commit
 from pipeline.cache.folder import CacheFolder
 from pipeline.corpus import TOKENIZER, Corpus, TokenSequence
+from pipeline.formats.codec import _finer as made_finer
 from pipeline.formats.codec import rising_in_runs, round_targets
 from pipeline.formats.containers import CONTAINERS
 from pipeline.formats.contexts import code_differences, learn, sum_differences
-from pipeline.formats.grid import FINEST_LEVEL, grid_of, tail_places, tail_values
+from pipeline.formats.grid import FINEST_LEVEL, Grid, grid_of, tail_places, tail_values
 from pipeline.formats.layout import ShardCounts, ShardLayout, decode, encode
-from pipeline.targets import SparseTargets, TargetSpec, logsumexps_of, reconstruction_errors
+from pipeline.targets import COLUMNS, SparseTargets, TargetSpec, logsumexps_of, reconstruction_errors
 from stages.cache_logits.capture import capture
 from stages.cache_logits.fake_engine import FakeEngine
 from tests.support.oracle import assert_within
@@ -76,6 +77,24 @@ def test_a_looser_bound_has_fewer_different_logits():
     counts = [len(np.unique(round_targets(exact, labels, bound)[0].logits)) for bound in (1e-3, 1e-5, 1e-6)]
     assert counts == sorted(counts)
     assert counts[0] < counts[-1]
+
+
+@pytest.mark.parametrize("max_kl_error", [1e-4, 1e-5])
+def test_sequences_that_are_rounded_together_come_out_as_alone(max_kl_error, monkeypatch):
+    """Also those that the estimate of the levels leaves above the bound, and those beside them."""
+    exact, labels, _ = random_targets((1.0, 2.0))
+    finer = []
+    monkeypatch.setattr("pipeline.formats.codec._finer", lambda *given: finer.append(given) or made_finer(*given))
+    estimate = Grid.estimated_levels
+    monkeypatch.setattr(Grid, "estimated_levels", lambda *given: np.maximum(estimate(*given) - 4, 0))  # too coarse
+    rows = [slice(0, 1), slice(1, 40), slice(40, 41), slice(41, len(exact))]
+    together, levels = round_targets(exact, labels, max_kl_error, rows)
+    assert 0 < len(finer) <= len(rows)
+    for own in rows:
+        alone, own_levels = round_targets(exact[own], labels[own], max_kl_error)
+        np.testing.assert_array_equal(levels[own], own_levels)
+        for name in COLUMNS:
+            np.testing.assert_array_equal(getattr(together[own], name), getattr(alone, name))
 
 
 def test_lossless_changes_nothing():
@@ -160,7 +179,8 @@ def test_shard_that_breaks_its_bound_is_never_committed(tmp_path, corpus, monkey
     manifest = fake_manifest(rows, max_kl_error=1e-4)
     cache = CacheFolder.begin(tmp_path / "cache", manifest, corpus / TOKENIZER)
     monkeypatch.setattr(
-        "pipeline.formats.layout.round_targets", lambda targets, labels, bound: round_targets(targets, labels, 1e-1)
+        "pipeline.formats.layout.round_targets",
+        lambda targets, labels, bound, rows: round_targets(targets, labels, 1e-1),
     )
     monkeypatch.setattr("pipeline.formats.codec.MAX_PROBABILITY_ERROR", 1.0)
     monkeypatch.setattr("pipeline.formats.grid.MAX_PROBABILITY_ERROR", 1.0)

@@ -3,6 +3,7 @@
 Operators that mix devices, or need a value on the host, raise there. What is copied between the two is counted.
 """
 
+import contextlib
 import multiprocessing
 import os
 import subprocess
@@ -25,6 +26,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from stages.cache_logits.draws import reduce_rows
 from stages.cache_logits.engine import Request
 from stages.cache_logits.reduction import LANE, Reduction
+from stages.train_student.divergences import DIVERGENCES
+from stages.train_student.tails import TAILS
 
 CARD = "card:0"
 STAGING = (
@@ -190,6 +193,41 @@ def test_pooler_sends_one_tensor_a_step_to_the_device_and_waits_for_nothing():
     for num_draws, work in zip((0, NUM_DRAWS), in_a_process(_pool, [(0,), (NUM_DRAWS,)]), strict=True):
         assert (work.uploads, work.waits, work.downloads, work.on_host) == (1, 0, 0, [])
         assert_little_float64(work, num_draws)
+
+
+def _lose(fake: FakeTensorMode, tail: str, divergence: str, has_cap: bool) -> dict[str, Any]:
+    """A step of the fused loss, backward included."""
+    from stages.train_student import fused_head
+    from stages.train_student.loss import DistillationTargets, LossSettings, TeacherTargets, distillation_loss
+
+    for sizes in (fused_head.DEFAULT_CHUNK_BYTES, fused_head.BLOCK_BYTES, fused_head.ROW_ALIGNMENT):
+        sizes["card"] = sizes["cuda"]
+    torch.is_autocast_enabled, torch.autocast = lambda device: False, lambda *_, **__: contextlib.nullcontext()
+    hidden, head = on_the_card(fake, ROWS, HIDDEN), on_the_card(fake, VOCAB, HIDDEN)
+    teacher = TeacherTargets(
+        ids_MK=on_the_card(fake, ROWS, 8, dtype=torch.int64),
+        probs_MK=on_the_card(fake, ROWS, 8),
+        tail_mass_M=on_the_card(fake, ROWS),
+        entropy_M=on_the_card(fake, ROWS) if TAILS[tail].is_drawn else None,
+    )
+    targets = DistillationTargets(labels_M=on_the_card(fake, ROWS, dtype=torch.int64), teacher=teacher)
+    softcap = 30.0 if has_cap else None
+    settings = LossSettings(vocab_size=VOCAB - 3, tail=tail, divergence=divergence, logit_softcap=softcap)
+    row_bytes = 4 * (VOCAB + 16)
+    with Work() as work:
+        loss = distillation_loss(
+            hidden.requires_grad_(), head.requires_grad_(), targets, settings, chunk_bytes=ROW_CHUNK * row_bytes
+        )
+        loss.loss.backward()
+    assert (str(hidden.grad.device), head.grad.shape) == (CARD, head.shape)
+    return vars_of(work)
+
+
+def test_loss_and_its_gradients_never_wait_for_the_device():
+    cases = [(tail, "forward", False) for tail in TAILS] + [("ghost", name, False) for name in DIVERGENCES[1:]]
+    cases.append(("ghost", "forward", True))
+    for case, work in zip(cases, in_a_process(_lose, cases), strict=True):
+        assert (work.uploads, work.downloads, work.on_host, work.float64) == (0, 0, [], []), case
 
 
 def test_benchmark_for_a_gpu_needs_torch_alone():

@@ -18,6 +18,7 @@ FLOORS = (
         *(
             "pipeline.corpus",
             "pipeline.hidden",
+            "pipeline.hub",
             "pipeline.models",
             "pipeline.options",
             "pipeline.ownership",

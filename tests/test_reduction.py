@@ -77,6 +77,11 @@ def test_reduction_equals_float64(ranks, vocab_size, temperatures):
         check(reduce(logits, labels, Reduction(top_k, temperatures), ranks), logits, labels)
 
 
+def test_no_rows_give_no_targets():
+    reduction = Reduction(5, (1.0, 2.0), 3, 1.0)
+    assert reduce_packed(torch.empty(0, 50), torch.empty(0, dtype=torch.long), reduction).shape == (0, reduction.width)
+
+
 def test_whole_vocabulary_leaves_no_tail():
     logits, labels = torch.randn(9, 50), torch.arange(9)
     targets = reduce(logits, labels, Reduction(50, (1.0, 2.0)), ranks=2)

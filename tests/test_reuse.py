@@ -13,7 +13,7 @@ from pipeline.cache.manifest import CacheManifest
 from pipeline.cache.verify import verify_cache
 from pipeline.corpus import Corpus
 from pipeline.errors import CacheCorruptError, CacheMismatchError
-from pipeline.formats.layout import encode
+from pipeline.formats.layout import encode_all
 from pipeline.lifecycle.reuse import KnownTargets
 from pipeline.progress import KeptLines
 from stages.cache_logits.capture import capture
@@ -126,11 +126,11 @@ def test_known_sequences_are_not_rounded_again(tmp_path, corpora, monkeypatch):
     earlier = make_cache(tmp_path / "old", corpora / "old")
     encoded = []
 
-    def recorded(layout, sequence, targets):
-        encoded.append(sequence.key)
-        return encode(layout, sequence, targets)
+    def recorded(layout, captured):
+        encoded.extend(sequence.key for sequence, _ in captured)
+        return encode_all(layout, captured)
 
-    monkeypatch.setattr("pipeline.cache.sequence.encode", recorded)
+    monkeypatch.setattr("pipeline.cache.sequence.encode_all", recorded)
     grown(tmp_path / "grown", corpora / "new", [earlier])
     assert sorted(encoded) == sorted(sequence.key for sequence in SEQUENCES[25:])
 

@@ -20,7 +20,7 @@ from tests.support.small import make_cache, make_corpus, random_sequences
 
 ROOT = Path(__file__).parent.parent
 PIPELINE = [sys.executable, "-m", "pipeline.cli"]
-CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
+CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129, signal.SIGUSR1: 138}
 
 
 def plain_signals() -> None:

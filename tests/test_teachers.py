@@ -13,6 +13,8 @@ import torch
 from safetensors.torch import save_file
 from transformers import (
     AutoModelForCausalLM,
+    BloomConfig,
+    FalconConfig,
     Gemma2Config,
     GPT2Config,
     GPTJConfig,
@@ -61,6 +63,8 @@ TINY_GPT = {
     "eos_token_id": 0,
 }
 FAMILIES: dict[str, PreTrainedConfig] = {
+    "bloom": BloomConfig(vocab_size=HEAD_ROWS, hidden_size=64, n_layer=2, n_head=2, initializer_range=0.25),
+    "falcon": FalconConfig(**TINY | {"num_kv_heads": 2}, activation="gelu_new", bias=True),
     "gemma2": Gemma2Config(**TINY, head_dim=32, query_pre_attn_scalar=32, sliding_window=16),  # soft caps, tied head
     "gpt2": GPT2Config(**TINY_GPT),  # GPT2LMHeadModel
     "gpt_neox": GPTNeoXConfig(**TINY | {"num_key_value_heads": 2}),  # in vLLM through transformers

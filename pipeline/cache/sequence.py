@@ -1,12 +1,13 @@
 """A sequence in the form in which a shard keeps it: encoded from what an engine said, or copied from another shard."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from pipeline.cache.commits import ShardCommit
 from pipeline.corpus import TokenSequence
-from pipeline.formats.layout import ShardLayout, encode
+from pipeline.formats.layout import ShardLayout, encode_all
 from pipeline.targets import SparseTargets
 
 
@@ -22,6 +23,9 @@ class StoredSequence:
     """The shard that it is copied from; None if it was captured just now."""
 
     @classmethod
-    def encoded(cls, sequence: TokenSequence, targets: SparseTargets, layout: ShardLayout) -> "StoredSequence":
+    def encoded(
+        cls, captured: Sequence[tuple[TokenSequence, SparseTargets]], layout: ShardLayout
+    ) -> list["StoredSequence"]:
         """What was captured, rounded as far as the layout's bound allows."""
-        return cls(columns=encode(layout, sequence, targets), targets=targets)
+        columns = encode_all(layout, captured)
+        return [cls(columns=own, targets=targets) for own, (_, targets) in zip(columns, captured)]

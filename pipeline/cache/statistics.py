@@ -2,6 +2,7 @@
 
 import time
 from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,8 +10,8 @@ import numpy as np
 
 from pipeline.cache.commits import ShardCommit
 from pipeline.cache.sequence import StoredSequence
-from pipeline.formats.layout import ShardLayout, targets_of
-from pipeline.targets import reconstruction_errors
+from pipeline.formats.layout import ShardLayout, slices_of, targets_of
+from pipeline.targets import COLUMNS, SparseTargets, concatenate, reconstruction_errors
 
 
 @dataclass(frozen=True)
@@ -28,18 +29,38 @@ class SequenceStatistics:
     """float32 [temperatures]: the largest error of a probability; 0 for a copy."""
 
 
-def measured(sequence: StoredSequence, layout: ShardLayout) -> SequenceStatistics:
-    """The targets of one sequence summed, and held against their stored form."""
-    temperatures = layout.spec.temperatures
-    targets, sums = sequence.targets, np.zeros((3, len(temperatures)))
+def measured(sequences: Sequence[StoredSequence], layout: ShardLayout) -> list[SequenceStatistics]:
+    """The targets of every sequence summed, and held against their stored form: all together, which takes less time."""
+    fresh = [sequence for sequence in sequences if sequence.source is None]
+    errors = iter(_errors(fresh, layout) if fresh else ())
+    nothing = np.zeros(len(layout.spec.temperatures))
+    return [
+        SequenceStatistics(
+            len(sequence.targets),
+            _sums(sequence.targets, layout.spec.temperatures),
+            sequence.source,
+            *(next(errors) if sequence.source is None else (nothing, nothing)),
+        )
+        for sequence in sequences
+    ]
+
+
+def _sums(targets: SparseTargets, temperatures: tuple[float, ...]) -> np.ndarray:
+    sums = np.zeros((3, len(temperatures)))
     for index, temperature in enumerate(temperatures):
         values = (targets.entropy(temperature), targets.tail_mass(temperature), targets.label_logprobs(temperature))
         sums[:, index] = [value.sum(dtype=np.float64) for value in values]
-    if sequence.source is not None:
-        nothing = np.zeros(len(temperatures))
-        return SequenceStatistics(len(targets), sums, sequence.source, nothing, nothing)
-    kl, errors = reconstruction_errors(targets, targets_of(sequence.columns, layout))
-    return SequenceStatistics(len(targets), sums, None, kl.sum(axis=0, dtype=np.float64), errors.max(axis=0, initial=0))
+    return sums
+
+
+def _errors(sequences: Sequence[StoredSequence], layout: ShardLayout) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The sum of the KL errors and the largest error of a probability, of every sequence at every temperature."""
+    names = [name for name in COLUMNS if name in layout.columns()]
+    columns = {name: np.concatenate([sequence.columns[name] for sequence in sequences]) for name in names}
+    exact = concatenate([sequence.targets for sequence in sequences])
+    kl, largest = reconstruction_errors(exact, targets_of(columns, layout))
+    for rows in slices_of([len(sequence.targets) for sequence in sequences]):
+        yield kl[rows].sum(axis=0, dtype=np.float64), largest[rows].max(axis=0, initial=0)
 
 
 class TargetStatistics:

@@ -5,6 +5,7 @@ A shard file is a zip file whose entries are stored as they are, so that any chu
 Reads what `pipeline.formats.zarr` writes, no more.
 """
 
+import itertools
 import json
 import mmap
 import zipfile
@@ -24,6 +25,8 @@ from pipeline.parallel import ALONE, Threads
 CRC_BYTES = 4
 ABSENT = 2**64 - 1
 """Offset and length of a chunk that lies outside the array."""
+CHUNKS_AT_ONCE = 16
+"""Chunks that a thread takes at a time: one alone is compressed in less time than it takes to wake a thread."""
 KEPT_BLOCKS = 2
 """Decoded rows of chunks that an array keeps: neighbouring sequences share them."""
 
@@ -40,21 +43,26 @@ def bundles(
 ) -> Iterator[bytes]:
     """The bundles of consecutive rows, the first of which begins one. Chunks are filled up with zeros."""
 
-    def chunk_at(place: tuple[int, ...]) -> bytes:
-        piece = rows[tuple(slice(at * size, (at + 1) * size) for at, size in zip(place, chunk_shape))]
-        filled = np.zeros(chunk_shape, values.dtype)
-        filled[tuple(map(slice, piece.shape))] = piece
-        return _with_crc(compress(filled))
+    def chunks_at(some: list[tuple[int, ...]]) -> list[bytes]:
+        return [_with_crc(compress(_chunk(rows, chunk_shape, place))) for place in some]
 
     for start in range(0, len(values), bundle_shape[0]):
         rows = values[start : start + bundle_shape[0]]
         index = np.full((*(size // chunk for size, chunk in zip(bundle_shape, chunk_shape)), 2), ABSENT, "<u8")
         places = list(np.ndindex(*(-(-size // chunk) for size, chunk in zip(rows.shape, chunk_shape))))
-        parts, offset = list(threads.map(chunk_at, places)), 0
+        some = [places[first : first + CHUNKS_AT_ONCE] for first in range(0, len(places), CHUNKS_AT_ONCE)]
+        parts, offset = list(itertools.chain.from_iterable(threads.map(chunks_at, some))), 0
         for place, part in zip(places, parts):
             index[place] = offset, len(part)
             offset += len(part)
         yield b"".join([*parts, _with_crc(index.tobytes())])
+
+
+def _chunk(rows: np.ndarray, shape: tuple[int, ...], place: tuple[int, ...]) -> np.ndarray:
+    piece = rows[tuple(slice(at * size, (at + 1) * size) for at, size in zip(place, shape))]
+    filled = np.zeros(shape, rows.dtype)
+    filled[tuple(map(slice, piece.shape))] = piece
+    return filled
 
 
 def _with_crc(body: bytes) -> bytes:

@@ -4,6 +4,7 @@ The user states a bound on the KL error; the precision follows from it. What is 
 float32 values, which every reader understands; that most of them are equal is what makes them small.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -35,13 +36,14 @@ def is_lossless(max_kl_error: float) -> bool:
 
 
 def round_targets(
-    targets: SparseTargets, labels_N: np.ndarray, max_kl_error: float
+    targets: SparseTargets, labels_N: np.ndarray, max_kl_error: float, sequences: Sequence[slice] = (slice(None),)
 ) -> tuple[SparseTargets, np.ndarray]:
     """The targets that are stored and, uint8 [N], the level of the grid that each row's logits lie on.
 
-    The mean KL error of these rows is at most `max_kl_error` at every captured temperature, no stored
-    probability is off by more than MAX_PROBABILITY_ERROR, and the tail mass by no more than half of that.
-    Entries that become equal are put in order of their ids.
+    The mean KL error of the rows of each of the sequences, which follow each other, is at most `max_kl_error` at every
+    captured temperature, no stored probability is off by more than MAX_PROBABILITY_ERROR, and the tail mass by no more
+    than half of that. Entries that become equal are put in order of their ids. What becomes of a sequence does not
+    depend on those beside it.
     """
     if is_lossless(max_kl_error) or targets.ids.size == 0:
         return targets, np.zeros(len(targets), np.uint8)
@@ -50,7 +52,7 @@ def round_targets(
     label_steps = np.minimum(np.rint(np.abs(targets.label_logits) * np.float32(1 / LABEL_STEP)), DEEPEST_LABEL)
     labels = label_steps * np.float32(-LABEL_STEP)  # so that 0 is -0.0, as what is read back
     rounded = replace(targets, tail_logprobs=tails, entropies=entropies, label_logits=labels)
-    rounded, levels = _on_grid(targets, rounded, max_kl_error)
+    rounded, levels = _on_grid(targets, rounded, max_kl_error, sequences)
     rounded = order_ties(rounded)
     return with_labels(rounded, labels_N), levels
 
@@ -86,19 +88,37 @@ def rising_in_runs(values_NK: np.ndarray, runs_NK: np.ndarray) -> np.ndarray:
     return keys.astype(np.int32, copy=False)
 
 
-def _on_grid(exact: SparseTargets, rounded: SparseTargets, max_kl_error: float) -> tuple[SparseTargets, np.ndarray]:
+def _on_grid(
+    exact: SparseTargets, rounded: SparseTargets, max_kl_error: float, sequences: Sequence[slice]
+) -> tuple[SparseTargets, np.ndarray]:
     """Logits on the coarsest levels that hold the bound, measured; finer where the estimate was not enough."""
     grid = grid_of(exact.temperatures)
     probs = np.stack([exact.probs(temperature) for temperature in exact.temperatures])
     levels = grid.estimated_levels(exact.logits, probs, max_kl_error)
     kl, rounded = _measured(grid, exact, rounded, levels, max_kl_error)
+    for rows in sequences:
+        if (kl[rows].mean(axis=0) > max_kl_error).any():
+            finer, levels[rows] = _finer(grid, exact[rows], rounded[rows], levels[rows], kl[rows], max_kl_error)
+            rounded.logits[rows], rounded.logsumexps[rows] = finer.logits, finer.logsumexps
+    return rounded, levels.astype(np.uint8)
+
+
+def _finer(
+    grid: Grid,
+    exact: SparseTargets,
+    rounded: SparseTargets,
+    levels: np.ndarray,
+    kl: np.ndarray,
+    max_kl_error: float,
+) -> tuple[SparseTargets, np.ndarray]:
+    """The rounded targets of a sequence and their levels, made finer until the mean of their errors holds the bound."""
     while (kl.mean(axis=0) > max_kl_error).any():
         worse = kl.max(axis=1) > max_kl_error / 2
         if (levels[worse] == FINEST_LEVEL).all():
             raise CacheError(f"max_kl_error is {max_kl_error:g}: finer than the grid can hold here; use lossless.")
         levels = np.minimum(levels + worse, FINEST_LEVEL)
         kl, rounded = _measured(grid, exact, rounded, levels, max_kl_error)
-    return rounded, levels.astype(np.uint8)
+    return rounded, levels
 
 
 def _measured(

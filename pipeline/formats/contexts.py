@@ -11,7 +11,6 @@ of the shard by falling count. The first id of a position always goes by the pre
 Decoding is one look-up in one array, the same for every entry: no entry waits for another one.
 """
 
-import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -30,6 +29,8 @@ PREVIOUS, FIRST = 0, 1
 CACHED_ROWS = 1024
 PIECE_ROWS = 8192
 """Positions that a thread takes at a time."""
+CONTEXTS_AT_ONCE = 16
+"""Contexts whose tables are looked up together; one by one they are a hundred calls of numpy for a thousand targets."""
 
 
 @dataclass(frozen=True)
@@ -77,12 +78,6 @@ class ContextModel:
         """int32: the place of every id in the vocabulary."""
         return _inverse(self.vocabulary)
 
-    @cached_property
-    def _listed(self) -> tuple[dict[int, np.ndarray], ...]:
-        """The entries of the table of every context that has one, by kind."""
-        parts = [np.split(kind.entries, np.cumsum(kind.sizes)[:-1]) for kind in self.tables]
-        return tuple(dict(zip(kind.tokens.tolist(), entries)) for kind, entries in zip(self.tables, parts))
-
     def encode(self, ids_NK: np.ndarray, previous_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """int32 [N, K] codes, and uint8 [N] the kind of table that each position uses."""
         places = self._places[ids_NK]
@@ -110,15 +105,27 @@ class ContextModel:
         return self._starts[kind].take(contexts_N, mode="clip")
 
     def _codes(self, kind: int, places_NK: np.ndarray, contexts_N: np.ndarray) -> np.ndarray:
+        """int32 [N, K]: the codes by the tables of one kind, those of a few contexts at a time."""
+        tables, num_ids = self.tables[kind], len(self.vocabulary)
         codes = places_NK + np.int32(TABLE_SIZE)
-        inverse = np.arange(TABLE_SIZE, TABLE_SIZE + len(self.vocabulary), dtype=np.int32)
-        order = np.arange(TABLE_SIZE, dtype=np.int32)
-        for context, rows in _groups(contexts_N):
-            entries = self._listed[kind].get(context)
-            if entries is not None:
-                inverse[entries] = order[: len(entries)]
-                codes[rows] = inverse.take(places_NK[rows])
-                inverse[entries] = entries + TABLE_SIZE
+        order, contexts, lengths = _groups(contexts_N)
+        index = np.searchsorted(tables.tokens, contexts)
+        has_table = np.append(tables.tokens, -1)[index] == contexts
+        rows, index, lengths = order[np.repeat(has_table, lengths)], index[has_table], lengths[has_table]
+        starts, ends = np.cumsum(tables.sizes) - tables.sizes, np.cumsum(lengths)
+        without = np.arange(TABLE_SIZE, TABLE_SIZE + num_ids, dtype=np.int32)
+        inverse = np.tile(without, CONTEXTS_AT_ONCE)
+        for first in range(0, len(index), CONTEXTS_AT_ONCE):
+            some = slice(first, first + CONTEXTS_AT_ONCE)
+            sizes = tables.sizes[index[some]]
+            within = _counting(sizes)
+            entries = tables.entries[np.repeat(starts[index[some]], sizes) + within]
+            listed = np.repeat(np.arange(len(sizes)) * num_ids, sizes) + entries
+            inverse[listed] = within
+            own = rows[ends[first] - lengths[first] : ends[some][-1]]
+            begins = np.repeat(np.arange(len(sizes), dtype=np.int32) * np.int32(num_ids), lengths[some])
+            codes[own] = inverse.take(places_NK[own] + begins[:, None])
+            inverse[listed] = without[entries]
         return codes
 
 
@@ -150,29 +157,24 @@ def _cost(codes_NK: np.ndarray) -> np.ndarray:
 
 
 def _learn_tables(places_NK: np.ndarray, contexts_N: np.ndarray, threads: Threads) -> Tables:
-    groups = [(context, rows) for context, rows in _groups(contexts_N) if len(rows) >= MIN_POSITIONS]
+    order, contexts, lengths = _groups(contexts_N)
+    ends = np.cumsum(lengths)
 
-    def frequent_of(piece: list[tuple[int, np.ndarray]]) -> list[np.ndarray]:
-        return [_frequent(places_NK[rows].ravel()) for _, rows in piece]
+    def learnt(piece: slice) -> list[np.ndarray]:
+        own = zip((ends - lengths)[piece].tolist(), ends[piece].tolist())
+        return [_frequent(places_NK[order[start:end]].ravel()) for start, end in own if end - start >= MIN_POSITIONS]
 
-    found = itertools.chain.from_iterable(threads.map(frequent_of, _pieces(groups)))
-    learnt = [(context, frequent) for (context, _), frequent in zip(groups, found) if len(frequent)]
-    tokens, entries = [context for context, _ in learnt], [frequent for _, frequent in learnt]
+    entries = [table for tables in threads.map(learnt, _pieces(lengths)) for table in tables]
     sizes = np.array([len(table) for table in entries], np.int32)
-    return Tables(np.array(tokens, np.int32), sizes, np.concatenate([np.zeros(0, np.int32), *entries]))
+    tokens = contexts[lengths >= MIN_POSITIONS][sizes > 0].astype(np.int32)
+    return Tables(tokens, sizes[sizes > 0], np.concatenate([np.zeros(0, np.int32), *entries]))
 
 
-def _pieces(groups: list[tuple[int, np.ndarray]]) -> Iterator[list[tuple[int, np.ndarray]]]:
-    """Contexts of about PIECE_ROWS positions in all, or one that has more: what is worth a thread's while."""
-    piece: list[tuple[int, np.ndarray]] = []
-    num_rows = 0
-    for group in groups:
-        piece.append(group)
-        num_rows += len(group[1])
-        if num_rows >= PIECE_ROWS:
-            yield piece
-            piece, num_rows = [], 0
-    yield piece
+def _pieces(lengths: np.ndarray) -> Iterator[slice]:
+    """Contexts with about PIECE_ROWS positions in all, or one that has more: what is worth a thread's while."""
+    piece_of = (np.cumsum(lengths) - lengths) // PIECE_ROWS
+    bounds = np.flatnonzero(np.diff(piece_of, prepend=-1, append=-1))
+    return map(slice, bounds[:-1].tolist(), bounds[1:].tolist())
 
 
 def _frequent(places: np.ndarray) -> np.ndarray:
@@ -185,13 +187,17 @@ def _frequent(places: np.ndarray) -> np.ndarray:
     return places[starts[kept]]
 
 
-def _groups(contexts_N: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-    """Every context, rising, and the positions that have it."""
+def _counting(sizes: np.ndarray) -> np.ndarray:
+    """From 0 to each of the sizes, one after the other."""
+    return np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+
+
+def _groups(contexts_N: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The positions, by their contexts; every context, rising; and how many positions have it."""
     order = np.argsort(contexts_N, kind="stable")
     ordered = contexts_N[order]
-    bounds = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1], [True]]))
-    for start, stop in zip(bounds[:-1].tolist(), bounds[1:].tolist()):
-        yield int(ordered[start]), order[start:stop]
+    starts = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]])[: len(ordered)])
+    return order, ordered[starts], np.diff(starts, append=len(ordered))
 
 
 def _inverse(vocabulary: np.ndarray) -> np.ndarray:

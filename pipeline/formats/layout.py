@@ -8,6 +8,7 @@ whatever a container does to them, what comes out is what went in.
 Shape suffixes: S sequences, D documents, M tokens, N targets, K entries, T temperatures.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,7 +18,7 @@ import xxhash
 from pipeline.corpus import TokenSequence, target_positions
 from pipeline.errors import CacheCorruptError
 from pipeline.formats.codec import is_lossless, round_targets
-from pipeline.targets import COLUMNS, SparseTargets, TargetSpec, logsumexps_of
+from pipeline.targets import COLUMNS, SparseTargets, TargetSpec, concatenate, logsumexps_of
 
 ALIGNMENT = "targets[j] is the teacher's distribution of token target_positions[j] + 1"
 
@@ -130,12 +131,37 @@ _DTYPES = {"key": np.uint8, "checksum": np.uint64, "loss_mask": np.bool_, "level
 
 def encode(layout: ShardLayout, sequence: TokenSequence, targets: SparseTargets) -> dict[str, np.ndarray]:
     """The stored columns of one sequence, rounded as far as the layout's bound allows."""
+    return encode_all(layout, [(sequence, targets)])[0]
+
+
+def encode_all(
+    layout: ShardLayout, captured: Sequence[tuple[TokenSequence, SparseTargets]]
+) -> list[dict[str, np.ndarray]]:
+    """The stored columns of every sequence: what `encode` makes of each, with fewer and longer calls of numpy.
+
+    Between two calls a thread holds the interpreter, and has to get it back after each: those of one sequence are too
+    short for several threads to gain anything.
+    """
     spec = layout.spec
-    expected = (len(sequence.target_positions), spec.top_k, spec.tail_samples, spec.temperatures)
-    found = (len(targets), targets.top_k, targets.draws.shape[1], targets.temperatures)
-    assert found == expected, f"targets of (N, K, D, temperatures) {found} for a sequence of {expected}"
-    labels = sequence.token_ids[sequence.target_positions + 1]
-    rounded, levels = round_targets(targets, labels, spec.max_kl_error)
+    for sequence, targets in captured:
+        expected = (len(sequence.target_positions), spec.top_k, spec.tail_samples, spec.temperatures)
+        found = (len(targets), targets.top_k, targets.draws.shape[1], targets.temperatures)
+        assert found == expected, f"targets of (N, K, D, temperatures) {found} for a sequence of {expected}"
+    rows = slices_of([len(targets) for _, targets in captured])
+    labels = np.concatenate([sequence.token_ids[sequence.target_positions + 1] for sequence, _ in captured])
+    together = concatenate([targets for _, targets in captured])
+    rounded, levels = round_targets(together, labels, spec.max_kl_error, rows)
+    return [_columns(layout, sequence, rounded[own], levels[own]) for (sequence, _), own in zip(captured, rows)]
+
+
+def slices_of(lengths: Sequence[int]) -> list[slice]:
+    """Where pieces of these lengths lie when one follows the other."""
+    return [slice(end - length, end) for length, end in zip(lengths, itertools.accumulate(lengths))]
+
+
+def _columns(
+    layout: ShardLayout, sequence: TokenSequence, targets: SparseTargets, levels: np.ndarray
+) -> dict[str, np.ndarray]:
     columns = {
         "key": np.frombuffer(sequence.key, np.uint8)[None],
         "num_tokens": np.array([len(sequence.token_ids)]),
@@ -145,7 +171,7 @@ def encode(layout: ShardLayout, sequence: TokenSequence, targets: SparseTargets)
         "token_ids": sequence.token_ids,
         "loss_mask": sequence.loss_mask,
         "levels": levels,
-        **{name: getattr(rounded, name) for name in COLUMNS},
+        **{name: getattr(targets, name) for name in COLUMNS},
     }
     stored = {name: np.ascontiguousarray(columns[name], dtype) for name, (dtype, _) in _without_checksum(layout)}
     return stored | {"checksum": np.array([checksum_of(stored)], np.uint64)}

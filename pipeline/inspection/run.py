@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pipeline.cache.manifest import TOKENIZER, CacheManifest
 from pipeline.cache.reader import PartialCache
 from pipeline.errors import ConfigError
+from pipeline.hub import located
 from pipeline.inspection.figures import Figures
 from pipeline.inspection.lines import sequence_lines, summary_lines, worst_lines
 from pipeline.inspection.page import write_inspection
@@ -22,6 +23,7 @@ KEY = re.compile("[0-9a-f]{32}")
 
 def inspect_cache(config: InspectConfig, reporter: Reporter) -> Iterator[str]:
     """Lines to print; with `html`, a page as well. Raises ConfigError or CacheError."""
+    config = located(config, "tokenizer", reporter, with_weights=False)
     cache = PartialCache(config.cache)
     temperature = _temperature(config, cache.manifest)
     number = None if config.sequence is None else _number_of(cache, config.sequence)

@@ -28,7 +28,7 @@ class InspectConfig(Settings):
     entries: int = setting(5, "Alternatives of the teacher to show at a position.")
     longest: int = setting(512, "Tokens of a sequence to show.")
     maps: int = setting(6, "Sequences that the page shows token by token.")
-    tokenizer: Path | None = setting(None, "Folder of the tokenizer of the ids; none takes the cache's own.")
+    tokenizer: Path | None = setting(None, "Folder or name of the tokenizer of the ids; none takes the cache's own.")
     trust_remote_code: bool = setting(False, "Run the tokenizer's own code.")
 
     def check(self) -> None:

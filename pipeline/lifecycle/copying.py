@@ -82,7 +82,8 @@ def _measure(shard: Shard, source: StoredShard, rows: np.ndarray) -> tuple[Shard
     statistics = TargetStatistics(layout)
     for row, columns in zip(rows, sequences_of_shard(shard, source.layout, rows)):
         targets = source.decode(columns, row).targets
-        statistics.add(measured(StoredSequence(columns=columns, targets=targets, source=source.commit), layout))
+        (added,) = measured([StoredSequence(columns=columns, targets=targets, source=source.commit)], layout)
+        statistics.add(added)
     return counts, statistics.to_dict()
 
 

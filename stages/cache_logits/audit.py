@@ -9,7 +9,8 @@ from pipeline.cache.manifest import CacheManifest
 from pipeline.cache.reader import Cache, open_cache
 from pipeline.corpus import TokenSequence
 from pipeline.errors import CacheMismatchError, ConfigError
-from pipeline.formats.layout import CachedSequence, ShardCounts, targets_of
+from pipeline.formats.layout import CachedSequence, ShardCounts, encode, targets_of
+from pipeline.hub import located
 from pipeline.ownership import entries_that_differ, told
 from pipeline.progress import Reporter
 from pipeline.settings import load_config
@@ -60,6 +61,7 @@ def audit_cache(config: AuditConfig, reporter: Reporter | None = None) -> AuditR
     The teacher must be the one of the manifest, file for file. Nothing of the corpus is needed.
     """
     reporter = reporter or Reporter()
+    config = located(config, "teacher", reporter)
     cache = open_cache(config.cache)
     indexes = sample(len(cache), config.fraction, config.sequences, config.seed)
     capture = _capture_settings(config, cache.manifest)
@@ -111,7 +113,7 @@ def _compare(cache: Cache, index: int, row: ScoredRow, report: AuditReport) -> l
     if sequence.key != cached.key:
         report.problems.append(f"{where}: its key is not that of its tokens, mask and documents.")
     layout = manifest.layout(ShardCounts.of([sequence]))
-    rounded = targets_of(row.store(layout).columns, layout)
+    rounded = targets_of(encode(layout, sequence, wanted), layout)
     found = []
     for temperature in manifest.temperatures:
         lost = [difference.value for difference in differences(rounded, wanted, temperature)]

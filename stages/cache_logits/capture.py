@@ -2,16 +2,16 @@
 
 The engine runs in the caller's thread and is never drained between partitions. A second thread encodes (or
 copies what an earlier cache knows), writes and commits; the queue between them is bounded, and an error on either
-side stops the other and reaches the caller. The second may have others that share its work: a sequence at a time, and
-of a shard whose last sequence is there what its container divides. What comes of it is put together in order, so that
-a shard has the same bytes however many they are.
+side stops the other and reaches the caller. The second may have others that share its work: a few sequences at a
+time, and of a shard whose last sequence is there what its container divides. What comes of it is put together in
+order, so that a shard has the same bytes however many they are.
 """
 
 import functools
 import itertools
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,10 +28,12 @@ from pipeline.lifecycle.reuse import KnownTargets
 from pipeline.parallel import Threads
 from pipeline.targets import SparseTargets
 from stages.cache_logits.engine import Engine
-from stages.cache_logits.scoring import Row, row_of, score_rows
+from stages.cache_logits.scoring import Row, row_of, score_rows, store_rows
 
 QUEUE_SEQUENCES = 256
 """Finished sequences that may wait for the writer."""
+GROUP_TARGETS = 4096
+"""Targets that are encoded together, by one thread: long calls of numpy, whose arrays (1 MB at K = 64) fit a cache."""
 
 _OnCommit = Callable[[int, ShardCommit | None], None]
 
@@ -133,10 +135,11 @@ class _Writer:
         with self._cache.new_shard(partition) as path:
             writer = container.create(path, layout)
             try:
-                for columns, added in self._threads.map(functools.partial(encoded, layout), rows):
-                    statistics.add(added)
-                    writer.append(columns)
-                    num_written += 1
+                for sequences in self._threads.map(functools.partial(encoded, layout), groups(rows)):
+                    for columns, added in sequences:
+                        statistics.add(added)
+                        writer.append(columns)
+                        num_written += 1
                 if num_written < layout.counts.num_sequences:
                     return
                 writer.close(self._threads)
@@ -146,7 +149,21 @@ class _Writer:
         self._on_commit(partition, commit)
 
 
-def encoded(layout: ShardLayout, row: Row) -> tuple[dict[str, np.ndarray], SequenceStatistics]:
-    """The stored columns of a row, and what they add to the statistics of their shard."""
-    stored = row.store(layout)
-    return stored.columns, measured(stored, layout)
+def groups(rows: Iterable[Row]) -> Iterator[list[Row]]:
+    """The rows in groups of GROUP_TARGETS targets or a row more."""
+    group: list[Row] = []
+    num_targets = 0
+    for row in rows:
+        group.append(row)
+        num_targets += len(row.sequence.target_positions)
+        if num_targets >= GROUP_TARGETS:
+            yield group
+            group, num_targets = [], 0
+    if group:
+        yield group
+
+
+def encoded(layout: ShardLayout, rows: Sequence[Row]) -> list[tuple[dict[str, np.ndarray], SequenceStatistics]]:
+    """The stored columns of every row, and what they add to the statistics of their shard."""
+    sequences = store_rows(rows, layout)
+    return [(stored.columns, added) for stored, added in zip(sequences, measured(sequences, layout))]

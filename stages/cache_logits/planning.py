@@ -14,6 +14,7 @@ from pipeline.documents import Count, entry_of
 from pipeline.errors import CorpusError
 from pipeline.formats.containers import CONTAINERS
 from pipeline.formats.layout import ShardCounts
+from pipeline.hub import name_of
 from pipeline.lifecycle.reuse import KnownTargets
 from pipeline.settings import resolved
 from pipeline.stores.places import store_of
@@ -103,7 +104,7 @@ def _manifest(
         num_tokens=corpus.manifest.num_tokens,
         num_targets=corpus.manifest.num_targets,
         partitions=partitions,
-        settings=resolved(config),
+        settings=resolved(config) | {"teacher": name_of(config.teacher)},
         software=_versions(),
         chat_template=corpus.manifest.settings.get("chat_template"),
         tokenizer_files=store_of(config.corpus / TOKENIZER).hashes(),

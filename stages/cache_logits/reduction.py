@@ -193,5 +193,7 @@ def _row_dots(a_NV: Tensor, b_NV: Tensor) -> Tensor:
     """[N]: the dot product of each row of one with the same row of the other."""
     if a_NV.device.type != "cpu":
         return torch.linalg.vecdot(a_NV, b_NV)
+    if len(a_NV) == 0:
+        return a_NV.new_empty(0)
     # vecdot is a batched product of threads that wait for each other: hundreds of times slower on a busy machine.
     return torch.stack([torch.dot(a, b) for a, b in zip(a_NV.unbind(0), b_NV.unbind(0))])

@@ -1,6 +1,7 @@
 """The command `pipeline cache-logits`, from its settings to a finished cache."""
 
 from pipeline.cache.manifest import CacheManifest
+from pipeline.hub import located
 from pipeline.progress import Reporter
 from pipeline.runs.failures import forget_failures
 from pipeline.runs.rank import Rank, rank_from_environment
@@ -21,6 +22,7 @@ def cache_logits(config: CacheConfig, reporter: Reporter | None = None) -> Cache
     cache; each returns when all of it is there.
     """
     reporter = reporter or Reporter()
+    config = located(config, "teacher", reporter)
     rank = rank_from_environment() if config.worker_from_env else Rank(config.worker, config.workers)
     plan = plan_cache(config, require_vllm if config.engine == "vllm" else lambda teacher: None)
     manifest = plan.cache.manifest

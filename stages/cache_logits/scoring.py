@@ -1,7 +1,7 @@
 """Whole sequences through an engine: one request a document, one answer a sequence, in order."""
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar, cast
 
@@ -35,8 +35,8 @@ class Row(Protocol):
     def scored(self) -> SparseTargets | None:
         """The targets of the whole sequence, once it is whole; None if no engine was asked."""
 
-    def store(self, layout: ShardLayout) -> StoredSequence:
-        """The sequence as a shard keeps it."""
+    def stored(self) -> StoredSequence | None:
+        """The sequence as an earlier cache has it; None if an engine was asked."""
 
 
 AnyRow = TypeVar("AnyRow", bound=Row)
@@ -80,9 +80,8 @@ class ScoredRow:
             self._targets = concatenate([part for part in self._documents if part is not None])
         return self._targets
 
-    def store(self, layout: ShardLayout) -> StoredSequence:
-        """The sequence, encoded."""
-        return StoredSequence.encoded(self.sequence, self.scored(), layout)
+    def stored(self) -> None:
+        """None: an engine was asked."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,9 +107,16 @@ class KnownRow:
     def scored(self) -> None:
         """None: no engine was asked."""
 
-    def store(self, layout: ShardLayout) -> StoredSequence:
+    def stored(self) -> StoredSequence:
         """The sequence as the earlier cache has it; raises CacheCorruptError."""
         return self.known.load(self.place, self.sequence.key)
+
+
+def store_rows(rows: Sequence[Row], layout: ShardLayout) -> list[StoredSequence]:
+    """The rows as a shard keeps them: encoded, or as an earlier cache has them."""
+    captured = [(row.sequence, targets) for row in rows if (targets := row.scored()) is not None]
+    encoded = iter(StoredSequence.encoded(captured, layout) if captured else ())
+    return [next(encoded) if (stored := row.stored()) is None else stored for row in rows]
 
 
 def row_of(sequence: TokenSequence, known: KnownTargets | None) -> Row:

@@ -12,18 +12,20 @@ from pipeline.stores.store import Store
 from pipeline.targets import TargetSpec
 from stages.cache_logits.engines import ENGINES
 
-MOST_ENCODING_THREADS = 4
-"""Unless one asks for more."""
 FLOAT32_BYTES = 4
 LOGITS_BYTES = 400 << 20
 """1,024 positions of a vocabulary of 102,400 on one device; 8,192 on each of eight."""
+MOST_ENCODING_THREADS = 4
+"""Unless one asks for more."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherConfig(Settings):
     """How a teacher is run, and what is kept of what it says."""
 
-    teacher: Path = required("Folder of the teacher: config.json, weights, tokenizer.")
+    teacher: Path = required(
+        "Folder of the teacher (config.json, weights, tokenizer), or its name on a model hub, NAME or NAME@REVISION."
+    )
     engine: str = setting("vllm", "What runs the teacher.", choices=ENGINES.names)
     top_k: int = setting(64, "Largest probabilities kept for each position.")
     temperatures: tuple[float, ...] = setting(
@@ -154,7 +156,7 @@ class AuditConfig(Settings):
     """Settings of `pipeline audit`. What is not given is as it was in the capture."""
 
     cache: Store = required("Folder or URL of a finished cache.", argument=True)
-    teacher: Path = required("Folder of the teacher that made it.")
+    teacher: Path = required("Folder or name of the teacher that made it.")
     fraction: float = setting(0.001, "Share of the sequences that are scored again, 0 to 1.")
     sequences: int = setting(8, "Sequences that are scored again at least.")
     seed: int = setting(0, "Seed of the sample.")

@@ -71,7 +71,7 @@ class Steps:
                 process.terminate()
                 raise
         if code != 0:
-            raise PipelineError(f"the demo's step {name!r} ended with exit code {code}; see above.")
+            raise PipelineError(f"step {name!r} ended with exit code {code}; see above.")
         self.seconds[name] = time.monotonic() - started
         record.parent.mkdir(parents=True, exist_ok=True)
         write_json(record, {"seconds": self.seconds[name], "arguments": words})

@@ -16,8 +16,9 @@ from pipeline.corpus import Corpus
 from pipeline.errors import CorpusError
 from pipeline.formats.containers import CONTAINERS
 from pipeline.formats.layout import ShardCounts, ShardLayout
+from pipeline.hub import located
 from pipeline.models import read_model, text_body
-from pipeline.progress import duration
+from pipeline.progress import Reporter, duration
 from pipeline.settings import load_config
 from stages.cache_logits.settings import CacheConfig
 from stages.estimate.devices import DEVICES
@@ -160,12 +161,13 @@ class Estimate:
 
 def estimate(config: EstimateConfig) -> Estimate:
     """What the two stages take. Raises ConfigError for settings or models that cannot be read."""
-    cache = load_config(CacheConfig, config.cache_logits)
+    cache = located(load_config(CacheConfig, config.cache_logits), "teacher", Reporter(), with_weights=False)
     amount = Amount.of(config, cache.corpus)
     capture = _capture(config, cache, amount)
     training = None
     if config.train_student is not None:
-        training = _training(config, load_config(TrainConfig, config.train_student), amount)
+        student = load_config(TrainConfig, config.train_student)
+        training = _training(config, located(student, "student", Reporter(), with_weights=False), amount)
     return Estimate(
         device=config.device,
         utilization=config.utilization,

@@ -11,6 +11,7 @@ import numpy as np
 from pipeline.corpus import MANIFEST, TOKENIZER, Corpus, TokenSequence
 from pipeline.documents import printable
 from pipeline.errors import ConfigError
+from pipeline.hub import located
 from pipeline.progress import KeptLines, Reporter
 from pipeline.spelling import units
 from pipeline.tokenizer import load_tokenizer
@@ -48,6 +49,7 @@ MEANINGS = {
 def preview(config: PreviewConfig, color: bool) -> Iterator[str]:
     """Lines to print; raises ConfigError or CorpusError."""
     said = KeptLines()
+    config = located(config, "tokenizer", said, with_weights=False)
     if len(config.inputs) == 1 and (config.inputs[0] / MANIFEST).is_file():
         folder = config.inputs[0]
         corpus = Corpus(folder)

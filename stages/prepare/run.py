@@ -26,6 +26,7 @@ from pipeline.corpus import (
 from pipeline.documents import entry_of, printable
 from pipeline.errors import ConfigError, CorpusError
 from pipeline.files import replacing
+from pipeline.hub import located
 from pipeline.progress import Progress, Reporter
 from pipeline.settings import resolved
 from pipeline.tokenizer import TokenizerIdentity, identify, load_tokenizer, save_tokenizer
@@ -56,6 +57,7 @@ def prepare(config: PrepareConfig, reporter: Reporter | None = None, *, unit_byt
     Raises ConfigError or CorpusError. After a crash or an error, the same call goes on.
     """
     reporter = reporter or Reporter()
+    config = located(config, "tokenizer", reporter, with_weights=False)
     check_folder(config.out)
     inputs = find_inputs(config.inputs, config.out)
     if inputs.note:

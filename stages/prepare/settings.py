@@ -26,7 +26,7 @@ class TextConfig(Settings):
     inputs: tuple[Path, ...] = required(
         "Files or folders: .txt, .md, .json, .jsonl, .jsonl.gz, .jsonl.zst, .parquet.", argument=True
     )
-    tokenizer: Path = required("Folder of the teacher's tokenizer.")
+    tokenizer: Path = required("Folder of the teacher's tokenizer, or the teacher's name on a model hub.")
     sequence_length: int = setting(2048, "Longest sequence, in tokens.")
     text_field: str = setting("text", "Field or column that holds a document's text.")
     packing: str = setting(
@@ -71,7 +71,7 @@ class PreviewConfig(TextConfig):
     """Settings of `pipeline preview`."""
 
     tokenizer: Path | None = setting(  # type: ignore[assignment]
-        None, "Folder of the teacher's tokenizer; a corpus has its own."
+        None, "Folder or name of the teacher's tokenizer; a corpus has its own."
     )
     rows: int = setting(3, "Rows to show.")
     longest: int = setting(2000, "Tokens of a row to show.")

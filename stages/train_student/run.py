@@ -18,6 +18,7 @@ from pipeline.documents import document_of
 from pipeline.drain import Drain
 from pipeline.errors import Drained, PipelineError
 from pipeline.hidden import first_forward
+from pipeline.hub import located
 from pipeline.progress import Reporter
 from pipeline.stores.sealed import read_json, write_json
 from pipeline.tokenizer import load_tokenizer
@@ -73,6 +74,7 @@ def train_student(config: TrainConfig, reporter: Reporter | None = None) -> dict
 
 
 def _train_student(config: TrainConfig, reporter: Reporter, until_the_end: ExitStack) -> dict[str, Any]:
+    config = located(config, "student", reporter)
     cache = open_cache(config.cache)
     require_targets(config, cache.manifest)
     held_out = open_cache(config.eval_cache) if config.eval_cache is not None else None

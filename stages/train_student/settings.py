@@ -17,7 +17,9 @@ from stages.train_student.tails import TAILS
 class TrainConfig(Settings):
     """Settings of `pipeline train-student`."""
 
-    student: Path = required("Folder of the student, or a config.json for one that starts from random weights.")
+    student: Path = required(
+        "Folder of the student, its name on a model hub, or a config.json for one that starts from random weights."
+    )
     cache: Store = required("Folder or URL that `pipeline cache-logits` wrote to.")
     out: Path = required("Folder for checkpoints, logs and the finished student.")
     alpha: float = setting(0.5, "Weight of the distillation term; 0 trains from the labels alone.")

@@ -82,6 +82,7 @@ def run_worker(
         rank=rank,
         terms=RunTerms(lease_s=lease_s),
         stall_s=stall_s,
+        encoding_threads=2,
         reporter=reporter or Reporter(),
     )
 

@@ -89,6 +89,7 @@ HOOKS = (
     Hook(f"{_MODELS}.registry", "_RegisteredModel.model_cls"),
     Hook(f"{_MODELS}.interfaces_base", "default_pooling_type", takes=("tok_pooling_type",)),
     Hook(f"{_MODELS}.interfaces_base", "VllmModelForPooling.is_pooling_model"),
+    Hook(f"{_LAYERS}.activation", "get_act_fn", takes=("act_fn_name",)),
     Hook("vllm.model_executor.model_loader.default_loader", "DefaultModelLoader", mentions="allow_patterns_overrides"),
     # What the pooler is, is given and calls.
     Hook(f"{_LAYERS}.pooler.abstract", "Pooler"),

@@ -4,10 +4,19 @@ import importlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from vllm.model_executor.layers.activation import get_act_fn
 from vllm.model_executor.models.interfaces_base import default_pooling_type
 
 from stages.cache_logits.vllm_plugin import LANGUAGE_MODEL, OPTIONS
 from stages.cache_logits.vllm_plugin.pooler import SparseTargetPooler
+
+
+def _activation(config: Any) -> str:
+    return getattr(config, "activation", "gelu")
+
+
+ACTIVATIONS = {"BloomMLP": ("gelu_impl", lambda config: "gelu_pytorch_tanh"), "FalconMLP": ("act", _activation)}
+"""Layers to which vLLM gives the exact GELU, whatever their model has: its place there, and what a config has."""
 
 
 def _twin(base: type) -> type:
@@ -20,6 +29,7 @@ def _twin(base: type) -> type:
 
         def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
             super().__init__(vllm_config=vllm_config, prefix=prefix)
+            _set_activations(self, vllm_config.model_config.hf_config)
             options = dict(vllm_config.additional_config[OPTIONS])
             files = options.pop("files")
             self.allow_patterns_overrides = files and [files]  # read by vLLM's loader; None lets it find them
@@ -36,6 +46,15 @@ def _twin(base: type) -> type:
 
     Twin.__name__ = Twin.__qualname__ = base.__name__  # vLLM compares the names of classes
     return Twin
+
+
+def _set_activations(model: Any, config: Any) -> None:
+    for layer in model.modules():
+        if type(layer).__name__ in ACTIVATIONS:
+            place, name_of = ACTIVATIONS[type(layer).__name__]
+            if not hasattr(layer, place):
+                raise TypeError(f"vLLM's {type(layer).__name__} has another name for its activation than {place}")
+            setattr(layer, place, get_act_fn(name_of(config)))
 
 
 def _of_language_model(weights: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:

@@ -280,6 +280,10 @@ def test_damaged_shard_is_one_line_that_names_it(tmp_path, plain):
     shard = sorted((folder / SHARDS).iterdir())[0]
     shard.write_bytes(shard.read_bytes()[:-1])
     assert shard.name in refused(folder, "--sequence", 0)
+    code, out, err = run("inspect", folder)
+    assert code == 2
+    assert "40 sequences" in out  # which the records say
+    assert shard.name in err
 
 
 def test_own_tokenizer_is_that_of_the_corpus(plain, corpus):

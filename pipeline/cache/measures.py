@@ -150,7 +150,7 @@ class Calibration:
 
 
 class Largest:
-    """The largest of many values, with where each comes from; of equals those that came first."""
+    """The `count` largest (1 or more) of many values, with where each comes from; of equals those that came first."""
 
     def __init__(self, count: int) -> None:
         self.count = count

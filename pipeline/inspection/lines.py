@@ -13,7 +13,7 @@ from pipeline.inspection.summary import Summary
 from pipeline.inspection.tokens import Said, Token, document_means, tokens_of
 from pipeline.spelling import Speller
 
-TOKEN_WIDTH = 18
+NAME_WIDTH, TOKEN_WIDTH = 12, 18
 MASKED_WIDTH = 80
 """Columns of the text of tokens without a target, which come in one line."""
 BEFORE = 12
@@ -23,14 +23,16 @@ OPENING = 16
 UNITS = {"surprises": "nats", "entropies": "nats of entropy", "tail_masses": "outside the entries"}
 
 
-def summary_lines(summary: Summary, parts: Mapping[str, float]) -> Iterator[str]:
+def summary_lines(summary: Summary) -> Iterator[str]:
     """The cache in ten seconds."""
     yield printable(str(summary.cache.folder))
-    rows = list(summary.rows())
-    if parts:
-        rows.append(("of a target", ", ".join(f"{part} {size:.1f}" for part, size in parts.items()) + " bytes"))
-    for name, text in rows:
-        yield f"  {name:<12}{printable(text)}"
+    for name, text in summary.rows():
+        yield f"  {name:<{NAME_WIDTH}}{printable(text)}"
+
+
+def parts_line(parts: Mapping[str, float]) -> str:
+    """What the bytes of a target go to."""
+    return f"  {'of a target':<{NAME_WIDTH}}{', '.join(f'{part} {size:.1f}' for part, size in parts.items())} bytes"
 
 
 def sequence_lines(

@@ -8,7 +8,7 @@ from pipeline.cache.reader import PartialCache
 from pipeline.errors import ConfigError
 from pipeline.hub import located
 from pipeline.inspection.figures import Figures
-from pipeline.inspection.lines import sequence_lines, summary_lines, worst_lines
+from pipeline.inspection.lines import parts_line, sequence_lines, summary_lines, worst_lines
 from pipeline.inspection.page import write_inspection
 from pipeline.inspection.sample import Sample
 from pipeline.inspection.settings import InspectConfig
@@ -33,15 +33,17 @@ def inspect_cache(config: InspectConfig, reporter: Reporter) -> Iterator[str]:
     if number is not None:
         yield from sequence_lines(cache, number, speller, temperature, config.entries, config.longest)
     summary = Summary.of(cache)
+    if number is None:
+        yield from summary_lines(summary)
     if reads_sample:
         sample = Sample.draw(cache, config.sample, config.shards, config.seed)
         figures = Figures(cache.manifest, temperature, config.worst, charts=config.html is not None)
         figures.add_all(sample.read(reporter))
         parts = bytes_by_part(cache, sample.partitions)
-    else:
+    else:  # of a cache in a store no shard is fetched for it
         parts = bytes_by_part(cache, list(cache.records)[:1] if cache.folder.path is not None else [])
-    if number is None:
-        yield from summary_lines(summary, parts)
+    if number is None and parts:
+        yield parts_line(parts)
     if config.worst:
         yield f"the worst of {sample.described()}, at T = {temperature:g}; sequence:token"
         yield from worst_lines(cache, figures, speller)

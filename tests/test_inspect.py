@@ -1,7 +1,9 @@
 """`pipeline inspect` on a terminal: what is said is what the cache holds, whatever is in it and wherever it lies."""
 
+import math
 import re
 import shutil
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ from pipeline.cache.manifest import TOKENIZER
 from pipeline.cache.reader import PartialCache
 from pipeline.corpus import TokenSequence
 from pipeline.formats.containers import CONTAINERS
+from pipeline.inspection.figures import Figures
 from pipeline.inspection.sample import Sample
 from pipeline.inspection.summary import bytes_by_part
 from pipeline.progress import Reporter
@@ -72,6 +75,14 @@ def test_summary_has_the_means_of_all_targets_and_all_bytes(cache):
         entropy = np.concatenate([item.targets.entropy(temperature) for item in sequences]).mean(dtype=np.float64)
         (said,) = re.findall(rf"T = {temperature:g} +entropy ([\d.]+) nats", out)
         assert float(said) == pytest.approx(entropy, abs=1 / 64 + 5e-4)  # a record has the values before rounding
+        line = out[out.index(f"T = {temperature:g} ") :].splitlines()[0]
+        if manifest.top_k:
+            tail = np.concatenate([item.targets.tail_mass(temperature) for item in sequences]).mean(dtype=np.float64)
+            assert float(line.split()[-1]) == pytest.approx(tail, abs=2e-3)
+        if manifest.max_kl_error == 0:  # else what is nearly impossible is stored as a little more likely
+            surprise = -np.concatenate([item.targets.label_logprobs(temperature) for item in sequences])
+            (said,) = re.findall(r"label ([\d.]+) nats", line)
+            assert float(said) == pytest.approx(surprise.mean(dtype=np.float64), abs=5e-4)
     parts = bytes_by_part(PartialCache(cache), list(range(manifest.num_partitions)))
     size = sum((cache / SHARDS / name).read_bytes().__len__() for name in (cache / SHARDS).names())
     assert sum(parts.values()) * manifest.num_targets == pytest.approx(size)
@@ -92,6 +103,12 @@ def test_sequence_shows_every_token_once_and_what_was_said_of_it(cache):
     probs = np.exp(item.targets.label_logprobs(2.0))
     for prob, text in zip(probs.tolist(), said.values()):
         assert float(text) == pytest.approx(prob, rel=0.06, abs=5e-4)
+    ranks = [
+        re.match(r" *\d+  '.*'  +[\d.e-]+ +(\d+|-) ", line)[1] for line in lines if re.match(r" *\d+  '.*'  ", line)
+    ]
+    labels = item.token_ids[item.target_positions + 1]
+    places = [np.flatnonzero(ids == label).tolist() for ids, label in zip(item.targets.ids, labels)]
+    assert ranks == [str(place[0] + 1) if place else "-" for place in places]
     covered = list(said)
     for line in lines:
         if match := re.match(r" *(\d+)(?:-(\d+))?  masked: ", line):
@@ -119,6 +136,29 @@ def test_worst_are_those_of_a_sort_of_all_targets(cache):
         places = {f"{n}:{p}" for value, n, p in expected if f"{value:.4f}" >= f"{top[-1][0]:.4f}"}
         assert {re.search(r" (\d+:\d+)  ", line)[1] for line in lines} <= places
     assert f"the worst of all 40 sequences, in {open_cache(cache).manifest.num_partitions} of" in out
+
+
+def test_figures_are_those_of_a_loop_over_all_targets(plain):
+    cache = PartialCache(plain)
+    figures = Figures(cache.manifest, 1.0, 0).add_all((number, cache[number]) for number in range(40))
+    by_doubling, bins = defaultdict(list), defaultdict(list)
+    for item in open_cache(plain):
+        starts = np.concatenate([[0], np.cumsum(item.document_lengths)])
+        for row, position in enumerate((item.target_positions + 1).tolist()):
+            surprise = -float(item.targets.label_logprobs(1.0)[row])
+            place = position - max(start for start in starts.tolist() if start <= position)
+            by_doubling[2 ** int(math.log2(place))].append(surprise)
+            prob = float(item.targets.probs(1.0)[row, 0])
+            bins[int(prob * 10)].append((prob, item.targets.ids[row, 0] == item.token_ids[position]))
+    for (first, count, mean), (wanted, values) in zip(figures.by_place(), sorted(by_doubling.items()), strict=True):
+        assert (first, count) == (wanted, len(values))
+        assert mean == pytest.approx(math.fsum(values) / len(values), rel=1e-12)
+    found = figures.by_temperature[1.0].calibration
+    assert found.counts.tolist() == [len(bins[number]) for number in range(10)]
+    for number in np.flatnonzero(found.counts).tolist():
+        probs, hits = zip(*bins[number])
+        assert found.confidence[number] == pytest.approx(sum(probs) / len(probs), rel=1e-12)
+        assert found.accuracy[number] == sum(hits) / len(hits)
 
 
 def test_unfinished_cache_is_shown_as_far_as_it_is(tmp_path, plain):

@@ -71,6 +71,22 @@ def test_maps_are_seeded_and_the_wanted_sequence_comes_first(tmp_path, corpus):
     assert others != titles[1:]
 
 
+def test_shades_and_calibration_are_those_of_the_targets(tmp_path, corpus):
+    cache = make_cache(tmp_path / "cache", corpus)
+    page = page_of(cache, tmp_path, "--sequence", 39, "--maps", 0, "--longest", 1000, "--sample", "all")
+    probs = np.exp(open_cache(cache)[39].targets.label_logprobs(1.0))
+    shades = [int(shade) for shade in re.findall(r'<span class="t h(\d)"', page)]
+    assert shades == [sum(prob < edge for edge in (0.5, 0.2, 0.05, 0.01, 0.001)) for prob in probs.tolist()]
+    assert len(set(shades)) > 1
+    items = list(open_cache(cache))
+    first = np.concatenate([item.targets.probs(1.0)[:, 0] for item in items]).astype(np.float64)
+    hits = np.concatenate([item.targets.ids[:, 0] == item.token_ids[item.target_positions + 1] for item in items])
+    points = re.findall(r"<title>T = 1: ([\d.e-]+) at ([\d.e-]+)</title>", page[page.index("How often its first") :])
+    bins = (first * 10).astype(int)
+    expected = [(hits[bins == at].mean(), first[bins == at].mean()) for at in np.unique(bins)]
+    assert points == [(f"{accuracy:.4g}", f"{confidence:.4g}") for accuracy, confidence in expected]
+
+
 def test_text_of_documents_stays_text(tmp_path):
     cache = hostile_cache(tmp_path)
     page = page_of(cache, tmp_path, "--worst", 20, "--longest", 1000)

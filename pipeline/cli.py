@@ -17,6 +17,7 @@ from pipeline.documents import printable
 from pipeline.errors import CacheCorruptError, Drained, PipelineError, StorageSilentError, fault_of_machine
 from pipeline.exit_codes import DISAGREES, MENDABLE
 from pipeline.hub import stay_offline
+from pipeline.inspection.settings import InspectConfig
 from pipeline.launch.settings import SubmitConfig
 from pipeline.lifecycle.settings import ConvertConfig, ExportConfig, MergeConfig
 from pipeline.options import config_command
@@ -193,6 +194,21 @@ def _say_what_now(config: VerifyConfig, report: Any) -> None:
         f"{config.cache}: repaired: {len(report.damaged)} damaged partitions were dropped; run the same "
         f"`pipeline cache-logits` command again: it computes the {todo} that are missing now."
     )
+
+
+@main.command("inspect")
+@config_command(InspectConfig)
+def inspect_command(config: InspectConfig) -> None:
+    """Read a cache by eye, finished or not: how much, how sure the teacher was, and what it said of every token.
+
+    Without options a summary, for which no shard is read. --sequence shows one sequence token by token, --worst
+    where the teacher was worst, and --html writes a page; these read a sample, and say what share it is.
+    """
+    from pipeline.inspection.run import inspect_cache
+
+    for line in inspect_cache(config, TerminalReporter()):
+        if not say(line):
+            break
 
 
 @main.command("audit")

@@ -1,4 +1,4 @@
-"""One HTML page with tables and curves, and nothing to download; the plots by matplotlib."""
+"""One HTML page with tables and curves, and nothing to download or to run; the plots by matplotlib."""
 
 import io
 from pathlib import Path
@@ -9,7 +9,9 @@ from markupsafe import Markup
 
 from pipeline.files import replacing
 
-PAGE = """<!doctype html><html lang=en><meta charset=utf-8><title>{{ title }}</title><style>
+PAGE = """<!doctype html><html lang=en><meta charset=utf-8>
+<meta http-equiv=Content-Security-Policy content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
+<meta name=viewport content="width=device-width, initial-scale=1"><title>{{ title }}</title><style>
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #1d2733; }
 h1 { font-size: 1.6rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
 table { border-collapse: collapse; margin-bottom: 1.5rem; }
@@ -18,8 +20,9 @@ td:first-child, th:first-child { text-align: left; } th { border-bottom: 1px sol
 .verdict { font-size: 1.15rem; padding: .8rem 1rem; background: #eef3f1; border-left: 4px solid #0b6e4f; }
 .grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(26rem, 1fr)); gap: 1rem; }
 svg { width: 100%; height: auto; } .small { color: #5a6675; font-size: .9rem; }
-</style>{{ body }}</html>
+{{ style }}</style>{{ body }}</html>
 """
+"""Asks nothing of a network and runs nothing, whatever got into it."""
 MACROS = """
 {%- macro table(rows) -%}
 <table><tr>{% for cell in rows[0] %}<th>{{ cell }}</th>{% endfor %}</tr>
@@ -34,12 +37,15 @@ MACROS = """
 Table = list[list[str]]
 
 
-def write_page(path: Path, title: str, body: str, **values: Any) -> None:
-    """Publish a page whose body is a template of `values`; they are text, and escaped, unless they are Markup."""
+def write_page(path: Path, title: str, body: str, style: str = "", **values: Any) -> None:
+    """Publish a page whose body is a template of `values`; they are text, and escaped, unless they are Markup.
+
+    `style` is CSS of our own, after that of all pages.
+    """
     environment = Environment(autoescape=True, undefined=StrictUndefined, keep_trailing_newline=True)
     macros: Any = environment.from_string(MACROS).module
     filled = environment.from_string(body).render(values, table=macros.table, grid=macros.grid)
-    page = environment.from_string(PAGE).render(title=title, body=Markup(filled))
+    page = environment.from_string(PAGE).render(title=title, body=Markup(filled), style=Markup(style))
     with replacing(path) as partial:
         partial.write_text(page, encoding="utf-8")
 

@@ -124,6 +124,11 @@ class ArrowShard:
                 heads[RAGGED.get(name, name)].append(values if name == "key" else np.diff(offsets))
         return {name: np.concatenate(parts) for name, parts in heads.items()}
 
+    def parts(self) -> dict[str, int]:
+        """Bytes of every column, its offsets among them."""
+        names = self._batches[0].schema.names if self._batches else []
+        return {name: sum(batch.column(name).nbytes for batch in self._batches) for name in names}
+
     def checked_ranges(self) -> list[tuple[int, int]]:
         """Ranges of the file's bytes that the sequences' checksums cover."""
         buffers = [buffer for batch in self._batches for buffer in _value_buffers(batch)]

@@ -41,6 +41,9 @@ class Shard(Protocol):
     def heads(self) -> dict[str, np.ndarray]:
         """What every sequence has one of: key [S, 16], num_tokens, num_documents, num_targets [S]; reads no targets."""
 
+    def parts(self) -> dict[str, int]:
+        """Bytes of every array in the file, by its name; directories, padding and schemas are none."""
+
     def checked_ranges(self) -> list[tuple[int, int]]:
         """Ranges of the file's bytes, rising and apart, in which reading a sequence notices any change."""
 

@@ -133,6 +133,11 @@ class ZarrShard:
             columns = unpack(found, self._model, self._layout)
             return {name: columns[name] for name in self._names}
 
+    def parts(self) -> dict[str, int]:
+        """Bytes of every array, compressed, with the indexes and checksums of its chunks."""
+        arrays = self._arrays | self._model_arrays
+        return {name: sum(stop - start for start, stop in array.extents) for name, array in arrays.items()}
+
     def checked_ranges(self) -> list[tuple[int, int]]:
         """Ranges of the file's bytes that have checksums of their own, which reading checks."""
         arrays = [*self._arrays.values(), *self._model_arrays.values()]

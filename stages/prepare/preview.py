@@ -13,6 +13,7 @@ from pipeline.documents import printable
 from pipeline.errors import ConfigError
 from pipeline.hub import located
 from pipeline.progress import KeptLines, Reporter
+from pipeline.spelling import units
 from pipeline.tokenizer import load_tokenizer
 from stages.prepare.documents import DocumentEncoder, is_overlong
 from stages.prepare.inputs import InputFile, find_inputs
@@ -21,8 +22,6 @@ from stages.prepare.settings import PACKINGS, PreviewConfig
 from stages.prepare.tokens import spoken
 
 SHADES = {True: ("\x1b[30;42m", "\x1b[30;102m"), False: ("\x1b[0m", "\x1b[2m")}
-LONGEST_UNIT = 16
-"""Tokens after which text that is no text is shown as it is."""
 RESET = "\x1b[0m"
 MEANINGS = {
     "spanning_tokens": "begin in a prompt and end in an answer; they are labels",
@@ -73,8 +72,8 @@ def marked(tokenizer: Any, row: TokenSequence, *, color: bool = False, borders: 
     """The text of tokens with the labels marked, and where the tokens begin if that is asked for."""
     parts = []
     before, shade = False, 0
-    for text, is_label in _units(tokenizer, row.token_ids, row.loss_mask):
-        text = printable(text, newline="\n")
+    for text, stop in units(tokenizer, row.token_ids.tolist()):
+        text, is_label = printable(text, newline="\n"), bool(row.loss_mask[stop - 1])
         if color:
             shade = 1 - shade if borders else 0
             parts.append(f"{SHADES[is_label][shade]}{text}{RESET}")
@@ -148,13 +147,3 @@ def _row_lines(config: PreviewConfig, tokenizer: Any, row: TokenSequence, number
         if start > config.longest:
             yield f"... {len(row.token_ids) - stop:,} more tokens"
             return
-
-
-def _units(tokenizer: Any, ids: np.ndarray, mask: np.ndarray) -> Iterator[tuple[str, bool]]:
-    """Tokens as text, with whether they are labels; those that make one character together."""
-    start = 0
-    for stop in range(1, len(ids) + 1):
-        text = tokenizer.decode(ids[start:stop], skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        if "\ufffd" not in text or stop - start >= LONGEST_UNIT or stop == len(ids):
-            yield text, bool(mask[stop - 1])
-            start = stop

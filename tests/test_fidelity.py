@@ -22,6 +22,7 @@ from benchmarks.fidelity.statistics import interval, paired, pareto
 from benchmarks.fidelity.training import cosine, live_loss
 from benchmarks.real.students import block_distances, choose_block
 from pipeline.errors import PipelineError
+from pipeline.stores.sealed import write_json
 from stages.train_student.loss import fused_distillation_loss
 from stages.train_student.tails import TAILS
 from tests.support.oracle import softmax
@@ -184,6 +185,18 @@ def test_table_pairs_seeds_with_live_training(results):
     assert "| +1.00% ± 0.00 |" in lines["ghost-k8 *"]
     assert "| all logits |" in lines["live"]
     assert "| 0.0 |" in lines["hard *"]
+
+
+def test_gradients_and_ends_are_tables_of_the_report(results):
+    folder, names = results / "small", ("cross_entropy", "kl_1", "kl_2", "top1_agreement", "acceptance")
+    ends = {"teacher": dict.fromkeys((*names, "calibration_error"), 0.25)}
+    write_json(folder / "ends-pruned.json", {"ends": ends})
+    gradients = {"T2": {"ghost-k8": {"64": {"degrees": 12.34, "norm_ratio": 0.987}}}}
+    write_json(folder / "gradients-pruned.json", {"gradients": gradients})
+    lines = write_report(read_results(results, SCALES["small"]), folder).splitlines()
+    assert "| teacher | 0.2500 | 0.2500 | 0.2500 | 0.2500 | 0.2500 | 0.2500 |" in lines
+    assert "| gradient of the head, T=2 | 64 tokens |" in lines
+    assert "| ghost-k8 | 12.3°, 0.99 |" in lines
 
 
 def test_report_writes_table_and_plot_and_refuses_an_empty_folder(results, tmp_path):

@@ -53,11 +53,15 @@ def _run(arguments: argparse.Namespace, scale: Scale) -> None:
     study = Study(arguments.work, scale, reporter)
     students = tuple(arguments.student or ("pruned",))
     reporter.log(describe(study))
+    parts = {"ends": measure_ends} | ({"gradients": compare_gradients} if arguments.gradients else {})
+    for student in students:
+        for name, measure in parts.items():
+            path = arguments.results / scale.name / f"{name}-{student}.json"
+            if not path.is_file():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                made_of = {"scale": dataclasses.asdict(scale), "corpus": study.fingerprints, "machine": machine()}
+                write_json(path, made_of | {name: measure(study, student)})
     if arguments.gradients:
-        for student in students:
-            path = arguments.results / scale.name / f"gradients-{student}.json"
-            found = {"gradients": compare_gradients(study, student), **measure_ends(study, student)}
-            write_json(path, {"scale": dataclasses.asdict(scale), **found, "machine": machine()})
         return
     read_results(arguments.results, scale, study.fingerprints)  # from other text than this machine's: refused
     todo = [cell for cell in _cells(arguments, students) if not result_path(arguments.results, scale, cell).is_file()]

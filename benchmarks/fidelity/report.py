@@ -102,9 +102,9 @@ def write_report(results: list[dict[str, Any]], folder: Path) -> str:
         raise PipelineError(f"{folder}: no result there; train some cells first (python -m benchmarks.fidelity).")
     groups = groups_of(results)
     parts = [group_table(group) for group in groups]
-    for path in sorted(folder.glob("gradients-*.json")):
-        document = read_json(path, PipelineError)
-        parts += [_ends_table(document), gradient_table(document["gradients"])]
+    for name, table in (("ends", ends_table), ("gradients", gradient_table)):
+        for path in sorted(folder.glob(f"{name}-*.json")):
+            parts += [f"**{path.stem.partition('-')[2]} student**", "", table(read_json(path, PipelineError)[name])]
     text = "\n".join(parts)
     (folder / TABLE).write_text(text, encoding="utf-8")
     _plot(groups, folder / PLOT)
@@ -140,12 +140,10 @@ def gradient_table(gradients: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _ends_table(document: dict[str, Any]) -> str:
+def ends_table(ends: dict[str, dict[str, float]]) -> str:
+    """Where a student starts, and the teacher."""
     header = ["", *METRICS.values()]
-    rows = [
-        [name, *(f"{document[key][metric]:.4f}" for metric in METRICS)]
-        for name, key in (("before training", "start"), ("teacher", "teacher"))
-    ]
+    rows = [[name, *(f"{found[metric]:.4f}" for metric in METRICS)] for name, found in ends.items()]
     return "\n".join([_line(header), _line(["---"] * len(header)), *map(_line, rows), ""])
 
 

@@ -224,7 +224,7 @@ def measure_ends(study: Study, student: str) -> dict[str, Any]:
     start = evaluate(start_model(study, cell)[0], study.held_out)
     teacher = AutoModelForCausalLM.from_pretrained(study.teacher_folder, dtype=torch.float32)
     attach_fused_loss(teacher, settings_of(cell, teacher.config.vocab_size))
-    return {"start": start, "teacher": evaluate(teacher, study.held_out), "tokens": study.token_counts}
+    return {"before training": start, "teacher": evaluate(teacher, study.held_out)}
 
 
 def _first_sequences(study: Study, num_sequences: int, seed: int, num_tokens: int) -> list[int]:

@@ -87,7 +87,8 @@ def test_direction_has_angle_and_ratio(degrees):
     reference = torch.tensor([[2.0, 0.0]], dtype=torch.float64)
     angle = math.radians(degrees)
     turned = 3 * torch.tensor([[math.cos(angle), math.sin(angle)]], dtype=torch.float64)
-    assert direction(turned, reference) == pytest.approx((degrees, 1.5), abs=1e-9)
+    error = math.sqrt(9 + 4 - 12 * math.cos(angle))
+    assert direction(turned, reference) == pytest.approx((degrees, 1.5, 2.0, error), abs=1e-9)
 
 
 def test_block_with_the_smallest_turn_is_chosen_and_the_last_layer_stays():
@@ -191,12 +192,13 @@ def test_gradients_and_ends_are_tables_of_the_report(results):
     folder, names = results / "small", ("cross_entropy", "kl_1", "kl_2", "top1_agreement", "acceptance")
     ends = {"teacher": dict.fromkeys((*names, "calibration_error"), 0.25)}
     write_json(folder / "ends-pruned.json", {"ends": ends})
-    gradients = {"T2": {"ghost-k8": {"64": {"degrees": 12.34, "norm_ratio": 0.987}}}}
+    gradients = {"T2": {"ghost-k8": {"64": {"degrees": 12.34, "norm_ratio": 0.987, "norm": 1.234, "error": 0.321}}}}
     write_json(folder / "gradients-pruned.json", {"gradients": gradients})
     lines = write_report(read_results(results, SCALES["small"]), folder).splitlines()
     assert "| teacher | 0.2500 | 0.2500 | 0.2500 | 0.2500 | 0.2500 | 0.2500 |" in lines
     assert "| gradient of the head, T=2 | 64 tokens |" in lines
-    assert "| ghost-k8 | 12.3°, 0.99 |" in lines
+    assert "| live, length | 1.23 |" in lines
+    assert "| ghost-k8 | 12.3°, 0.32 |" in lines
 
 
 def test_report_writes_table_and_plot_and_refuses_an_empty_folder(results, tmp_path):

@@ -19,6 +19,10 @@ class Direction(NamedTuple):
     degrees: float
     norm_ratio: float
     """Length of the first over that of the second."""
+    norm: float
+    """Length of the second."""
+    error: float
+    """Length of their difference."""
 
 
 def kl_rows(teacher_logits_NV: Tensor, student_logits_NV: Tensor, temperature: float) -> Tensor:
@@ -74,4 +78,5 @@ def direction(gradient: Tensor, reference: Tensor) -> Direction:
     lengths = one.norm().item(), other.norm().item()
     # From the difference of the unit vectors: the cosine of a small angle is 1 to rounding.
     half = ((one / lengths[0] - other / lengths[1]).norm().item() / 2) if all(lengths) else math.nan
-    return Direction(2 * math.degrees(math.asin(min(1.0, half))), lengths[0] / lengths[1] if lengths[1] else math.nan)
+    ratio = lengths[0] / lengths[1] if lengths[1] else math.nan
+    return Direction(2 * math.degrees(math.asin(min(1.0, half))), ratio, lengths[1], (one - other).norm().item())

@@ -127,14 +127,16 @@ def group_table(group: Group) -> str:
 
 
 def gradient_table(gradients: dict[str, Any]) -> str:
-    """Angle in degrees and ratio of lengths, by target tokens of the batch."""
+    """The length of live KD's gradient; of others, angle to it and length of the error, by target tokens of a batch."""
     lines = []
     for temperature, by_recipe in gradients.items():
         sizes = list(next(iter(by_recipe.values())))
         header = [f"gradient of the head, {temperature[0]}={temperature[1:]}", *(f"{size} tokens" for size in sizes)]
         lines += [_line(header), _line(["---"] * len(header))]
+        norms = [found["norm"] for found in next(iter(by_recipe.values())).values()]
+        lines.append(_line(["live, length", *(f"{norm:.2f}" for norm in norms)]))
         for label, by_size in by_recipe.items():
-            cells = [f"{found['degrees']:.1f}°, {found['norm_ratio']:.2f}" for found in by_size.values()]
+            cells = [f"{found['degrees']:.1f}°, {found['error']:.2f}" for found in by_size.values()]
             lines.append(_line([label, *cells]))
         lines.append("")
     return "\n".join(lines)

@@ -46,13 +46,13 @@ def real_corpus(tmp_path_factory: pytest.TempPathFactory, real_teacher: Path) ->
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # reading GGUF, and vLLM's imports
-@pytest.mark.parametrize("engine", ["transformers", pytest.param("vllm", marks=pytest.mark.vllm)])
-def test_cache_of_a_real_teacher_is_exact(tmp_path, real_teacher, real_corpus, engine):
+@pytest.mark.vllm
+def test_cache_of_a_real_teacher_is_exact(tmp_path, real_teacher, real_corpus):
     rows = list(Corpus(real_corpus).rows())
     assert max(len(row.document_lengths) for row in rows) > 1
     text = load_tokenizer(real_teacher).decode(np.concatenate([row.token_ids for row in rows]))
     assert text.count("<|im_start|>assistant") >= 2
-    config = settings(real_teacher, real_corpus, tmp_path / "cache", engine=engine, top_k=64, batch_tokens=512)
+    config = settings(real_teacher, real_corpus, tmp_path / "cache", engine="vllm", top_k=64, batch_tokens=512)
     capture(config)
     assert len(open_cache(config.out)) == len(rows)
     assert_exact(config.out, real_teacher, real_corpus)

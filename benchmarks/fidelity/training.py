@@ -32,7 +32,7 @@ from stages.train_student.targets import DistillationTargets
 
 WEIGHT_DECAY, CLIP, WARMUP = 0.1, 1.0, 0.03
 INPUT_COLUMNS = ("input_ids", "position_ids", "target_rows")
-GRADIENT_TOKENS = (64, 256, 1024, 4096)
+GRADIENT_TOKENS = (64, 256, 1024)
 """Target tokens of the batches on which gradients are compared."""
 
 

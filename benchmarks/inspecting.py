@@ -10,11 +10,11 @@ passes over all sequences after one that does not count.
 
 import argparse
 import os
-import time
 from collections.abc import Callable, Iterable
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from benchmarks.reading import fastest
 from pipeline.cache.measures import documents_of, group_means, measured
 from pipeline.cache.reader import PartialCache
 from pipeline.formats.layout import CachedSequence
@@ -54,7 +54,7 @@ def main() -> None:
         )
         for name, run in passes.items():
             print(
-                f"  {name}: {num_targets / _fastest(run, options.rounds) / 1e6:.2f} M targets a CPU second", flush=True
+                f"  {name}: {num_targets / fastest(run, options.rounds) / 1e6:.2f} M targets a CPU second", flush=True
             )
 
 
@@ -65,16 +65,6 @@ def _scalars(sequences: Iterable[CachedSequence], temperature: float) -> float:
         documents, count = documents_of(sequence), len(sequence.document_lengths)
         total += sum(float(group_means(getattr(measures, way), documents, count)[1][0]) for way in WAYS)
     return total
-
-
-def _fastest(run: Callable[[], object], rounds: int) -> float:
-    """CPU seconds of the fastest of some runs after one that does not count."""
-    seconds = []
-    for _ in range(rounds + 1):
-        started = time.process_time()
-        run()
-        seconds.append(time.process_time() - started)
-    return min(seconds[1:])
 
 
 if __name__ == "__main__":

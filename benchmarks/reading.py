@@ -90,7 +90,7 @@ def _print_random_access(folder: Path, container: str, options: argparse.Namespa
     for name, read in (reads | others).items():
         count = num_tokens if name in reads else cache.commits[0].num_tokens
         print(
-            f"{container}: {name}: {count / _fastest(read, options.rounds) / 1e6:.2f} M tokens a CPU second", flush=True
+            f"{container}: {name}: {count / fastest(read, options.rounds) / 1e6:.2f} M tokens a CPU second", flush=True
         )
 
 
@@ -186,7 +186,7 @@ def _simulate(folder: Path) -> None:
         write_json(commit_path(folder, partition), asdict(commit))
 
 
-def _fastest(run: Callable[[], object], rounds: int) -> float:
+def fastest(run: Callable[[], object], rounds: int) -> float:
     """CPU seconds of the fastest of some runs after one that does not count."""
     seconds = []
     for _ in range(rounds + 1):

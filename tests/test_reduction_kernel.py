@@ -61,8 +61,7 @@ class Wrong(types.ModuleType):
         super().__init__("wrong")
         self.move = move
 
-    def reduce_shard(self, logits, labels, first_id, num_candidates, temperatures, draw_temperature):
-        reduction = draws.Reduction(num_candidates, temperatures, 1, draw_temperature)
+    def reduce_shard(self, reduction, logits, labels, first_id):
         packed = reduction.reduce_shard(logits, labels, first_id)
         self.move(*reduction.split_shard(packed))
         return packed, None

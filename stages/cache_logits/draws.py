@@ -108,10 +108,7 @@ def _by_kernel(
     kernel: ModuleType, reduction: Reduction, logits_NV: Tensor, labels_N: Tensor, first_id: int
 ) -> tuple[Tensor, Callable[[], Tail]]:
     """A partial result, and the tail to draw from; its candidates become -inf in the logits when it is asked for."""
-    temperature = reduction.draw_temperature if reduction.tail_samples else None
-    shard_NW, sums_NL = kernel.reduce_shard(
-        logits_NV, labels_N, first_id, reduction.num_candidates, reduction.temperatures, temperature
-    )
+    shard_NW, sums_NL = kernel.reduce_shard(reduction, logits_NV, labels_N, first_id)
 
     def tail_of() -> Tail:
         values_NK, ids_NK, *_ = reduction.split_shard(shard_NW)
@@ -123,7 +120,7 @@ def _by_kernel(
             columns_NDW = lane_ND[:, :, None] * width + in_lane
             inside = columns_NDW.clamp(max=logits_NV.shape[1] - 1).flatten(1)
             z_NDW = logits_NV.gather(1, inside).float().view_as(columns_NDW)
-            weights_NDW = ((z_NDW - maximum_N11) / temperature).exp()
+            weights_NDW = ((z_NDW - maximum_N11) / reduction.draw_temperature).exp()
             return weights_NDW.masked_fill(columns_NDW >= logits_NV.shape[1], 0.0)
 
         return Tail(sums_NL.double(), weights_of)

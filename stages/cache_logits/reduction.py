@@ -83,10 +83,8 @@ class Reduction:
 
     def _reduce_block(self, z_NV: Tensor, labels_N: Tensor, first_id: int, scratch_NV: Tensor | None = None) -> Tensor:
         num_rows, num_columns = z_NV.shape
-        packed = z_NV.new_zeros((num_rows, self.shard_width))
+        packed = self.empty_shard(num_rows, z_NV.device)
         values, ids, rest, moment, label = self.split_shard(packed)
-        values.fill_(-torch.inf)
-        label.fill_(-torch.inf)
         if num_columns == 0:
             return packed
         local = labels_N.to(z_NV.device) - first_id
@@ -151,6 +149,14 @@ class Reduction:
         shift = (values.amax(-1, keepdim=True) - maximum[:, :, None]).clamp(min=_ABSENT)
         others = (values.flatten(1) - maximum).scatter(1, kept, -torch.inf).clamp(min=_ABSENT)
         return maximum, kept, top[:, : self.top_k] - maximum, shift, others
+
+    def empty_shard(self, num_rows: int, device: torch.device) -> Tensor:
+        """The packed partial result of a rank that has no columns."""
+        packed = torch.zeros((num_rows, self.shard_width), dtype=torch.float32, device=device)
+        values, _, _, _, label = self.split_shard(packed)
+        values.fill_(-torch.inf)
+        label.fill_(-torch.inf)
+        return packed
 
     def split_shard(self, packed: Tensor) -> tuple[Tensor, ...]:
         """Views of a packed partial result: values, ids, rest, moment, label's logit."""

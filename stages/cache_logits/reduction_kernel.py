@@ -18,6 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from stages.cache_logits.reduction import Reduction
+
 BLOCK = 2048
 """Columns of a program of the first kernel."""
 TILE = 8192
@@ -163,33 +165,25 @@ def select_warps(slots: int, lane: int) -> int:
 
 
 def reduce_shard(
-    logits_NV: Tensor,
-    labels_N: Tensor,
-    first_id: int,
-    num_candidates: int,
-    temperatures: tuple[float, ...],
-    draw_temperature: float | None,
+    reduction: Reduction, logits_NV: Tensor, labels_N: Tensor, first_id: int
 ) -> tuple[Tensor, Tensor | None]:
     """What `Reduction.reduce_shard` gives, candidates in no order, and what each lane holds of the tail.
 
     The second is float32 [N, L], sums of exp((z - m) / draw_temperature) over what is no candidate, m the row's
-    maximum; None without a temperature for draws. At most 128 candidates.
+    maximum; None without draws. At most 128 candidates.
     """
-    num_rows, num_columns = logits_NV.shape
+    (num_rows, num_columns), num_candidates = logits_NV.shape, reduction.num_candidates
     assert logits_NV.stride(1) == 1 or num_columns == 1, "the columns of a row lie side by side"
     labels_N = labels_N.to(logits_NV.device, torch.int64).contiguous()
+    temperatures, draw_temperature = reduction.temperatures, reduction.draw_temperature
     falling = sorted(range(len(temperatures)), key=lambda place: -temperatures[place])
     lane = lane_width(num_candidates)
     num_lanes = triton.cdiv(num_columns, lane)
-    width = 2 * num_candidates + 2 * len(temperatures) + 1
-    packed_NW = torch.zeros((num_rows, width), dtype=torch.float32, device=logits_NV.device)
-    packed_NW[:, :num_candidates] = -torch.inf  # stays where there are fewer columns
-    drawn = None if draw_temperature is None else falling.index(temperatures.index(draw_temperature))
+    packed_NW = reduction.empty_shard(num_rows, logits_NV.device)
+    has_draws = reduction.tail_samples > 0 and draw_temperature is not None
+    drawn = falling.index(temperatures.index(draw_temperature)) if has_draws else None
     sums_NL = None if drawn is None else packed_NW.new_empty((num_rows, num_lanes))
-    if num_columns == 0:
-        packed_NW[:, -1] = -torch.inf
-        return packed_NW, sums_NL
-    if num_rows == 0:
+    if logits_NV.numel() == 0:
         return packed_NW, sums_NL
     slots = triton.next_power_of_2(min(num_candidates, num_lanes))
     lanes = packed_NW.new_empty((num_rows, 1 + 2 * len(temperatures), num_lanes))
@@ -220,7 +214,7 @@ def reduce_shard(
             num_candidates,
             PLACES=tuple(falling),
             DRAWN=-1 if drawn is None else drawn,
-            WIDTH=width,
+            WIDTH=reduction.shard_width,
             ALL_LANES=max(32, triton.next_power_of_2(num_lanes)),
             SLOTS=slots,
             num_warps=select_warps(slots, lane),

@@ -1,6 +1,5 @@
 """A pretrained teacher of 135M parameters against float64: its weights, its tokenizer, its chat template."""
 
-import struct
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,7 +7,7 @@ import numpy as np
 import pytest
 
 from benchmarks.real.teacher import DEFAULT_SITE, ensure_teacher
-from benchmarks.real.text import PASSAGE_CHARACTERS, Source, _messages, collect_passages
+from benchmarks.real.text import Source, collect_passages
 from pipeline import open_cache
 from pipeline.corpus import Corpus
 from pipeline.errors import PipelineError
@@ -58,44 +57,37 @@ def test_cache_of_a_real_teacher_is_exact(tmp_path, real_teacher, real_corpus):
     assert_exact(config.out, real_teacher, real_corpus)
 
 
-def test_passages_of_a_group_are_on_one_side_of_the_split_within_the_budget(tmp_path):
+def test_passages_of_a_document_are_on_one_side_of_the_split_within_the_budget(tmp_path):
     tokenizer = tiny_tokenizer(tmp_path / "tokenizer")
-    kinds = {kind: lambda work, kind=kind: sources(kind) for kind in ("english", "code")}
-    counts = collect_passages(tmp_path / "text", tokenizer, 12_000, 3_000, kinds)
-    groups = {}
+    kinds = {kind: lambda site, kind=kind: sources(kind) for kind in ("english", "chinese")}
+    counts = collect_passages(tmp_path / "text", tokenizer, tmp_path, 12_000, 3_000, 128, kinds)
+    documents = {}
     for name, budget in ((TRAIN, 6_000), (HELD_OUT, 1_500)):
         lines = list(read_documents(tmp_path / "text" / name))
         for kind in kinds:
             texts = [line["text"] for line in lines if line["kind"] == kind]
-            assert sum(len(tokenizer(text)["input_ids"]) for text in texts) == counts[name][kind]
-            assert budget / 2 < counts[name][kind] <= budget
-            assert all(0 < len(text) <= PASSAGE_CHARACTERS for text in texts)
-        groups[name] = {line["source"].partition("/")[0] for line in lines}
-    assert not groups[TRAIN] & groups[HELD_OUT]
+            sizes = [len(tokenizer(text)["input_ids"]) for text in texts]
+            assert sum(sizes) == counts[name][kind]
+            assert 0.95 * budget < sum(sizes) <= budget
+            assert 0 < min(sizes) <= max(sizes) <= 128
+            assert len(texts) == len({*texts}), "a passage is taken once"
+        documents[name] = {(line["kind"], line["source"]) for line in lines}
+    assert not documents[TRAIN] & documents[HELD_OUT]
+    everything = {kind: {source.name: source.text for source in sources(kind)} for kind in kinds}
+    assert all(line["text"] in everything[line["kind"]][line["source"]] for line in lines)
+
+
+def test_passages_end_with_the_text_there_is(tmp_path):
+    tokenizer = tiny_tokenizer(tmp_path / "tokenizer")
+    counts = collect_passages(tmp_path / "text", tokenizer, tmp_path, 10**9, 10**9, 64, {"english": short_sources})
+    assert 0 < counts[HELD_OUT]["english"] < counts[TRAIN]["english"] < 10**5
 
 
 def sources(kind: str) -> Iterator[Source]:
-    for package in range(60):
-        for file in range(3):
-            lines = "".join(f"{kind} {package} {file} {line}\n" for line in range(300))
-            yield Source(f"{package}/{file}", f"package {package}", lines)
+    word = {"english": "line", "chinese": "话说天下大势"}[kind]
+    for document in range(60):
+        yield Source(str(document), "".join(f"{kind} {document} {word} {line}\n" for line in range(300)))
 
 
-def test_messages_of_a_catalogue_are_its_translations(tmp_path):
-    pairs = [("", "Content-Type: text/plain; charset=UTF-8\n"), ("file", "文件"), ("%d file\0%d files", "%d 个文件")]
-    assert list(_messages(catalogue(pairs, "<"))) == ["文件", "%d 个文件"]
-    assert list(_messages(catalogue(pairs, ">"))) == ["文件", "%d 个文件"]
-    assert list(_messages(b"PK\3\4" + bytes(60))) == []
-
-
-def catalogue(pairs: list[tuple[str, str]], order: str) -> bytes:
-    """A GNU .mo file (gettext manual, "The Format of GNU MO Files")."""
-    number, start = len(pairs), 28
-    tables, strings = b"", b""
-    for side in (0, 1):
-        for pair in pairs:
-            encoded = pair[side].encode()
-            tables += struct.pack(f"{order}2I", len(encoded), start + 16 * number + len(strings))
-            strings += encoded + b"\0"
-    header = struct.pack(f"{order}7I", 0x950412DE, 0, number, start, start + 8 * number, 0, start + 16 * number)
-    return header + tables + strings
+def short_sources(site: Path) -> Iterator[Source]:
+    return (Source(str(document), f"document {document} says little " * 20) for document in range(40))

@@ -68,6 +68,8 @@ class Scale:
     name: str
     train_tokens: int
     held_out_tokens: int
+    passage_tokens: int
+    """Of a document, at most."""
     sequence_length: int
     steps: int
     batch_size: int
@@ -82,7 +84,8 @@ SCALES = {
     "small": Scale(
         name="small",
         train_tokens=18_000,
-        held_out_tokens=3_000,
+        held_out_tokens=6_000,
+        passage_tokens=128,
         sequence_length=64,
         steps=48,
         batch_size=4,
@@ -94,6 +97,7 @@ SCALES = {
         name="full",
         train_tokens=300_000,
         held_out_tokens=15_000,
+        passage_tokens=1024,
         sequence_length=256,
         steps=400,
         batch_size=8,

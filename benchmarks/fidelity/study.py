@@ -18,7 +18,7 @@ from typing import Any
 from benchmarks.fidelity.cells import Cell, Recipe, Scale
 from benchmarks.fidelity.teacher import StoredTeacher, ensure_cache
 from benchmarks.real.students import CHOICE, ensure_pruned, ensure_random
-from benchmarks.real.teacher import ensure_teacher
+from benchmarks.real.teacher import DEFAULT_SITE, ensure_teacher, install
 from benchmarks.real.text import HELD_OUT, TRAIN, collect_passages
 from pipeline.cache.reader import Cache
 from pipeline.corpus import Corpus
@@ -59,7 +59,8 @@ class Study:
             raise PipelineError(f"{self._folder}: made for another scale of this name; delete it.")
         tokenizer = load_tokenizer(self.teacher_folder)
         sizes = (self.scale.train_tokens, self.scale.held_out_tokens)
-        counts = collect_passages(self._folder / "text", tokenizer, *sizes)
+        install(DEFAULT_SITE, self.reporter)
+        counts = collect_passages(self._folder / "text", tokenizer, DEFAULT_SITE, *sizes, self.scale.passage_tokens)
         write_json(stamp, {"scale": made_for, "counts": counts})
         return counts
 

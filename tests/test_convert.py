@@ -100,8 +100,8 @@ def test_copy_that_reads_back_otherwise_is_not_committed(tmp_path, corpus, monke
     source = make_cache(tmp_path / "source", corpus)
     write = copying._split
 
-    def lossy(columns, rows):
-        for sequence in write(columns, rows):
+    def lossy(*arguments):
+        for sequence in write(*arguments):
             yield sequence | {"ids": sequence["ids"] + (len(calls) < 3)}
             calls.append(1)
 

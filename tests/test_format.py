@@ -33,7 +33,8 @@ def read_document(path):
 def read_by_the_book(folder):
     """Every sequence of a cache: its columns by name, as in the table."""
     manifest = read_document(folder / "manifest.json")
-    assert (manifest["format"], manifest["format_version"]) == ("sparse-target-cache", 2)
+    version = 3 if "top_p" in manifest else 2
+    assert (manifest["format"], manifest["format_version"]) == ("sparse-target-cache", version)
     read = {"arrow": read_arrow, "zarr": read_zarr}[manifest["container"]]
     for record in sorted((folder / "commits").glob("*.json")):
         for row in read(folder / "shards" / read_document(record)["file"], manifest):
@@ -44,6 +45,10 @@ def read_arrow(path, manifest):
     for row in pa.ipc.open_file(pa.memory_map(str(path))).read_all().to_pylist():
         counted = {"num_tokens": "token_ids", "num_documents": "document_lengths", "num_targets": "entropies"}
         counts = {name: len(row[of]) for name, of in counted.items()}
+        if "top_p" in manifest:
+            counts["counts"] = [len(ids) for ids in row["ids"]]
+            counts["num_entries"] = sum(counts["counts"])
+            row |= {name: [value for entries in row[name] for value in entries] for name in ("ids", "logits")}
         yield row | counts | {"key": np.frombuffer(row["key"], "u1")}
 
 
@@ -56,12 +61,42 @@ def read_zarr(path, manifest):
         kinds = np.arange(len(tokens)) >= group.attrs["previous_tables"]
         tables = dict(zip(zip(kinds, tokens), np.split(vocabulary[entries], np.cumsum(sizes)[:-1])))
     counted = {"token_ids": "num_tokens", "loss_mask": "num_tokens", "document_lengths": "num_documents"}
-    for name in arrays.keys() - {"key", "checksum", "num_tokens", "num_documents", "num_targets"}:
+    if "top_p" in manifest:
+        counted |= dict.fromkeys(("codes", "logits"), "num_entries")
+    for name in arrays.keys() - {"key", "checksum", "num_tokens", "num_documents", "num_targets", "num_entries"}:
         counts = arrays[counted.get(name, "num_targets")]
+        if "top_p" in manifest and name == "steps":
+            counts = arrays["num_entries"] - arrays["num_targets"]
         arrays[name] = np.split(arrays[name], np.cumsum(counts)[:-1])
     for i in range(len(arrays["key"])):
         row = {name: values[i] for name, values in arrays.items()}
-        yield unpack(row, vocabulary, tables, manifest) if manifest["top_k"] else row
+        if "top_p" in manifest:
+            yield unpack_ragged(row, vocabulary, tables, manifest)
+        else:
+            yield unpack(row, vocabulary, tables, manifest) if manifest["top_k"] else row
+
+
+def unpack_ragged(row, vocabulary, tables, manifest):
+    """Target by target, each a row of its own width."""
+    at, counts = np.flatnonzero(row["loss_mask"][1:]), row["counts"]
+    widths = {"codes": counts, "logits": counts, "steps": counts - 1}
+    columns = {name: row.pop(name) for name in ("codes", "modes", "steps", "logits", "tails", "nats") if name in row}
+    columns |= {"label_steps": row.pop("label_steps")} if "label_steps" in row else {}
+    parts = {
+        name: np.split(values, np.cumsum(widths.get(name, np.ones_like(counts)))[:-1])
+        for name, values in columns.items()
+    }
+    found = []
+    for n, position in enumerate(at):
+        mask = np.arange(position + 2) == position + 1
+        one = {name: values[n] if name not in widths else values[n][None] for name, values in parts.items()}
+        one |= {"loss_mask": mask, "token_ids": row["token_ids"][: position + 2]}
+        found.append(unpack(one, vocabulary, tables, manifest))
+    of_entries = {name: np.concatenate([one[name][0] for one in found]) for name in ("ids", "logits")}
+    others = ("levels", "tail_logprobs", "entropies", "label_logits")
+    return (
+        row | of_entries | {name: np.concatenate([one[name] for one in found]) for name in others if name in found[0]}
+    )
 
 
 def unpack(row, vocabulary, tables, manifest):
@@ -137,14 +172,14 @@ def test_reader_written_from_the_specification_agrees(tmp_path, corpus, containe
                 np.testing.assert_allclose(probs, ours.targets.probs(temperature), rtol=1e-5)
 
 
-@pytest.mark.parametrize("version", [1, 3])
+@pytest.mark.parametrize("version", [1, 4])
 def test_other_format_version_is_refused(tmp_path, corpus, version):
     folder = make_cache(tmp_path / "cache", corpus)
     path = folder / "manifest.json"
     document = read_json(path, ValueError) | {"format_version": version}
     path.unlink()
     write_json(path, document)
-    with pytest.raises(CacheMismatchError, match=rf"manifest\.json.*{version}.*reads.*2"):
+    with pytest.raises(CacheMismatchError, match=rf"manifest\.json.*{version}.*reads.*2 or 3"):
         open_cache(folder)
 
 

@@ -32,12 +32,15 @@ from pipeline.targets import TargetSpec
 from pipeline.tokenizer import TokenizerIdentity
 
 FORMAT = "sparse-target-cache"
-FORMAT_VERSION = 2
+FORMAT_VERSIONS = (2, 3)
+"""That are read; a cache is written in the first that can hold it."""
 MANIFEST = "manifest.json"
 COPY = "manifest.copy.json"
 TOKENIZER = "tokenizer"
 PROVENANCE = ("settings", "software", "chat_template", "tokenizer_files", "largest_token_id", "end_token_ids")
 """Entries that tell where a cache comes from and do not decide what is in it."""
+SINCE_3 = ("top_p", "top_p_temperature", "min_k")
+"""Entries that a cache of format version 2 does not have."""
 COLLECTION = ("container", "corpus", "packing", "sequence_length", "num_tokens", "num_targets", "partitions")
 """Entries that say which sequences a cache has and how they are kept; a sequence's targets do not depend on them."""
 
@@ -86,6 +89,12 @@ class CacheManifest:
     end_token_ids: tuple[Count, ...] = ()
     """Tokens that end the corpus's documents, such as an end of turn: where a student stops to write; not part of the
     identity. Empty if the corpus was written before they were recorded."""
+    top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
+    """Mass that the entries of a position reach, with as few of the top k as that takes; None keeps all of them."""
+    top_p_temperature: Temperature | None = None
+    """Captured temperature at which the mass counts; None without `top_p`."""
+    min_k: Width | None = None
+    """Entries that a position has at least; None without `top_p`."""
 
     def __post_init__(self) -> None:
         """Raise ValueError if the entries contradict each other."""
@@ -98,9 +107,21 @@ class CacheManifest:
             f"container is {short(self.container)}; this version knows {', '.join(CONTAINERS)}": self.container
             in CONTAINERS,
             f"no grid has a lowest temperature above {WARMEST:g}": not on_grid or min(self.temperatures) <= WARMEST,
+            **self._rules_of_top_p(),
         }
         if broken := [rule for rule, holds in rules.items() if not holds]:
             raise ValueError("; ".join(broken))
+
+    def _rules_of_top_p(self) -> dict[str, bool]:
+        if self.top_p is None:
+            return {
+                "without top_p there is no min_k and top_p_temperature": self.min_k is self.top_p_temperature is None
+            }
+        return {
+            "top_p_temperature is none of the temperatures": self.top_p_temperature in self.temperatures,
+            "min_k must lie between 1 and top_k": self.min_k is not None and 1 <= self.min_k <= self.top_k,
+            "top_p leaves no draws": self.tail_samples == 0,
+        }
 
     @property
     def num_sequences(self) -> int:
@@ -147,7 +168,11 @@ class CacheManifest:
 
     def write(self, folder: Store) -> bool:
         """Publish the manifest and then its copy; False if another process was first."""
-        document = {"format": FORMAT, "format_version": FORMAT_VERSION, "alignment": ALIGNMENT, **asdict(self)}
+        entries = asdict(self)
+        if self.top_p is None:
+            entries = {name: value for name, value in entries.items() if name not in SINCE_3}
+        version = ShardLayout(counts=ShardCounts.of(()), spec=self.spec).format_version
+        document = {"format": FORMAT, "format_version": version, "alignment": ALIGNMENT, **entries}
         won = write_json(folder / MANIFEST, document, first_wins=True)
         return won and write_json(folder / COPY, document)
 
@@ -161,9 +186,10 @@ class CacheManifest:
             )
         document = read_json(path, CacheCorruptError)
         found = (document.pop("format", None), document.pop("format_version", None), document.pop("alignment", None))
-        if found != (FORMAT, FORMAT_VERSION, ALIGNMENT):
+        if found not in [(FORMAT, version, ALIGNMENT) for version in FORMAT_VERSIONS]:
+            known = " or ".join(map(str, FORMAT_VERSIONS))
             raise CacheMismatchError(
                 f"{path}: format {short(found[:2])}, alignment {short(found[2])}; "
-                f"this version reads {(FORMAT, FORMAT_VERSION)}, {ALIGNMENT!r}."
+                f"this version reads {FORMAT!r} of version {known}, {ALIGNMENT!r}."
             )
         return document_of(cls, document, path, CacheCorruptError)

@@ -10,8 +10,8 @@ import numpy as np
 
 from pipeline.cache.commits import ShardCommit
 from pipeline.cache.sequence import StoredSequence
-from pipeline.formats.layout import ShardLayout, slices_of, targets_of
-from pipeline.targets import COLUMNS, SparseTargets, concatenate, reconstruction_errors
+from pipeline.formats.layout import OF_TARGETS, ShardLayout, slices_of, targets_of
+from pipeline.targets import SparseTargets, concatenate, reconstruction_errors
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,7 @@ class SequenceStatistics:
     """What one sequence adds to the statistics of its shard."""
 
     num_targets: int
+    num_entries: int
     sums: np.ndarray
     """float64 [3, temperatures]: of entropies, tail masses and log-probabilities of labels."""
     source: ShardCommit | None
@@ -37,6 +38,7 @@ def measured(sequences: Sequence[StoredSequence], layout: ShardLayout) -> list[S
     return [
         SequenceStatistics(
             len(sequence.targets),
+            len(sequence.columns.get("ids", ())),
             _sums(sequence.targets, layout.spec.temperatures),
             sequence.source,
             *(next(errors) if sequence.source is None else (nothing, nothing)),
@@ -55,7 +57,7 @@ def _sums(targets: SparseTargets, temperatures: tuple[float, ...]) -> np.ndarray
 
 def _errors(sequences: Sequence[StoredSequence], layout: ShardLayout) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """The sum of the KL errors and the largest error of a probability, of every sequence at every temperature."""
-    names = [name for name in COLUMNS if name in layout.columns()]
+    names = [name for name in OF_TARGETS if name in layout.columns()]
     columns = {name: np.concatenate([sequence.columns[name] for sequence in sequences]) for name in names}
     exact = concatenate([sequence.targets for sequence in sequences])
     kl, largest = reconstruction_errors(exact, targets_of(columns, layout))
@@ -71,6 +73,7 @@ class TargetStatistics:
         self._layout = layout
         self._sums = np.zeros((3, len(layout.spec.temperatures)))
         self._kl = np.zeros(len(layout.spec.temperatures))
+        self._num_entries = 0
         self._largest = np.zeros(len(layout.spec.temperatures))
         self._copied: dict[str, int] = defaultdict(int)
         self._sources: dict[str, ShardCommit] = {}
@@ -78,6 +81,7 @@ class TargetStatistics:
     def add(self, sequence: SequenceStatistics) -> None:
         """Count one sequence; the sums depend on the order, in their last bits."""
         self._sums += sequence.sums
+        self._num_entries += sequence.num_entries
         self._kl += sequence.kl
         self._largest = np.maximum(self._largest, sequence.largest)
         if (source := sequence.source) is not None:
@@ -101,11 +105,16 @@ class TargetStatistics:
         if (kl > bound * 1.001 + 1e-9).any():
             raise RuntimeError(f"rounding cost {kl.tolist()} nats; the bound is {bound}: a bug of the codec")
         names = ("sum_entropy", "sum_tail_mass", "sum_label_logprob")
-        return dict(zip(names, self._sums.tolist())) | {
-            "mean_kl_error": kl.tolist(),
-            "max_probability_error": self._largest.tolist(),
-            "seconds": round(time.time() - self._started, 3),
-        }
+        entries = {"num_entries": self._num_entries} if self._layout.spec.is_ragged else {}
+        return (
+            dict(zip(names, self._sums.tolist()))
+            | entries
+            | {
+                "mean_kl_error": kl.tolist(),
+                "max_probability_error": self._largest.tolist(),
+                "seconds": round(time.time() - self._started, 3),
+            }
+        )
 
     def _recorded(self, statistics: dict[str, Any], name: str) -> np.ndarray:
         """float64 [temperatures]: errors as a record has them; of none, or of what cannot be, 1, which bounds both."""

@@ -14,11 +14,11 @@ from pipeline.cache.manifest import COPY, MANIFEST, TOKENIZER
 from pipeline.cache.shard import StoredShard
 from pipeline.cpu import available_cores
 from pipeline.errors import CacheCorruptError, CacheError
-from pipeline.formats.layout import ShardLayout, targets_of
+from pipeline.formats.layout import ShardLayout, rows_of, targets_of
 from pipeline.parallel import in_threads
 from pipeline.stores.sealed import read_small
 from pipeline.stores.store import Store
-from pipeline.targets import COLUMNS, SparseTargets
+from pipeline.targets import SparseTargets, TargetSpec
 
 BLOCK_TARGETS = 4096
 """Targets that are read at a time: of more, the memory is new each time, which takes longer than the work."""
@@ -155,19 +155,38 @@ def _duplicates(folder: Store, outcomes: list[_Outcome]) -> Iterator[tuple[int, 
 def _contradictions(columns: dict[str, np.ndarray], layout: ShardLayout, vocab_size: int) -> list[str]:
     """What the values of some sequences cannot be."""
     found = [] if _within(columns["token_ids"], vocab_size) else ["token ids outside the vocabulary"]
-    names = [name for name in COLUMNS if name in columns]
     for start in range(0, len(columns["entropies"]), BLOCK_ROWS):
-        rows = {name: columns[name][start : start + BLOCK_ROWS] for name in names}
+        rows = rows_of(columns, slice(start, start + BLOCK_ROWS), layout)
         with np.errstate(all="ignore"):  # of impossible values comes what is found to be so
-            found += _contradictions_of_rows(targets_of(rows, layout), vocab_size)
+            targets = targets_of(rows, layout)
+            found += _contradictions_of_rows(targets, vocab_size)
+            if layout.spec.is_ragged:
+                found += _contradictions_of_counts(targets, rows["counts"], layout.spec)
     return list(dict.fromkeys(found))
+
+
+def _contradictions_of_counts(targets: SparseTargets, counts_N: np.ndarray, spec: TargetSpec) -> list[str]:
+    """What numbers of entries cannot be."""
+    rules = {
+        "logits that are not finite": np.array_equal(targets.counts, counts_N),
+        f"targets of fewer than {spec.min_k} entries": int(counts_N.min(initial=spec.top_k)) >= (spec.min_k or 1),
+    }
+    return [problem for problem, holds in rules.items() if not holds]
 
 
 def _contradictions_of_rows(targets: SparseTargets, vocab_size: int) -> list[str]:
     ids, draws, logits = targets.ids, targets.draws, targets.logits
-    ordered = np.sort(ids, axis=1)
+    if (
+        targets.is_ragged
+    ):  # each place without entry gets an id of its own; the first id, which it repeats, is looked at
+        others = vocab_size + np.arange(ids.shape[1], dtype=np.int32)
+        ordered = np.sort(np.where(logits > -np.inf, ids, others), axis=1)
+    else:
+        ordered = np.sort(ids, axis=1)
     rules = {
-        "target ids outside the vocabulary": _within(ordered[:, [0, -1]] if ids.size else ids, vocab_size),
+        "target ids outside the vocabulary": _within(
+            ids if targets.is_ragged or not ids.size else ordered[:, [0, -1]], vocab_size
+        ),
         "target ids that repeat in a row": bool((ordered[:, 1:] != ordered[:, :-1]).all()),
         "logits that are not in falling order from 0": bool(
             (logits[:, :1] == 0).all() and (logits[:, 1:] <= logits[:, :-1]).all()

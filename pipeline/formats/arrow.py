@@ -1,8 +1,8 @@
 """Shards as Arrow IPC files: one row a sequence, memory-mapped, readable by anything that reads Arrow.
 
 The fast twin of the Zarr archive: nothing is compressed, nothing is decoded. Columns of targets are
-lists of fixed-size lists. Rows come in record batches of about BATCH_TARGETS targets, so that a
-writer's memory stays bounded.
+lists of fixed-size lists, or of lists where targets have different numbers of entries. Rows come in
+record batches of about BATCH_TARGETS targets, so that a writer's memory stays bounded.
 """
 
 import contextlib
@@ -15,24 +15,28 @@ import pyarrow as pa
 from pipeline.documents import printable
 from pipeline.errors import CacheCorruptError
 from pipeline.formats.containers import Container
-from pipeline.formats.layout import ALIGNMENT, RAGGED, ShardLayout
+from pipeline.formats.layout import ALIGNMENT, OF_ENTRIES, ShardLayout
+from pipeline.formats.ragged import require_counts
 from pipeline.ipc import file_batches
 from pipeline.parallel import ALONE, Threads
 
 BATCH_TARGETS = 65_536
-FORMAT = {"format": "sparse-target-shard", "format_version": "2"}
+FORMAT = {"format": "sparse-target-shard"}
 
 
 def arrow_schema(layout: ShardLayout) -> pa.Schema:
     """The schema of a shard; its metadata states the temperatures and the alignment."""
     fields = [pa.field(name, kind, nullable=False) for name, kind in _OF_SEQUENCES.items()]
-    for name in layout.ragged():
+    for name, counted in layout.ragged().items():
+        if name in NOT_STORED:
+            continue
         dtype, shape = layout.columns()[name]
         value = pa.from_numpy_dtype(dtype)
-        if len(shape) == 2:
-            value = pa.list_(pa.field("item", value, nullable=False), shape[1])
+        if len(shape) == 2 or counted == "num_entries":
+            value = pa.list_(pa.field("item", value, nullable=False), shape[1] if len(shape) == 2 else -1)
         fields.append(pa.field(name, pa.list_(pa.field("item", value, nullable=False)), nullable=False))
     metadata = {
+        "format_version": str(layout.format_version),
         "temperatures": ",".join(map(repr, layout.spec.temperatures)),
         "max_kl_error": repr(layout.spec.max_kl_error),
         "alignment": ALIGNMENT,
@@ -41,13 +45,15 @@ def arrow_schema(layout: ShardLayout) -> pa.Schema:
 
 
 _OF_SEQUENCES = {"key": pa.binary(16), "checksum": pa.uint64()}
+NOT_STORED = ("counts",)
+"""Columns that the lengths of lists say."""
 
 
 class ArrowShardWriter:
     """Appends sequences to a new file at `path`; the file is complete only after `close`."""
 
     def __init__(self, path: Path, layout: ShardLayout) -> None:
-        self._schema = arrow_schema(layout)
+        self._schema, self._counted = arrow_schema(layout), layout.ragged()
         self._file = pa.OSFile(str(path), "wb")
         self._writer = pa.ipc.new_file(self._file, self._schema)
         self._pending: list[dict[str, np.ndarray]] = []
@@ -73,7 +79,7 @@ class ArrowShardWriter:
 
     def _flush(self) -> None:
         if self._pending:
-            self._writer.write_batch(_record_batch(self._pending, self._schema))
+            self._writer.write_batch(_record_batch(self._pending, self._schema, self._counted))
             self._pending, self._pending_targets = [], 0
 
 
@@ -82,11 +88,12 @@ class ArrowShard:
 
     def __init__(self, path: Path, layout: ShardLayout) -> None:
         self.path, self._names = path, list(layout.columns())
+        self._counted = layout.ragged()
         try:
             self._contents = pa.memory_map(str(path)).read_buffer()
             self._batches = file_batches(self._contents, arrow_schema(layout))
             for batch in self._batches:
-                _require_sound(batch)
+                _require_sound(batch, layout)
         except FileNotFoundError:
             raise
         except (pa.ArrowException, OSError, ValueError, struct.error) as exc:
@@ -115,13 +122,14 @@ class ArrowShard:
 
     def heads(self) -> dict[str, np.ndarray]:
         """What every sequence has one of."""
-        names = ("key", "token_ids", "document_lengths", "entropies")
-        heads: dict[str, list[np.ndarray]] = {RAGGED.get(name, name): [] for name in names}
+        names = ["key", "token_ids", "document_lengths", "entropies"]
+        names += ["ids"] if "num_entries" in self._names else []
+        heads: dict[str, list[np.ndarray]] = {self._counted.get(name, name): [] for name in names}
         for batch in range(len(self._batches)):
             views = self._view(batch)
             for name in names:
                 values, offsets = views[name]
-                heads[RAGGED.get(name, name)].append(values if name == "key" else np.diff(offsets))
+                heads[self._counted.get(name, name)].append(values if name == "key" else np.diff(offsets))
         return {name: np.concatenate(parts) for name, parts in heads.items()}
 
     def parts(self) -> dict[str, int]:
@@ -144,8 +152,8 @@ class ArrowShard:
         columns = {}
         for name, (values, offsets) in self._view(batch).items():
             columns[name] = values[offsets[start] : offsets[stop]]
-            if name in RAGGED:
-                columns[RAGGED[name]] = np.diff(offsets[start : stop + 1])
+            if name in self._counted:
+                columns[self._counted[name]] = np.diff(offsets[start : stop + 1])
         return {name: columns[name] for name in self._names}
 
     def _view(self, batch: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -154,31 +162,42 @@ class ArrowShard:
         return self._views[batch]
 
 
-def _record_batch(rows: list[dict[str, np.ndarray]], schema: pa.Schema) -> pa.RecordBatch:
+def _record_batch(rows: list[dict[str, np.ndarray]], schema: pa.Schema, counted: dict[str, str]) -> pa.RecordBatch:
     arrays = [
         pa.array([row["key"].tobytes() for row in rows], _OF_SEQUENCES["key"]),
         pa.array(np.concatenate([row["checksum"] for row in rows])),
     ]
     for name in schema.names[len(_OF_SEQUENCES) :]:
-        counted = RAGGED[name]
-        offsets = np.cumsum([0, *(int(row[counted][0]) for row in rows)]).astype(np.int32)
+        of_entries = counted[name] == "num_entries"
+        sizes = (int(row["num_targets" if of_entries else counted[name]][0]) for row in rows)
+        offsets = np.cumsum([0, *sizes]).astype(np.int32)
         values = np.concatenate([row[name] for row in rows])
         list_type = schema.field(name).type
         flat = pa.array(np.ascontiguousarray(values).reshape(-1))
-        if values.ndim == 2:
+        if of_entries:
+            ends = np.cumsum(np.concatenate([[0], *(row["counts"] for row in rows)]))
+            flat = pa.ListArray.from_arrays(pa.array(ends, pa.int32()), flat, type=list_type.value_type)
+        elif values.ndim == 2:
             flat = pa.FixedSizeListArray.from_arrays(flat, type=list_type.value_type)
         arrays.append(pa.ListArray.from_arrays(pa.array(offsets), flat, type=list_type))
     return pa.RecordBatch.from_arrays(arrays, schema=schema)
 
 
-def _require_sound(batch: pa.RecordBatch) -> None:
+def _require_sound(batch: pa.RecordBatch, layout: ShardLayout) -> None:
     """Raise ValueError unless the columns of which a sequence has several rows agree on how many."""
     ends: dict[str, np.ndarray] = {}
+    counted = layout.ragged() | (dict.fromkeys(OF_ENTRIES, "num_targets") if layout.spec.is_ragged else {})
+    inner: list[np.ndarray] = []
     for name in batch.schema.names[len(_OF_SEQUENCES) :]:
         offsets = batch.column(name).offsets.to_numpy()
-        if not np.array_equal(offsets, ends.setdefault(RAGGED[name], offsets)):
+        if not np.array_equal(offsets, ends.setdefault(counted[name], offsets)):
             raise ValueError(f"column {name!r} counts other rows than its neighbours")
         rows = batch.column(name).values
+        if pa.types.is_list(rows.type):
+            inner.append(rows.offsets.to_numpy())
+            if inner[-1][0] != 0 or not np.array_equal(inner[-1], inner[0]):
+                raise ValueError(f"column {name!r} has other entries than its neighbour")
+            require_counts(np.diff(inner[-1]), len(rows.values), layout.spec.top_k)
         if pa.types.is_fixed_size_list(rows.type) and len(rows.values) != len(rows) * rows.type.list_size:
             raise ValueError(f"column {name!r} has entries that belong to no row")
 
@@ -188,13 +207,17 @@ def _views(batch: pa.RecordBatch) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     each = np.arange(batch.num_rows + 1)
     keys = np.frombuffer(batch.column("key").buffers()[1], np.uint8, 16 * batch.num_rows).reshape(-1, 16)
     views = {"key": (keys, each), "checksum": (batch.column("checksum").to_numpy(), each)}
-    for name in batch.schema.names[len(views) :]:
+    for name in batch.schema.names[len(_OF_SEQUENCES) :]:
         column = batch.column(name)
-        values, width = column.values, None
+        values, offsets, width = column.values, column.offsets.to_numpy(), None
         if isinstance(values.type, pa.FixedSizeListType):
             values, width = values.values, values.type.list_size
+        elif isinstance(values.type, pa.ListType):
+            entries = values.offsets.to_numpy()
+            views["counts"] = np.diff(entries), offsets
+            values, offsets = values.values, entries[offsets]
         flat = values.to_numpy(zero_copy_only=not pa.types.is_boolean(values.type))
-        views[name] = (flat.reshape(-1, width) if width else flat, column.offsets.to_numpy())
+        views[name] = (flat.reshape(-1, width) if width else flat, offsets)
     return views
 
 
@@ -202,7 +225,7 @@ def _value_buffers(batch: pa.RecordBatch) -> list[pa.Buffer]:
     """The values of every column but of those that pack several into a byte; without offsets and padding."""
     plain = [column for column in batch.columns if not isinstance(column.type, pa.ListType)]
     values = [column.values for column in batch.columns if isinstance(column.type, pa.ListType)]
-    values = [item.values if isinstance(item.type, pa.FixedSizeListType) else item for item in values]
+    values = [item.values if isinstance(item.type, pa.FixedSizeListType | pa.ListType) else item for item in values]
     return [array.buffers()[1] for array in plain + values if not pa.types.is_boolean(array.type) and len(array)]
 
 

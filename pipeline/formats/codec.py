@@ -42,8 +42,8 @@ def round_targets(
 
     The mean KL error of the rows of each of the sequences, which follow each other, is at most `max_kl_error` at every
     captured temperature, no stored probability is off by more than MAX_PROBABILITY_ERROR, and the tail mass by no more
-    than half of that. Entries that become equal are put in order of their ids. What becomes of a sequence does not
-    depend on those beside it.
+    than half of that. Entries that become equal are put in order of their ids; places without entry stay such. What
+    becomes of a sequence does not depend on those beside it.
     """
     if is_lossless(max_kl_error) or targets.ids.size == 0:
         return targets, np.zeros(len(targets), np.uint8)
@@ -68,7 +68,8 @@ def order_ties(targets: SparseTargets) -> SparseTargets:
     """The targets with the ids of equal logits in rising order, as they were before the logits were rounded."""
     inside = np.zeros(targets.logits.shape, bool)
     np.equal(targets.logits[:, 1:], targets.logits[:, :-1], out=inside[:, 1:])
-    return replace(targets, ids=rising_in_runs(targets.ids, run_numbers(inside)))
+    ids = rising_in_runs(targets.ids, run_numbers(inside))
+    return replace(targets, ids=np.where(targets.logits > -np.inf, ids, ids[:, :1]) if targets.is_ragged else ids)
 
 
 def run_numbers(inside_NK: np.ndarray) -> np.ndarray:
@@ -77,13 +78,16 @@ def run_numbers(inside_NK: np.ndarray) -> np.ndarray:
 
 
 def rising_in_runs(values_NK: np.ndarray, runs_NK: np.ndarray) -> np.ndarray:
-    """int32 values from 0, sorted inside each run of a row; `runs_NK` are numbers that rise from run to run."""
+    """int32 values from 0, sorted inside each run of a row; `runs_NK` are numbers that rise from run to run.
+
+    Both may be flat, and a run then end with its row.
+    """
     bits = int(values_NK.max(initial=0)).bit_length()
     narrow = bits + int(runs_NK.max(initial=0)).bit_length() < 32
     keys: np.ndarray[Any, np.dtype[np.signedinteger]] = runs_NK.astype(np.int32 if narrow else np.int64)
     keys <<= bits
     keys |= values_NK
-    keys.sort(axis=1)
+    keys.sort(axis=-1)
     keys &= (1 << bits) - 1
     return keys.astype(np.int32, copy=False)
 
@@ -131,6 +135,8 @@ def _measured(
     while len(rows):
         part = exact.take(rows)
         logits[rows] = grid.logits(grid.places(part.logits, levels[rows]), levels[rows])
+        if part.is_ragged:
+            logits[rows] = np.where(part.logits > -np.inf, logits[rows], part.logits)
         logsumexps[rows] = logsumexps_of(logits[rows], rounded.tail_logprobs[rows], exact.temperatures)
         rounded = replace(rounded, logits=logits, logsumexps=logsumexps)
         kl[rows], largest = reconstruction_errors(part, rounded.take(rows))

@@ -17,6 +17,7 @@ from functools import cached_property
 
 import numpy as np
 
+from pipeline.formats.ragged import starts_of
 from pipeline.parallel import ALONE, Threads
 
 TABLE_SIZE = 1024
@@ -26,6 +27,8 @@ MIN_COUNT = 3
 MIN_POSITIONS = 12
 """How often a context must come up to have a table."""
 PREVIOUS, FIRST = 0, 1
+NO_PLACE = -1
+"""Stands where a row has no entry."""
 CACHED_ROWS = 1024
 PIECE_ROWS = 8192
 """Positions that a thread takes at a time."""
@@ -78,27 +81,49 @@ class ContextModel:
         """int32: the place of every id in the vocabulary."""
         return _inverse(self.vocabulary)
 
-    def encode(self, ids_NK: np.ndarray, previous_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """int32 [N, K] codes, and uint8 [N] the kind of table that each position uses."""
+    def encode(
+        self, ids_NK: np.ndarray, previous_N: np.ndarray, is_entry_NK: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """int32 [N, K] codes, and uint8 [N] the kind of table that each position uses.
+
+        Where `is_entry_NK` is False the ids repeat others of the row: their codes decide nothing.
+        """
         places = self._places[ids_NK]
         codes, others = (self._codes(kind, places, context) for kind, context in enumerate((previous_N, ids_NK[:, 0])))
         kinds = np.zeros(len(ids_NK), np.uint8)
         for rows in row_blocks(len(ids_NK)):
-            kinds[rows] = _cost(others[rows]) < _cost(codes[rows])
+            of_entries = True if is_entry_NK is None else is_entry_NK[rows, 1:]
+            kinds[rows] = _cost(others[rows], of_entries) < _cost(codes[rows], of_entries)
         is_first = kinds == FIRST
         codes[is_first, 1:] = others[is_first, 1:]
         return codes, kinds
 
     def decode(self, codes_NK: np.ndarray, kinds_N: np.ndarray, previous_N: np.ndarray) -> np.ndarray:
         """int32 [N, K]: the ids; IndexError or ValueError if the codes are none of this model."""
-        starts = self._starts_of(PREVIOUS, previous_N)
-        in_table = codes_NK < TABLE_SIZE
-        first = codes_NK[:, 0] + in_table[:, 0] * starts
-        is_first = kinds_N == FIRST
-        starts[is_first] = self._starts_of(FIRST, self._flat.take(first[is_first]))
-        places = codes_NK + in_table * starts[:, None]  # np.where takes ten times as long
+        first, starts = self._tables_of(codes_NK[:, 0], kinds_N, previous_N)
+        places = codes_NK + (codes_NK < TABLE_SIZE) * starts[:, None]  # np.where takes ten times as long
         places[:, 0] = first
         return self._flat.take(places)
+
+    def decode_ragged(
+        self, codes_E: np.ndarray, counts_N: np.ndarray, kinds_N: np.ndarray, previous_N: np.ndarray
+    ) -> np.ndarray:
+        """int32 [E]: the same of rows that have `counts_N` codes each, one row after the other."""
+        begins = starts_of(counts_N)
+        first, starts = self._tables_of(codes_E[begins], kinds_N, previous_N)
+        places = codes_E + (codes_E < TABLE_SIZE) * np.repeat(starts, counts_N)
+        places[begins] = first
+        return self._flat.take(places)
+
+    def _tables_of(
+        self, codes_N: np.ndarray, kinds_N: np.ndarray, previous_N: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """int32 [N], twice: the place in `_flat` of every row's first code; where the table of its others begins."""
+        starts = self._starts_of(PREVIOUS, previous_N)
+        first = codes_N + (codes_N < TABLE_SIZE) * starts
+        is_first = kinds_N == FIRST
+        starts[is_first] = self._starts_of(FIRST, self._flat.take(first[is_first]))
+        return first, starts
 
     def _starts_of(self, kind: int, contexts_N: np.ndarray) -> np.ndarray:
         """int32 [N]: where the table of every context begins in `_flat`; 0 if it has none."""
@@ -129,18 +154,27 @@ class ContextModel:
         return codes
 
 
-def learn(ids_NK: np.ndarray, previous_N: np.ndarray, threads: Threads = ALONE) -> ContextModel:
-    """The model of a shard's ids and of the tokens before them."""
+def learn(
+    ids_NK: np.ndarray, previous_N: np.ndarray, threads: Threads = ALONE, is_entry_NK: np.ndarray | None = None
+) -> ContextModel:
+    """The model of a shard's ids, where `is_entry_NK` is True if it is given, and of the tokens before them."""
     blocks = list(row_blocks(len(ids_NK), PIECE_ROWS))
     num_ids = int(ids_NK.max(initial=0)) + 1
     counts = np.zeros(num_ids, np.int64)
-    for part in threads.map(lambda rows: np.bincount(ids_NK[rows].ravel(), minlength=num_ids), blocks):
+
+    def counted(rows: slice) -> np.ndarray:
+        entries = ids_NK[rows].ravel() if is_entry_NK is None else ids_NK[rows][is_entry_NK[rows]]
+        return np.bincount(entries, minlength=num_ids)
+
+    for part in threads.map(counted, blocks):
         counts += part
     found = np.flatnonzero(counts)
     vocabulary = found[np.argsort(-counts[found], kind="stable")].astype(np.int32)
     places, inverse = np.empty(ids_NK.shape, np.int32), _inverse(vocabulary)
     for _ in threads.map(lambda rows: inverse.take(ids_NK[rows], out=places[rows], mode="clip"), blocks):
         pass
+    if is_entry_NK is not None:
+        places[~is_entry_NK] = NO_PLACE
     contexts = (previous_N, ids_NK[:, 0])
     first, second = (_learn_tables(places, contexts_N, threads) for contexts_N in contexts)
     return ContextModel(vocabulary, (first, second))
@@ -151,9 +185,9 @@ def row_blocks(num_rows: int, block_rows: int = CACHED_ROWS) -> Iterator[slice]:
     return (slice(start, start + block_rows) for start in range(0, num_rows, block_rows))
 
 
-def _cost(codes_NK: np.ndarray) -> np.ndarray:
+def _cost(codes_NK: np.ndarray, of_entries: np.ndarray | bool) -> np.ndarray:
     """float32 [N]: about how many bits all but the first code of a position take."""
-    return np.log2(codes_NK[:, 1:] + np.float32(4)).sum(axis=1)
+    return np.log2(codes_NK[:, 1:] + np.float32(4)).sum(axis=1, where=of_entries)
 
 
 def _learn_tables(places_NK: np.ndarray, contexts_N: np.ndarray, threads: Threads) -> Tables:
@@ -180,6 +214,7 @@ def _pieces(lengths: np.ndarray) -> Iterator[slice]:
 def _frequent(places: np.ndarray) -> np.ndarray:
     """The TABLE_SIZE most frequent values that come up MIN_COUNT times or more, by falling count, then rising."""
     places.sort()
+    places = places[np.searchsorted(places, NO_PLACE, side="right") :]
     starts = np.flatnonzero(np.concatenate([[True], places[1:] != places[:-1]]))
     counts = np.diff(starts, append=len(places))
     kept = np.flatnonzero(counts >= MIN_COUNT)

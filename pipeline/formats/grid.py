@@ -89,7 +89,11 @@ class Grid:
 
     def logits(self, places_NK: np.ndarray, levels_N: np.ndarray) -> np.ndarray:
         """float32 [N, K]: the grid values at the given places."""
-        return self.values.take(places_NK + self.starts.astype(np.int32).take(levels_N)[:, None])
+        return self.values.take(places_NK + self.starts_of(levels_N)[:, None])
+
+    def starts_of(self, levels_N: np.ndarray) -> np.ndarray:
+        """int32 [N]: where the values of each row's level begin in `values`."""
+        return self.starts.astype(np.int32).take(levels_N)
 
     def exact_places(self, logits_NK: np.ndarray, levels_N: np.ndarray) -> np.ndarray:
         """int32 [N, K]: the places of logits that are grid values; ValueError if one of them is not."""

@@ -5,7 +5,10 @@ tokens, documents or targets; the targets of a sequence are the rows of its
 `target_positions`, in order. Every sequence carries a checksum of its stored values, so that
 whatever a container does to them, what comes out is what went in.
 
-Shape suffixes: S sequences, D documents, M tokens, N targets, K entries, T temperatures.
+Targets with as many entries as reach a mass have rows of different lengths: `ids` and `logits` are then flat arrays
+over the shard's entries, of which `counts` says how many each target has.
+
+Shape suffixes: S sequences, D documents, M tokens, N targets, K entries of a target, E entries of all, T temperatures.
 """
 
 import itertools
@@ -18,6 +21,7 @@ import xxhash
 from pipeline.corpus import TokenSequence, target_positions
 from pipeline.errors import CacheCorruptError
 from pipeline.formats.codec import is_lossless, round_targets
+from pipeline.formats.ragged import padded, starts_of
 from pipeline.targets import COLUMNS, SparseTargets, TargetSpec, concatenate, logsumexps_of
 
 ALIGNMENT = "targets[j] is the teacher's distribution of token target_positions[j] + 1"
@@ -26,6 +30,7 @@ RAGGED = {
     "token_ids": "num_tokens",
     "loss_mask": "num_tokens",
     "document_lengths": "num_documents",
+    "counts": "num_targets",
     "ids": "num_targets",
     "logits": "num_targets",
     "levels": "num_targets",
@@ -35,7 +40,11 @@ RAGGED = {
     "label_logits": "num_targets",
     "draws": "num_targets",
 }
-"""The columns of which a sequence has several rows, and the column that counts them."""
+"""The columns of which a sequence has several rows, and the column that counts them, if all targets have K entries."""
+OF_ENTRIES = {"ids": "num_entries", "logits": "num_entries"}
+"""The same of columns that have a row an entry, if the targets have different numbers of them."""
+OF_TARGETS = ("counts", *COLUMNS)
+"""Columns that targets are made of."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,20 +92,26 @@ class ShardLayout:
     spec: TargetSpec
 
     def columns(self) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
-        """Every column's stored dtype and shape; a column without width is not stored."""
+        """Every column's stored dtype and shape; a column without width is not stored.
+
+        Of columns with a row an entry, which nobody can count beforehand, the shape is the largest that it can be.
+        """
         counts, spec = self.counts, self.spec
         temperatures = len(spec.temperatures)
+        entries = (counts.num_targets * spec.top_k,) if spec.is_ragged else (counts.num_targets, spec.top_k)
         shapes = {
             "key": (counts.num_sequences, 16),
             "checksum": (counts.num_sequences,),
             "num_tokens": (counts.num_sequences,),
             "num_documents": (counts.num_sequences,),
             "num_targets": (counts.num_sequences,),
+            "num_entries": (counts.num_sequences,),
             "document_lengths": (counts.num_documents,),
             "token_ids": (counts.num_tokens,),
             "loss_mask": (counts.num_tokens,),
-            "ids": (counts.num_targets, spec.top_k),
-            "logits": (counts.num_targets, spec.top_k),
+            "counts": (counts.num_targets,),
+            "ids": entries,
+            "logits": entries,
             "levels": (counts.num_targets,),
             "logsumexps": (counts.num_targets, temperatures),
             "tail_logprobs": (counts.num_targets, temperatures),
@@ -104,13 +119,17 @@ class ShardLayout:
             "label_logits": (counts.num_targets,),
             "draws": (counts.num_targets, spec.tail_samples),
         }
-        absent = {"logsumexps"} if self.on_grid else {"levels"}
+        absent = {"logsumexps" if self.on_grid else "levels"}
+        absent |= set() if spec.is_ragged else {"num_entries", "counts"}
         stored = {name: shape for name, shape in shapes.items() if 0 not in shape[1:] and name not in absent}
         return {name: (np.dtype(_DTYPES.get(name, np.int32)), shape) for name, shape in stored.items()}
 
     @property
     def num_bytes(self) -> int:
-        """Of all columns as plain arrays: what an Arrow shard takes, but for its padding and schema."""
+        """Of all columns as plain arrays: what an Arrow shard takes, but for its padding and schema.
+
+        At most, where the targets have different numbers of entries.
+        """
         return sum(dtype.itemsize * int(np.prod(shape)) for dtype, shape in self.columns().values())
 
     @property
@@ -120,7 +139,13 @@ class ShardLayout:
 
     def ragged(self) -> dict[str, str]:
         """The stored columns of which a sequence has several rows, and the column that counts them."""
-        return {name: counted for name, counted in RAGGED.items() if name in self.columns()}
+        counted = RAGGED | OF_ENTRIES if self.spec.is_ragged else RAGGED
+        return {name: counted[name] for name in counted if name in self.columns()}
+
+    @property
+    def format_version(self) -> int:
+        """Version of the format that a shard needs: 3 where targets have different numbers of entries."""
+        return 3 if self.spec.is_ragged else 2
 
 
 _DTYPES = {"key": np.uint8, "checksum": np.uint64, "loss_mask": np.bool_, "levels": np.uint8} | dict.fromkeys(
@@ -147,6 +172,7 @@ def encode_all(
         expected = (len(sequence.target_positions), spec.top_k, spec.tail_samples, spec.temperatures)
         found = (len(targets), targets.top_k, targets.draws.shape[1], targets.temperatures)
         assert found == expected, f"targets of (N, K, D, temperatures) {found} for a sequence of {expected}"
+        assert spec.is_ragged or not targets.is_ragged, "rows of different lengths; the cache keeps K entries of all"
     rows = slices_of([len(targets) for _, targets in captured])
     labels = np.concatenate([sequence.token_ids[sequence.target_positions + 1] for sequence, _ in captured])
     together = concatenate([targets for _, targets in captured])
@@ -173,6 +199,10 @@ def _columns(
         "levels": levels,
         **{name: getattr(targets, name) for name in COLUMNS},
     }
+    if layout.spec.is_ragged:
+        is_entry = targets.logits > -np.inf
+        columns |= {"counts": is_entry.sum(axis=1), "num_entries": np.array([is_entry.sum()])}
+        columns |= {name: columns[name][is_entry] for name in OF_ENTRIES}
     stored = {name: np.ascontiguousarray(columns[name], dtype) for name, (dtype, _) in _without_checksum(layout)}
     return stored | {"checksum": np.array([checksum_of(stored)], np.uint64)}
 
@@ -209,13 +239,26 @@ def decode(columns: dict[str, np.ndarray], layout: ShardLayout, where: str) -> C
 
 def targets_of(columns: dict[str, np.ndarray], layout: ShardLayout) -> SparseTargets:
     """The targets in stored columns of one or more sequences."""
-    num_targets = len(columns["entropies"])
+    num_targets, spec = len(columns["entropies"]), layout.spec
     empty = {"ids": np.int32, "draws": np.int32, "logits": np.float32}
     values = {name: columns[name] for name in COLUMNS if name in columns}
     values |= {name: np.zeros((num_targets, 0), dtype) for name, dtype in empty.items() if name not in columns}
+    if spec.is_ragged:
+        counts, ids = columns["counts"], columns["ids"]
+        values["ids"] = padded(ids, counts, spec.top_k, ids[starts_of(counts)])
+        values["logits"] = padded(columns["logits"], counts, spec.top_k, -np.inf)
     if layout.on_grid:
-        values["logsumexps"] = logsumexps_of(values["logits"], values["tail_logprobs"], layout.spec.temperatures)
-    return SparseTargets(temperatures=layout.spec.temperatures, **values)
+        values["logsumexps"] = logsumexps_of(values["logits"], values["tail_logprobs"], spec.temperatures)
+    return SparseTargets(temperatures=spec.temperatures, **values)
+
+
+def rows_of(columns: dict[str, np.ndarray], rows: slice, layout: ShardLayout) -> dict[str, np.ndarray]:
+    """The columns of which some consecutive targets are made, out of those of more."""
+    own = dict.fromkeys(OF_TARGETS, rows)
+    if layout.spec.is_ragged:
+        ends = np.concatenate([[0], np.cumsum(columns["counts"])])[rows.start :][: rows.stop - rows.start + 1]
+        own |= dict.fromkeys(OF_ENTRIES, slice(ends[0], ends[-1]))
+    return {name: columns[name][own[name]] for name in own if name in columns}
 
 
 def _without_checksum(layout: ShardLayout) -> list[tuple[str, tuple[np.dtype, tuple[int, ...]]]]:

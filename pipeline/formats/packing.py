@@ -18,8 +18,11 @@ as rising differences. What follows from other columns is not stored.
     table_sizes   uint32 [C]         | of which the first `previous_tables` are of the kind "previous"
     table_entries uint32 [E]        /
 
-Every other column is an array of its own name. Without a grid (lossless) so are logits, logsumexps,
-tail_logprobs, entropies and label_logits; `codes` are plain and `modes` have no level.
+Where targets have different numbers of entries, `counts` int32 [N] says how many, and codes [E] and steps [E - N] are
+flat: the rows one after the other, whatever their lengths. Every other column is an array of its own name.
+
+Without a grid (lossless) so are logits, logsumexps, tail_logprobs, entropies and label_logits; `codes` are plain and
+`modes` have no level.
 """
 
 from collections.abc import Callable, Iterator
@@ -37,6 +40,7 @@ from pipeline.formats.contexts import (
 )
 from pipeline.formats.grid import Grid, grid_of, tail_places, tail_values
 from pipeline.formats.layout import ShardLayout
+from pipeline.formats.ragged import is_entry, padded, require_counts, starts_of
 from pipeline.parallel import Threads
 
 Arrays = dict[str, np.ndarray]
@@ -54,10 +58,16 @@ LARGEST_ID = 1 << 24
 """A model keeps an array of so many entries at most, whatever its file says."""
 MODEL = ("vocabulary", "table_tokens", "table_sizes", "table_entries")
 """Arrays that describe the ids of the whole shard."""
+FLAT = ("codes", "steps", "logits")
+"""Arrays that are flat where targets have different numbers of entries."""
+NO_RUN = 1
+"""A step that goes on no run."""
+
+Shape = tuple[int, ...]
 
 
-def array_specs(layout: ShardLayout) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
-    """Dtype and shape of every array of a shard but those of its model."""
+def array_specs(layout: ShardLayout) -> dict[str, tuple[np.dtype, Shape | None]]:
+    """Dtype and shape of every array of a shard but those of its model; of flat ones only the shard knows the shape."""
     num_targets, temperatures = layout.counts.num_targets, len(layout.spec.temperatures)
     packed = {
         "codes": (np.uint32, (num_targets, layout.spec.top_k)),
@@ -67,11 +77,13 @@ def array_specs(layout: ShardLayout) -> dict[str, tuple[np.dtype, tuple[int, ...
         "nats": (np.uint16, (num_targets, temperatures)),
         "label_steps": (np.uint16, (num_targets,)),
     }
-    specs: dict[str, tuple[np.dtype, tuple[int, ...]]] = {}
+    specs: dict[str, tuple[np.dtype, Shape | None]] = {}
     for name, spec in layout.columns().items():
         for array in PACKED.get(name, (name,)) if layout.on_grid or name == "ids" else (name,):
             dtype, shape = packed.get(array, spec)
-            if 0 not in shape[1:]:
+            if array in FLAT and layout.spec.is_ragged:
+                specs[array] = (np.dtype(dtype), None)
+            elif 0 not in shape[1:]:
                 specs[array] = (np.dtype(dtype), shape)
     return specs
 
@@ -106,19 +118,31 @@ class Packer:
         if not self._layout.spec.top_k:
             return whole, lambda: iter(())
         ids, previous = whole.pop("ids"), whole.pop("previous")
-        levels = whole.pop("levels", np.zeros(len(ids), np.uint8))
+        levels = whole.pop("levels", np.zeros(len(previous), np.uint8))
         steps = whole.get("steps") if self._layout.on_grid else None
-        model = learn(ids, previous, threads)
+        entries = None
+        if self._layout.spec.is_ragged:
+            counts = whole["counts"]
+            width = int(counts.max(initial=1))
+            entries = is_entry(counts, width)
+            ids = padded(ids, counts, width, ids[starts_of(counts)])
+            steps = None if steps is None else padded(steps, counts - 1, width - 1, NO_RUN)
+        model = learn(ids, previous, threads, entries)
 
         def block(rows: slice) -> Arrays:
-            codes, kinds = model.encode(ids[rows], previous[rows])
+            codes, kinds = model.encode(ids[rows], previous[rows], None if entries is None else entries[rows])
             if steps is not None:
                 inside = _inside(steps[rows])
                 codes = code_differences(rising_in_runs(codes, run_numbers(inside)), inside)
-            return {"codes": codes, "modes": 2 * levels[rows].astype(np.uint16) + kinds}
+            modes = 2 * levels[rows].astype(np.uint16) + kinds
+            return {"codes": codes if entries is None else codes[entries[rows]], "modes": modes}
 
-        stored = {name: values for name, values in whole.items() if 0 not in values.shape[1:]}
-        return stored | _model_arrays(model), lambda: threads.map(block, row_blocks(len(ids), block_rows))
+        stored = {name: values for name, values in whole.items() if 0 not in values.shape[1:]} | _model_arrays(model)
+        if entries is None:
+            return stored, lambda: threads.map(block, row_blocks(len(ids), block_rows))
+        blocks = list(threads.map(block, row_blocks(len(ids), block_rows)))  # they do not end where bundles do
+        coded = {name: np.concatenate([part[name] for part in blocks]) for name in ("codes", "modes")}
+        return stored | coded | {"codes": coded["codes"].astype(np.uint32)}, lambda: iter(())
 
 
 def unpack(arrays: Arrays, model: ContextModel | None, layout: ShardLayout) -> Arrays:
@@ -127,20 +151,30 @@ def unpack(arrays: Arrays, model: ContextModel | None, layout: ShardLayout) -> A
     if model is None:  # draws alone
         return columns
     previous, labels = neighbours(arrays)
-    codes, modes = columns.pop("codes"), columns.pop("modes")
+    codes, modes = columns.pop("codes").view(np.int32), columns.pop("modes")
+    counts = columns["counts"] if layout.spec.is_ragged else None
+    if counts is not None:
+        require_counts(counts, len(codes), layout.spec.top_k)
     if not layout.on_grid:
-        columns["ids"] = model.decode(codes.view(np.int32), modes & 1, previous)
-        return columns
+        of_rows = (modes & 1, previous)
+        ids = model.decode(codes, *of_rows) if counts is None else model.decode_ragged(codes, counts, *of_rows)
+        return columns | {"ids": ids}
     columns["levels"] = (modes >> 1).astype(np.uint8)
     steps = columns.pop("steps", np.zeros((len(codes), 0), np.uint16))
-    grid, codes = grid_of(layout.spec.temperatures), codes.view(np.int32)
-    blocks = [
-        _unpack_entries(codes[rows], modes[rows], steps[rows], previous[rows], model, grid)
-        for rows in row_blocks(max(1, len(codes)))
-    ]
+    grid = grid_of(layout.spec.temperatures)
+    if counts is None:
+        blocks = [
+            _unpack_entries(codes[rows], modes[rows], steps[rows], previous[rows], model, grid)
+            for rows in row_blocks(max(1, len(codes)))
+        ]
+    else:
+        blocks = [
+            _unpack_ragged(codes[entries], counts[rows], modes[rows], steps[later], previous[rows], model, grid)
+            for rows, entries, later in _blocks_of(counts)
+        ]
     for name, parts in zip(("ids", "logits"), zip(*blocks)):
         columns[name] = parts[0] if len(parts) == 1 else np.concatenate(parts)
-    columns |= _unpack_scalars(columns, labels)
+    columns |= _unpack_scalars(columns, labels, counts)
     for name in ("tails", "nats", "label_steps"):
         del columns[name]
     return columns
@@ -192,10 +226,16 @@ def _inside(steps_NJ: np.ndarray) -> np.ndarray:
 
 def _pack_values(columns: Arrays, labels: np.ndarray, layout: ShardLayout) -> Arrays:
     grid = grid_of(layout.spec.temperatures)
-    places = grid.exact_places(columns["logits"], columns["levels"])
-    stored = (columns["ids"] == labels[:, None]).any(axis=1)
+    if layout.spec.is_ragged:
+        rows = np.repeat(np.arange(len(labels)), columns["counts"])
+        places = grid.exact_places(columns["logits"][:, None], columns["levels"][rows])[:, 0]
+        steps = np.diff(places)[rows[1:] == rows[:-1]]
+        stored = np.bincount(rows[columns["ids"] == labels[rows]], minlength=len(labels)) > 0
+    else:
+        steps = np.diff(grid.exact_places(columns["logits"], columns["levels"]), axis=1)
+        stored = (columns["ids"] == labels[:, None]).any(axis=1)
     return {
-        "steps": np.diff(places, axis=1).astype(np.uint16),
+        "steps": steps.astype(np.uint16),
         "tails": tail_places(columns["tail_logprobs"]),
         "nats": np.rint(columns["entropies"] / ENTROPY_STEP).astype(np.uint16),
         "label_steps": np.rint(columns["label_logits"] / -LABEL_STEP * ~stored).astype(np.uint16),
@@ -216,11 +256,50 @@ def _unpack_entries(
     return rising_in_runs(ids, places), grid.logits(places, modes >> 1)
 
 
-def _unpack_scalars(columns: Arrays, labels: np.ndarray) -> Arrays:
+def _unpack_ragged(
+    codes: np.ndarray,
+    counts: np.ndarray,
+    modes: np.ndarray,
+    steps: np.ndarray,
+    previous: np.ndarray,
+    model: ContextModel,
+    grid: Grid,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and logits [E] of such rows with different numbers of entries."""
+    starts = starts_of(counts)
+    begins = np.zeros(len(codes), bool)
+    begins[starts] = True
+    places = np.zeros(len(codes), np.int32)
+    places[~begins] = steps
+    begins |= places != 0
+    inside = ~begins
+    inside[starts[counts > 1] + 1] = False
+    ids = model.decode_ragged(sum_differences(codes, inside), counts, modes & 1, previous)
+    runs = np.cumsum(begins, dtype=np.int32)
+    np.cumsum(places, dtype=np.int32, out=places)
+    places += np.repeat(grid.starts_of(modes >> 1) - places[starts], counts)
+    return rising_in_runs(ids, runs), grid.values.take(places)
+
+
+def _blocks_of(counts: np.ndarray) -> Iterator[tuple[slice, slice, slice]]:
+    """Rows that are few enough for a CPU's cache; their entries; and those that are not the first of their row."""
+    bounds = np.append(starts_of(counts), counts.sum(dtype=np.int64))
+    for rows in row_blocks(max(1, len(counts))):
+        start, stop, _ = rows.indices(len(counts))
+        first, last = int(bounds[start]), int(bounds[stop])
+        yield rows, slice(first, last), slice(first - start, last - stop)
+
+
+def _unpack_scalars(columns: Arrays, labels: np.ndarray, counts: np.ndarray | None) -> Arrays:
     ids, logits = columns["ids"], columns["logits"]
     label_logits = columns["label_steps"] * np.float32(-LABEL_STEP)
-    stored = np.flatnonzero(ids == labels[:, None])
-    label_logits[stored // ids.shape[1]] = logits.take(stored)
+    if counts is None:
+        stored = np.flatnonzero(ids == labels[:, None])
+        rows = stored // ids.shape[1]
+    else:
+        stored = np.flatnonzero(ids == np.repeat(labels, counts))
+        rows = np.searchsorted(starts_of(counts), stored, side="right") - 1
+    label_logits[rows] = logits.take(stored)
     return {
         "tail_logprobs": tail_values().take(columns["tails"]),
         "entropies": columns["nats"] * np.float32(ENTROPY_STEP),

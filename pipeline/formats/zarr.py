@@ -22,12 +22,14 @@ from pipeline.formats.archive import Archive, ArchivedArray, bundles
 from pipeline.formats.containers import Container
 from pipeline.formats.contexts import ContextModel
 from pipeline.formats.layout import ALIGNMENT, ShardLayout
-from pipeline.formats.packing import MODEL, Packer, array_specs, model_of, unpack
+from pipeline.formats.packing import FLAT, MODEL, Packer, array_specs, model_of, unpack
 from pipeline.parallel import ALONE, Threads
 
 CHUNK_VALUES = 32_768
 """Values in the chunks of a row block, the unit of reading."""
 MAX_CHUNK_ROWS = 4096
+FLAT_VALUES = 8192
+"""Values of a chunk of a flat array, whose chunks do not begin where rows do: more of a larger one is read in vain."""
 STEP_COLUMNS = 16
 """Columns of a chunk of `steps`: ranks that are close to each other have like steps."""
 CHUNKS_IN_BUNDLE = 128
@@ -38,7 +40,7 @@ CODED = ("codes", "modes")
 """Arrays that are made block by block, when the shard's model is there."""
 OF_A_SEQUENCE = 16
 """Bytes of a sequence that nothing makes smaller: its key, which is a hash."""
-FORMAT = {"format": "sparse-target-shard", "format_version": 2}
+FORMAT = "sparse-target-shard"
 _FILTERS = threading.Lock()
 """Held while the warning filters, which all threads share, are changed."""
 
@@ -60,7 +62,9 @@ class ZarrShardWriter:
         arrays, blocks = self._packer.arrays(block_rows, threads)
         attributes = _attributes(self._layout) | {"previous_tables": int(arrays.pop("previous_tables", 0))}
         specs = {name: (values.dtype, values.shape) for name, values in arrays.items()}
-        specs |= {name: spec for name, spec in array_specs(self._layout).items() if name in CODED}
+        for name, (dtype, shape) in array_specs(self._layout).items():
+            if name in CODED and shape is not None:
+                specs[name] = dtype, shape
         for name, document in _metadata(attributes, specs).items():
             self._add(name, document)
         for name, values in arrays.items():
@@ -109,13 +113,25 @@ class ZarrShard:
             model = {name: self._array(name, np.dtype(np.uint32)) for name in MODEL} if layout.spec.top_k else {}
             self._model_arrays = model
             self._model: ContextModel | None = None
-            self._heads = {name: self._arrays[name][:] for name in _OF_SEQUENCES}
+            self._heads = {name: self._arrays[name][:] for name in _OF_SEQUENCES if name in self._arrays}
             counts = {name: values for name, values in self._heads.items() if name.startswith("num_")}
             self._offsets = {
                 name: np.concatenate([[0], np.cumsum(values, dtype=np.int64)]) for name, values in counts.items()
             }
-        self._names, ragged = list(layout.columns()), layout.ragged()
+            self._names, ragged = list(layout.columns()), layout.ragged()
+            if layout.spec.is_ragged:
+                ragged |= {"codes": "num_entries", "steps": "num_steps"}
+                self._offsets["num_steps"] = self._offsets["num_entries"] - self._offsets["num_targets"]
+                self._require_entries(ragged)
         self._counted = {name: ragged.get(name, "num_targets") for name in self._arrays if name not in self._heads}
+
+    def _require_entries(self, counted: dict[str, str]) -> None:
+        """Raise ValueError unless the sequences have as many entries as are there, and each target has some."""
+        if (np.diff(self._offsets["num_steps"]) < 0).any():
+            raise ValueError("a sequence of fewer entries than targets")
+        for name in FLAT:
+            if name in self._arrays and len(self._arrays[name]) != self._offsets[counted[name]][-1]:
+                raise ValueError(f"array {name!r} has not as many values as its sequences have entries")
 
     def __len__(self) -> int:
         return len(self._arrays["key"])
@@ -145,7 +161,7 @@ class ZarrShard:
 
     def heads(self) -> dict[str, np.ndarray]:
         """What every sequence has one of."""
-        return {name: self._heads[name] for name in ("key", *self._offsets)}
+        return {name: values for name, values in self._heads.items() if name != "checksum"}
 
     def close(self) -> None:
         """Release the file."""
@@ -164,12 +180,14 @@ class ZarrShard:
             raise CacheCorruptError(f"{self.path}: not a whole Zarr shard of this cache ({exc}).") from exc
 
 
-_OF_SEQUENCES = ("key", "checksum", "num_tokens", "num_documents", "num_targets")
+_OF_SEQUENCES = ("key", "checksum", "num_tokens", "num_documents", "num_targets", "num_entries")
 
 
 def chunk_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     """Rows and columns of a chunk of an array."""
     width = int(np.prod(shape[1:], dtype=int))
+    if name in FLAT and len(shape) == 1:
+        return (FLAT_VALUES,)
     if name != "steps":
         return (_chunk_rows(width), *shape[1:])
     return (_chunk_rows(width + 1), min(STEP_COLUMNS, width))
@@ -249,11 +267,13 @@ def _pcodec_is_meant() -> Iterator[None]:
 
 def _attributes(layout: ShardLayout) -> dict[str, Any]:
     named = {
+        "format": FORMAT,
+        "format_version": layout.format_version,
         "temperatures": list(layout.spec.temperatures),
         "max_kl_error": layout.spec.max_kl_error,
         "alignment": ALIGNMENT,
     }
-    return FORMAT | named
+    return named
 
 
 CONTAINER = Container(".zarr.zip", ZarrShardWriter, ZarrShard, is_compressed=True)

@@ -62,6 +62,7 @@ class Figures:
         """Without `charts`, the worst alone: a fifth of the time."""
         self.temperature = temperature
         """Of what is said of single positions and documents."""
+        self.is_ragged = manifest.spec.is_ragged
         self.by_temperature = {
             T: TemperatureFigures(manifest.top_k, manifest.vocab_size) for T in manifest.temperatures if charts
         }

@@ -98,9 +98,8 @@ def _verdict(figures: Figures) -> str:
     if found.coverage is None:
         return f"{sentence}. The cache holds draws alone."
     held = found.coverage.curve
-    return (
-        f"{sentence}. Its first choice holds {held[0]:.2f} of the mass, the {len(held)} stored entries {held[-1]:.2f}."
-    )
+    stored = f"stored entries, {len(held)} at most," if figures.is_ragged else f"{len(held)} stored entries"
+    return f"{sentence}. Its first choice holds {held[0]:.2f} of the mass, the {stored} {held[-1]:.2f}."
 
 
 def _charts(figures: Figures) -> list[Markup]:

@@ -13,7 +13,7 @@ from pipeline.documents import short
 from pipeline.formats.codec import is_lossless
 
 PARTS = {
-    "ids": ("ids", "codes", "modes", "vocabulary", "table_tokens", "table_sizes", "table_entries"),
+    "ids": ("counts", "ids", "codes", "modes", "vocabulary", "table_tokens", "table_sizes", "table_entries"),
     "logits": ("logits", "steps", "levels"),
     "draws": ("draws",),
     "tails, entropies, labels": (
@@ -22,7 +22,7 @@ PARTS = {
     ),
     "tokens and masks": (
         *("token_ids", "loss_mask", "document_lengths"),
-        *("key", "checksum", "num_tokens", "num_documents", "num_targets"),
+        *("key", "checksum", "num_tokens", "num_documents", "num_targets", "num_entries"),
     ),
 }
 """What a person calls the arrays of a shard of any container."""
@@ -56,6 +56,8 @@ class Summary:
     """By temperature; empty if a record does not say it."""
     kl_error: float | None
     """What rounding has cost, nats, where it cost most; None if a record does not say it."""
+    mean_entries: float | None
+    """Entries of a target, where targets have different numbers of them; None if a record does not say it."""
 
     @classmethod
     def of(cls, cache: PartialCache) -> "Summary":
@@ -65,7 +67,13 @@ class Summary:
             name: sum(getattr(record, name) for record in records)
             for name in ("num_sequences", "num_tokens", "num_documents", "num_targets", "bytes")
         }
-        return cls(cache=cache, certainty=_certainty(cache, totals["num_targets"]), kl_error=_kl_error(cache), **totals)
+        return cls(
+            cache=cache,
+            certainty=_certainty(cache, totals["num_targets"]),
+            kl_error=_kl_error(cache),
+            mean_entries=_mean_entries(cache, totals["num_targets"]),
+            **totals,
+        )
 
     @property
     def is_whole(self) -> bool:
@@ -116,6 +124,11 @@ class Summary:
     def _kept(self) -> str:
         manifest = self.cache.manifest
         what = [f"top {manifest.top_k}"] if manifest.top_k else []
+        if manifest.top_p is not None:
+            mean = "" if self.mean_entries is None else f", {self.mean_entries:.1f} in the mean"
+            what[0] += (
+                f" as far as {manifest.top_p:g} at T = {manifest.top_p_temperature:g}, {manifest.min_k} at least{mean},"
+            )
         if manifest.tail_samples:
             what.append(f"{manifest.tail_samples} draws at T = {manifest.draw_temperature or math.nan:g}")
         temperatures = ", ".join(f"{temperature:g}" for temperature in manifest.temperatures)
@@ -171,6 +184,12 @@ def _kl_error(cache: PartialCache) -> float | None:
     found = [_said(record, "mean_kl_error", len(cache.manifest.temperatures)) for record in cache.records.values()]
     known = [float(values.max()) for values in found if values is not None]
     return max(known) if known and len(known) == len(found) else None
+
+
+def _mean_entries(cache: PartialCache, num_targets: int) -> float | None:
+    found = [record.statistics.get("num_entries") for record in cache.records.values()]
+    known = [value for value in found if isinstance(value, int | float) and math.isfinite(value)]
+    return sum(known) / num_targets if num_targets and len(known) == len(found) else None
 
 
 def _said(record: ShardCommit, name: str, num_temperatures: int) -> np.ndarray | None:

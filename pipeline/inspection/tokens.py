@@ -69,7 +69,7 @@ def tokens_of(sequence: CachedSequence, speller: Speller, temperature: float, en
 def _all_said(sequence: CachedSequence, speller: Speller, temperature: float, entries: int, count: int) -> list[Said]:
     """Of the first `count` targets."""
     targets = sequence.targets.take(slice(0, count))
-    measures, probs = measured(targets, temperature), targets.probs(temperature)[:, :entries]
+    measures, probs, counts = measured(targets, temperature), targets.probs(temperature), targets.counts
     is_label = targets.ids == sequence.token_ids[sequence.target_positions[:count] + 1][:, None]
     return [
         Said(
@@ -80,7 +80,7 @@ def _all_said(sequence: CachedSequence, speller: Speller, temperature: float, en
             rank=int(is_label[row].argmax()) + 1 if is_label[row].any() else None,
             alternatives=[
                 (index, speller.token(index), prob)
-                for index, prob in zip(targets.ids[row].tolist(), probs[row].tolist())
+                for index, prob in zip(targets.ids[row, : counts[row]].tolist(), probs[row, :entries].tolist())
             ],
             draws=_most_drawn(targets.draws[row], speller, entries),
         )

@@ -19,7 +19,7 @@ from pipeline.cache.statistics import TargetStatistics, measured
 from pipeline.errors import CacheCorruptError
 from pipeline.files import hash_file
 from pipeline.formats.containers import CONTAINERS, Container, Shard
-from pipeline.formats.layout import RAGGED, ShardCounts, ShardLayout
+from pipeline.formats.layout import ShardCounts, ShardLayout
 
 BLOCK_TARGETS = 65_536
 """Targets that are held at a time."""
@@ -55,16 +55,16 @@ def sequences_of_shard(shard: Shard, layout: ShardLayout, rows: np.ndarray | Non
         inside = wanted[np.searchsorted(wanted, start) : np.searchsorted(wanted, start + step)]
         if len(inside):
             first, last = int(inside[0]), int(inside[-1]) + 1
-            yield from _split(shard.columns(first, last), inside - first)
+            yield from _split(shard.columns(first, last), inside - first, layout.ragged())
 
 
-def _split(columns: Columns, rows: np.ndarray) -> Iterator[Columns]:
-    counts = set(RAGGED.values())
+def _split(columns: Columns, rows: np.ndarray, ragged: dict[str, str]) -> Iterator[Columns]:
+    counts = set(ragged.values())
     offsets = {name: np.concatenate([[0], np.cumsum(columns[name])]) for name in counts}
     for row in rows:
         bounds = {counted: slice(offsets[counted][row], offsets[counted][row + 1]) for counted in counts}
         own = slice(row, row + 1)
-        yield {name: values[bounds[RAGGED[name]] if name in RAGGED else own] for name, values in columns.items()}
+        yield {name: values[bounds[ragged[name]] if name in ragged else own] for name, values in columns.items()}
 
 
 def _copy_file(source: Path, partial: Path, checksum: str) -> None:

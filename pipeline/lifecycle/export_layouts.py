@@ -12,13 +12,16 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.formats.layout import CachedSequence
+from pipeline.formats.ragged import is_entry
 
 Row = dict[str, np.ndarray]
 
+COUNTS = "counts"
+"""Of a row, and no column of a file: how many entries each of its targets has."""
 IGNORED = -100
 """Label of a token that carries no loss."""
 NO_LOGPROB = np.float32(-1e9)
-"""Log-probability of the entries of a position without a target: exp of it is 0, and it is finite."""
+"""Log-probability where there is no entry: exp of it is 0, and it is finite."""
 
 
 @dataclass(frozen=True)
@@ -30,17 +33,20 @@ class ExportLayout:
     """The rows of a sequence at a temperature."""
 
     def table(self, rows: Sequence[Row], schema: pa.Schema) -> pa.Table:
-        """Rows as a table; a column of [n, K] arrays becomes lists of lists."""
-        return pa.table([_lists([row[field.name] for row in rows], field.type) for field in schema], schema=schema)
+        """Rows as a table; a column of [n, K] arrays becomes lists of lists, as long as COUNTS says if a row has it."""
+        counts = [row[COUNTS] for row in rows if COUNTS in row]
+        columns = [_lists([row[field.name] for row in rows], field.type, counts) for field in schema]
+        return pa.table(columns, schema=schema)
 
 
-def _lists(parts: list[np.ndarray], kind: pa.DataType) -> pa.Array:
+def _lists(parts: list[np.ndarray], kind: pa.DataType, counts: list[np.ndarray]) -> pa.Array:
     offsets = pa.array(np.cumsum([0, *map(len, parts)]), pa.int32())
     flat = np.concatenate(parts)
     values = pa.array(flat.reshape(-1))
     if flat.ndim == 2:
-        inner = pa.array(np.arange(len(flat) + 1) * flat.shape[1], pa.int32())
-        values = pa.ListArray.from_arrays(inner, values)
+        lengths = np.concatenate(counts) if counts else np.full(len(flat), flat.shape[1])
+        ends = pa.array(np.concatenate([[0], np.cumsum(lengths)]), pa.int32())
+        values = pa.ListArray.from_arrays(ends, pa.array(flat[is_entry(lengths, flat.shape[1])]))
     return pa.ListArray.from_arrays(offsets, values).cast(kind)
 
 
@@ -54,17 +60,19 @@ def _plain_rows(sequence: CachedSequence, temperature: float) -> Iterator[Row]:
         "target_ids": targets.ids,
         "target_logprobs": targets.logprobs(temperature),
         "tail_mass": targets.tail_mass(temperature),
+        COUNTS: targets.counts,
     }
 
 
 def _axolotl_rows(sequence: CachedSequence, temperature: float) -> Iterator[Row]:
-    length, top_k = len(sequence.token_ids), sequence.targets.top_k
+    targets, length, top_k = sequence.targets, len(sequence.token_ids), sequence.targets.top_k
+    is_kept = targets.logits > -np.inf
     ids = np.tile(np.arange(top_k, dtype=np.int32), (length, 1))
     logprobs = np.full((length, top_k), NO_LOGPROB, np.float32)
     mask = np.zeros((length, top_k), np.int8)
-    ids[sequence.target_positions] = sequence.targets.ids
-    logprobs[sequence.target_positions] = sequence.targets.logprobs(temperature)
-    mask[sequence.target_positions] = 1
+    ids[sequence.target_positions] = targets.ids
+    logprobs[sequence.target_positions] = np.where(is_kept, targets.logprobs(temperature), NO_LOGPROB)
+    mask[sequence.target_positions] = is_kept
     labels = np.where(sequence.loss_mask, sequence.token_ids, np.int32(IGNORED))
     ends = np.cumsum(sequence.document_lengths)
     for start, end in zip(ends - sequence.document_lengths, ends):

@@ -14,7 +14,8 @@ from pipeline.hub import located
 from pipeline.ownership import entries_that_differ, told
 from pipeline.progress import Reporter
 from pipeline.settings import load_config
-from stages.cache_logits.comparison import Difference, differences
+from pipeline.targets import kept
+from stages.cache_logits.comparison import Difference, difference_of_cuts, differences
 from stages.cache_logits.engines import ENGINES
 from stages.cache_logits.scoring import ScoredRow, score_rows
 from stages.cache_logits.settings import AuditConfig, TeacherConfig
@@ -108,7 +109,8 @@ def token_sequence(cached: CachedSequence) -> TokenSequence:
 
 def _compare(cache: Cache, index: int, row: ScoredRow, report: AuditReport) -> list[tuple[str, Difference]]:
     """What tells a cached sequence from the same scored again, with its name."""
-    manifest, cached, sequence, wanted = cache.manifest, cache[index], row.sequence, row.scored()
+    manifest, cached, sequence = cache.manifest, cache[index], row.sequence
+    wanted = kept(row.scored(), manifest.spec)
     where = f"{cache.folder}: sequence {index} ({cached.key.hex()})"
     if sequence.key != cached.key:
         report.problems.append(f"{where}: its key is not that of its tokens, mask and documents.")
@@ -119,6 +121,8 @@ def _compare(cache: Cache, index: int, row: ScoredRow, report: AuditReport) -> l
         lost = [difference.value for difference in differences(rounded, wanted, temperature)]
         report.rounding_error = max(report.rounding_error, *lost)
         ours = differences(cached.targets, wanted, temperature)
+        if manifest.top_p is not None and temperature == manifest.top_p_temperature:
+            ours.append(difference_of_cuts(cached.targets, wanted, manifest.top_p, temperature))
         report.largest = max(report.largest, *(difference.value for difference in ours))
         found += [(where, difference) for difference in ours]
     report.num_sequences += 1

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.targets import SparseTargets
+from pipeline.targets import SparseTargets, cut
 
 ALLOWED_OF_LOGITS = 1e-4
 """How far rounding may put a float32 logit, as a share of the largest."""
@@ -35,23 +35,47 @@ class Difference:
 
 
 def differences(found: SparseTargets, wanted: SparseTargets, temperature: float) -> list[Difference]:
-    """What tells the two apart at one temperature: stored probabilities, tail mass, the label's probability."""
+    """What tells the two apart at one temperature: stored probabilities, tail mass, the label's probability.
+
+    Where one has more entries of a position, those that the other has not count as its tail: `difference_of_cuts` says
+    whether there may be more.
+    """
+    if found.is_ragged or wanted.is_ragged:
+        shorter = np.minimum(found.counts, wanted.counts)
+        found, wanted = cut(found, shorter), cut(wanted, shorter)
     columns = {
         "p of a stored id": _matched_probs(found, wanted, temperature),
         "tail mass": (found.tail_mass(temperature)[:, None], wanted.tail_mass(temperature)[:, None]),
         "p of the label": tuple(np.exp(part.label_logprobs(temperature))[:, None] for part in (found, wanted)),
     }
-    result = []
-    for quantity, (ours, theirs) in columns.items():
-        if ours.shape[1] == 0:
-            continue
-        apart = np.abs(ours - theirs)
-        row, column = np.unravel_index(int(np.nan_to_num(apart, nan=np.inf).argmax()), apart.shape)
-        values = (float(part[row, column]) for part in (apart, ours, theirs))
-        value, one, other = values
-        mean = float(apart.max(1).mean())
-        result.append(Difference(quantity, temperature, value, mean, int(row), one, other))
-    return result
+    return [
+        _difference(quantity, temperature, ours, theirs)
+        for quantity, (ours, theirs) in columns.items()
+        if ours.shape[1]
+    ]
+
+
+def difference_of_cuts(found: SparseTargets, wanted: SparseTargets, top_p: float, temperature: float) -> Difference:
+    """How far from `top_p` the mass is where the two end their rows at different entries.
+
+    Arithmetic moves a border that lies on the mass itself, and no other: the shorter row says that it is reached there,
+    the longer one that it is not reached before its last entry. In the longer one's numbers both places hold `top_p`.
+    """
+    ours, theirs = found.counts, wanted.counts
+    is_ours_N1 = (ours > theirs)[:, None]
+    held_NK = np.cumsum(np.where(is_ours_N1, found.probs(temperature), wanted.probs(temperature)), axis=1)
+    ends_N2 = np.stack([np.minimum(ours, theirs) - 1, np.maximum(ours, theirs) - 2], axis=1)
+    differ_N1 = (ours != theirs)[:, None]
+    held_N2 = np.where(differ_N1, np.take_along_axis(held_NK, np.maximum(ends_N2, 0), 1), top_p)
+    return _difference("mass at the end of the entries", temperature, held_N2, np.full_like(held_N2, top_p))
+
+
+def _difference(quantity: str, temperature: float, ours: np.ndarray, theirs: np.ndarray) -> Difference:
+    """Of two [N, any] arrays."""
+    apart = np.abs(ours - theirs)
+    row, column = np.unravel_index(int(np.nan_to_num(apart, nan=np.inf).argmax()), apart.shape)
+    value, one, other = (float(part[row, column]) for part in (apart, ours, theirs))
+    return Difference(quantity, temperature, value, float(apart.max(1).mean()), int(row), one, other)
 
 
 def disagreement(found: SparseTargets, logits_NV: np.ndarray, labels_N: np.ndarray) -> str:
@@ -93,18 +117,23 @@ def _matched_probs(found: SparseTargets, wanted: SparseTargets, temperature: flo
     """float32 [N, 2K], twice: the probabilities of the ids of either, as both give them.
 
     An id that one of them has not kept has at most that one's smallest kept probability, and is taken to
-    have that, or as much less as the other says.
+    have that, or as much less as the other says. Both have as many entries in a row.
     """
     ours, theirs = found.probs(temperature), wanted.probs(temperature)
-    theirs_of_ours = _look_up(found.ids, wanted.ids, theirs, ours)
-    ours_of_theirs = _look_up(wanted.ids, found.ids, ours, theirs)
+    if not found.top_k:
+        return ours, theirs
+    nothing = 1 + max(int(part.ids.max(initial=0)) for part in (found, wanted))
+    our_ids, their_ids = (np.where(part.logits > -np.inf, part.ids, nothing) for part in (found, wanted))
+    last_N1 = found.counts[:, None] - 1
+    theirs_of_ours = _look_up(our_ids, their_ids, theirs, ours, last_N1)
+    ours_of_theirs = _look_up(their_ids, our_ids, ours, theirs, last_N1)
     return np.hstack([ours, ours_of_theirs]), np.hstack([theirs_of_ours, theirs])
 
 
-def _look_up(ids_NK: np.ndarray, other_ids_NK: np.ndarray, other_NK: np.ndarray, own_NK: np.ndarray) -> np.ndarray:
-    """float32 [N, K]: what the other side gives to `ids_NK`."""
-    if ids_NK.size == 0:
-        return own_NK
+def _look_up(
+    ids_NK: np.ndarray, other_ids_NK: np.ndarray, other_NK: np.ndarray, own_NK: np.ndarray, last_N1: np.ndarray
+) -> np.ndarray:
+    """float32 [N, K]: what the other side, whose last entry is where `last_N1` says, gives to `ids_NK`."""
     order = np.argsort(other_ids_NK, axis=1)
     ordered = np.take_along_axis(other_ids_NK, order, 1).astype(np.int64)
     width = int(max(ids_NK.max(), other_ids_NK.max())) + 1
@@ -113,4 +142,4 @@ def _look_up(ids_NK: np.ndarray, other_ids_NK: np.ndarray, other_NK: np.ndarray,
     place = np.searchsorted(flat, ids_NK + base).clip(max=flat.size - 1)
     is_there = flat[place] == ids_NK + base
     values = np.take_along_axis(other_NK, order, 1).ravel()[place]
-    return np.where(is_there, values, np.minimum(own_NK, other_NK[:, -1:]))
+    return np.where(is_there, values, np.minimum(own_NK, np.take_along_axis(other_NK, last_N1, 1)))

@@ -72,7 +72,8 @@ def announcement(config: CacheConfig, manifest: CacheManifest, num_todo: int) ->
     room = config.out.free_bytes()
     free = "" if room is None else f", {room / 1e9:,.0f} GB are free"
     compression = " before compression" if CONTAINERS[config.format].is_compressed else ""
-    size = f"{layout.num_bytes / 1e9:,.2f} GB{compression}"
+    at_most = "" if config.top_p is None else "at most "
+    size = f"{at_most}{layout.num_bytes / 1e9:,.2f} GB{compression}"
     return (
         f"{config.out}: {num_todo} of {manifest.num_partitions} partitions to capture; "
         f"the whole cache takes {size}{free}; loading {config.teacher} with {config.engine}"

@@ -12,7 +12,7 @@ from pipeline.corpus import TokenSequence
 from pipeline.errors import EngineError
 from pipeline.formats.layout import ShardLayout
 from pipeline.lifecycle.reuse import KnownTargets
-from pipeline.targets import SparseTargets, concatenate, improper
+from pipeline.targets import SparseTargets, concatenate, improper, kept
 from stages.cache_logits.engine import Engine, Request
 
 
@@ -33,7 +33,7 @@ class Row(Protocol):
         """Whether every document is answered."""
 
     def scored(self) -> SparseTargets | None:
-        """The targets of the whole sequence, once it is whole; None if no engine was asked."""
+        """The targets of the whole sequence, once it is whole, all top k of each; None if no engine was asked."""
 
     def stored(self) -> StoredSequence | None:
         """The sequence as an earlier cache has it; None if an engine was asked."""
@@ -114,7 +114,8 @@ class KnownRow:
 
 def store_rows(rows: Sequence[Row], layout: ShardLayout) -> list[StoredSequence]:
     """The rows as a shard keeps them: encoded, or as an earlier cache has them."""
-    captured = [(row.sequence, targets) for row in rows if (targets := row.scored()) is not None]
+    scored = ((row.sequence, row.scored()) for row in rows)
+    captured = [(sequence, kept(targets, layout.spec)) for sequence, targets in scored if targets is not None]
     encoded = iter(StoredSequence.encoded(captured, layout) if captured else ())
     return [next(encoded) if (stored := row.stored()) is None else stored for row in rows]
 

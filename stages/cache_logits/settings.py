@@ -27,7 +27,14 @@ class TeacherConfig(Settings):
         "Folder of the teacher (config.json, weights, tokenizer), or its name on a model hub, NAME or NAME@REVISION."
     )
     engine: str = setting("vllm", "What runs the teacher.", choices=ENGINES.names)
-    top_k: int = setting(64, "Largest probabilities kept for each position.")
+    top_k: int = setting(64, "Largest probabilities kept for each position; with --top-p at most.")
+    top_p: float | None = setting(
+        None, "Keep as few of the top k as reach this probability, 0 to 1; none keeps all of them.  Draws need all."
+    )
+    top_p_temperature: float | None = setting(
+        None, "Captured temperature T at which --top-p counts; none takes the smallest."
+    )
+    min_k: int | None = setting(None, "Entries that --top-p keeps of each position at least; none keeps 1.")
     temperatures: tuple[float, ...] = setting(
         (1.0, 2.0), "A temperature T at which targets are exact; repeatable.", flag="--temperature"
     )
@@ -66,6 +73,7 @@ class TeacherConfig(Settings):
         self.at_least("tail_samples", 0)
         if self.top_k + self.tail_samples == 0:
             raise ConfigError("top_k is 0 and tail_samples is 0; keep at least one entry of a position.")
+        self._check_top_p()
         for name in ("tensor_parallel", "pipeline_parallel", "batch_tokens", "logits_bytes", "row_chunk"):
             self.at_least(name, 1)
         if not self.temperatures:
@@ -82,9 +90,31 @@ class TeacherConfig(Settings):
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ConfigError(f"gpu_memory_utilization is {self.gpu_memory_utilization}; it must lie in (0, 1].")
 
+    def _check_top_p(self) -> None:
+        if self.top_p is None:
+            for name in ("top_p_temperature", "min_k"):
+                if getattr(self, name) is not None:
+                    raise ConfigError(f"{name} is {getattr(self, name):g}, but top_p is not given; it says how to cut.")
+            return
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"top_p is {self.top_p:g}; it must lie in (0, 1].")
+        if self.tail_samples:
+            raise ConfigError(
+                f"top_p is {self.top_p:g} and tail_samples {self.tail_samples}: draws come from outside the top k, and "
+                "would miss the entries that top_p cuts; leave out one of the two."
+            )
+        self.at_least("min_k", 1)
+        if (self.min_k or 1) > self.top_k:
+            raise ConfigError(f"min_k is {self.min_k or 1} and top_k {self.top_k}; top_p keeps between the two.")
+        if self.top_p_temperature is not None and self.top_p_temperature not in self.temperatures:
+            raise ConfigError(
+                f"top_p_temperature is {self.top_p_temperature:g}; choose one of: {list(self.temperatures)}."
+            )
+
     @property
     def spec(self) -> TargetSpec:
         """What is kept of every position."""
+        coldest = min(self.temperatures) if self.top_p_temperature is None else self.top_p_temperature
         warmest = max(self.temperatures) if self.draw_temperature is None else self.draw_temperature
         return TargetSpec(
             top_k=self.top_k,
@@ -92,6 +122,9 @@ class TeacherConfig(Settings):
             tail_samples=self.tail_samples,
             draw_temperature=warmest if self.tail_samples else None,
             max_kl_error=self.max_kl_error,
+            top_p=self.top_p,
+            top_p_temperature=None if self.top_p is None else coldest,
+            min_k=None if self.top_p is None else self.min_k or 1,
         )
 
     def rows_at_once(self, vocab_size: int) -> int:

@@ -134,7 +134,10 @@ class Cost:
 
 @dataclass(frozen=True, kw_only=True)
 class Storage:
-    """What the cache takes: known, but for a compressed container, which is estimated from measured caches in Zarr."""
+    """What the cache takes: known, but for a compressed container, which is estimated from measured caches in Zarr.
+
+    With `top_p` as if every target had all its top k.
+    """
 
     container: str
     bytes: int
@@ -142,6 +145,8 @@ class Storage:
     partitions: int
     partition_seconds: float
     """For which one worker has a partition in hand: what a crash loses at most, and what a drain waits for."""
+    top_p: float | None
+    """As few entries are kept as reach this mass: how many depends on the teacher, and `bytes` is a bound."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,10 +186,11 @@ def describe(found: Estimate) -> list[str]:
     """Lines for a person."""
     storage = found.storage
     about = "about " if CONTAINERS[storage.container].is_compressed else ""
+    bound = "" if storage.top_p is None else f", if no target reached {storage.top_p:g} before its top k: less"
     lines = [
         *_describe(found, "capture", found.capture),
         f"  storage  {storage.container}, {about}{storage.bytes / 1e9:,.1f} GB, "
-        f"{storage.bytes_per_target:.0f} bytes a target",
+        f"{storage.bytes_per_target:.0f} bytes a target{bound}",
         f"  shards   {storage.partitions:,}; one takes a worker {duration(storage.partition_seconds)}, "
         "which is what a crash can lose and a drain waits for",
     ]
@@ -299,6 +305,7 @@ def _storage(config: EstimateConfig, cache: CacheConfig, amount: Amount, seconds
         bytes_per_target=size / max(amount.num_targets, 1),
         partitions=partitions,
         partition_seconds=seconds * config.workers / partitions,
+        top_p=cache.top_p,
     )
 
 

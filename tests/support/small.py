@@ -112,6 +112,9 @@ def fake_manifest(
     max_kl_error: float = 1e-4,
     top_k: int = 8,
     tail_samples: int = 0,
+    top_p: float | None = None,
+    top_p_temperature: float | None = None,
+    min_k: int | None = None,
     partitions: tuple[int, ...] | None = None,
 ) -> CacheManifest:
     """The manifest of a cache of `corpus` by FakeEngine."""
@@ -124,6 +127,9 @@ def fake_manifest(
         top_k=top_k,
         tail_samples=tail_samples,
         draw_temperature=2.0 if tail_samples else None,
+        top_p=top_p,
+        top_p_temperature=None if top_p is None else top_p_temperature or 1.0,
+        min_k=None if top_p is None else min_k or 1,
         temperatures=(1.0, 2.0),
         max_kl_error=max_kl_error,
         container=container,

@@ -21,8 +21,8 @@ import xxhash
 from pipeline.corpus import TokenSequence, target_positions
 from pipeline.errors import CacheCorruptError
 from pipeline.formats.codec import is_lossless, round_targets
-from pipeline.formats.ragged import padded, starts_of
-from pipeline.targets import COLUMNS, SparseTargets, TargetSpec, concatenate, logsumexps_of
+from pipeline.formats.ragged import is_entry, padded, starts_of
+from pipeline.targets import COLUMNS, SparseTargets, TargetSpec, concatenate, logsumexps_of, logsumexps_of_rows
 
 ALIGNMENT = "targets[j] is the teacher's distribution of token target_positions[j] + 1"
 
@@ -200,9 +200,9 @@ def _columns(
         **{name: getattr(targets, name) for name in COLUMNS},
     }
     if layout.spec.is_ragged:
-        is_entry = targets.logits > -np.inf
-        columns |= {"counts": is_entry.sum(axis=1), "num_entries": np.array([is_entry.sum()])}
-        columns |= {name: columns[name][is_entry] for name in OF_ENTRIES}
+        entries = targets.logits > -np.inf
+        columns |= {"counts": entries.sum(axis=1), "num_entries": np.array([entries.sum()])}
+        columns |= {name: columns[name][entries] for name in OF_ENTRIES}
     stored = {name: np.ascontiguousarray(columns[name], dtype) for name, (dtype, _) in _without_checksum(layout)}
     return stored | {"checksum": np.array([checksum_of(stored)], np.uint64)}
 
@@ -239,16 +239,18 @@ def decode(columns: dict[str, np.ndarray], layout: ShardLayout, where: str) -> C
 
 def targets_of(columns: dict[str, np.ndarray], layout: ShardLayout) -> SparseTargets:
     """The targets in stored columns of one or more sequences."""
-    num_targets, spec = len(columns["entropies"]), layout.spec
+    num_targets, spec, tails = len(columns["entropies"]), layout.spec, columns["tail_logprobs"]
     empty = {"ids": np.int32, "draws": np.int32, "logits": np.float32}
     values = {name: columns[name] for name in COLUMNS if name in columns}
     values |= {name: np.zeros((num_targets, 0), dtype) for name, dtype in empty.items() if name not in columns}
     if spec.is_ragged:
-        counts, ids = columns["counts"], columns["ids"]
-        values["ids"] = padded(ids, counts, spec.top_k, ids[starts_of(counts)])
-        values["logits"] = padded(columns["logits"], counts, spec.top_k, -np.inf)
-    if layout.on_grid:
-        values["logsumexps"] = logsumexps_of(values["logits"], values["tail_logprobs"], spec.temperatures)
+        ids, logits, starts = columns["ids"], columns["logits"], starts_of(columns["counts"])
+        if layout.on_grid:
+            values["logsumexps"] = logsumexps_of_rows(logits, starts, tails, spec.temperatures)
+        entries = is_entry(columns["counts"], spec.top_k)
+        values |= {"ids": padded(ids, entries, ids[starts][:, None]), "logits": padded(logits, entries, -np.inf)}
+    elif layout.on_grid:
+        values["logsumexps"] = logsumexps_of(values["logits"], tails, spec.temperatures)
     return SparseTargets(temperatures=spec.temperatures, **values)
 
 

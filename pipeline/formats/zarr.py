@@ -28,7 +28,7 @@ from pipeline.parallel import ALONE, Threads
 CHUNK_VALUES = 32_768
 """Values in the chunks of a row block, the unit of reading."""
 MAX_CHUNK_ROWS = 4096
-FLAT_VALUES = 8192
+FLAT_VALUES = 16_384
 """Values of a chunk of a flat array, whose chunks do not begin where rows do: more of a larger one is read in vain."""
 STEP_COLUMNS = 16
 """Columns of a chunk of `steps`: ranks that are close to each other have like steps."""

@@ -17,10 +17,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
+import xxhash
 from msgspec import Meta
 
 from pipeline.documents import Count, FileName, Hash, Temperature, Text, Width, document_of, short
 from pipeline.errors import CacheCorruptError, CacheIncompleteError, CacheMismatchError
+from pipeline.files import canonical_json
 from pipeline.formats.containers import CONTAINERS
 from pipeline.formats.grid import WARMEST
 from pipeline.formats.layout import ALIGNMENT, ShardCounts, ShardLayout
@@ -148,6 +150,13 @@ class CacheManifest:
             del document[name]
         document |= {f"{name}.{key}": value for name, entries in nested.items() for key, value in entries.items()}
         return document
+
+    def identity_hash(self) -> str:
+        """xxh3-128 of `identity`, as hex; of a cache that format version 2 holds as it was then."""
+        entries = self.identity()
+        if self.top_p is None:
+            entries = {name: value for name, value in entries.items() if name not in SINCE_3}
+        return xxhash.xxh3_128_hexdigest(canonical_json(entries))
 
     def target_identity(self) -> dict[str, Any]:
         """The entries that decide the targets of a sequence, whatever else is in the cache and how it is kept."""

@@ -1,10 +1,13 @@
 """Targets that keep as many entries as reach a mass: which, what becomes of the others, and rows of any lengths."""
 
 import dataclasses
+import importlib
+import importlib.util
 import json
 import warnings
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
@@ -455,6 +458,33 @@ def test_flipped_bytes_of_such_a_shard_are_found(caches, container):
     assert verify_cache(folder).problems == []
 
 
+def test_other_libraries_read_rows_of_their_own_lengths(caches):
+    folder, wanted = caches["arrow"], [item.targets for item in open_cache(caches["arrow"])]
+    commit = open_cache(folder).commits[0]
+    path = folder / SHARDS / commit.file
+    shard = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+    readers = {"pyarrow": lambda: shard["ids"].to_pylist()}
+    if importlib.util.find_spec("polars"):
+        readers["polars"] = lambda: importlib.import_module("polars").read_ipc(str(path))["ids"].to_list()
+    if importlib.util.find_spec("duckdb"):
+        relation = importlib.import_module("duckdb").from_arrow(shard)
+        readers["duckdb"] = lambda: [ids for (ids,) in relation.project("ids").fetchall()]
+    for name, read_ids in readers.items():
+        for ids, targets in zip(read_ids(), wanted):
+            assert [list(row) for row in ids] == [
+                row[:count].tolist() for row, count in zip(targets.ids, targets.counts)
+            ], name
+
+
+def test_batches_end_before_their_offsets_overflow(tmp_path, caches, monkeypatch):
+    monkeypatch.setattr("pipeline.formats.arrow.BATCH_ENTRIES", 50)
+    folder = make_cache(tmp_path / "cache", caches["arrow"].parent / "corpus", top_p=0.9, min_k=2)
+    path = folder / SHARDS / open_cache(folder).commits[0].file
+    assert pa.ipc.open_file(pa.memory_map(str(path))).num_record_batches > 3
+    for ours, theirs in zip(open_cache(folder), open_cache(caches["arrow"]), strict=True):
+        assert checksum_of(vars(ours.targets)) == checksum_of(vars(theirs.targets))
+
+
 @pytest.fixture(scope="module")
 def captured_cache(tmp_path_factory, teacher, corpus):
     """By a tiny teacher: mass 0.15 at T=2, where it is flat, 3 entries at least, 16 at most."""
@@ -501,14 +531,18 @@ def test_audit_of_such_a_cache(tmp_path, captured_cache, teacher):
     assert all("mass at the end of the entries at T=2" in problem and "sequence 0 " in problem for problem in problems)
 
 
-@pytest.mark.parametrize("tail", ["ghost", "uniform", "zero", "renormalise"])
-def test_loss_of_such_targets_is_that_of_rows_without_places(tail):
+@pytest.mark.parametrize(
+    ("tail", "divergence"),
+    [(tail, "forward") for tail in ("ghost", "uniform", "zero", "renormalise")]
+    + [("ghost", "reverse"), ("ghost", "js")],
+)
+def test_loss_of_such_targets_is_that_of_rows_without_places(tail, divergence):
     """One target at a time, with as many columns as it has entries, against all of them side by side."""
     exact, labels, _ = random_targets((2.0,), num_rows=24)
     ragged = cut(exact, random_counts(24, "any"))
     random = torch.Generator().manual_seed(0)
     hidden, head = (torch.randn(rows, 16, generator=random, dtype=torch.float64) for rows in (24, VOCAB_SIZE))
-    options = {"alpha": 1.0, "temperature": 2.0, "tail": tail, "ignore_index": -100}
+    options = {"alpha": 1.0, "temperature": 2.0, "tail": tail, "divergence": divergence, "ignore_index": -100}
 
     def loss(rows, width):
         some = ragged.take(rows)
@@ -555,6 +589,7 @@ def test_estimate_and_announcement_say_that_they_are_bounds(tmp_path, teacher, c
         ({"min_k": None}, "min_k must lie between 1 and top_k"),
         ({"tail_samples": 2, "draw_temperature": 1.0}, "top_p leaves no draws"),
         ({"top_p": None}, "without top_p there is no min_k"),
+        ({"format_version": 2}, "format_version is 2, but top_p is of 3"),
     ],
 )
 def test_manifest_that_contradicts_itself_is_refused(tmp_path, caches, changes, said):

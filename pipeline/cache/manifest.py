@@ -116,9 +116,8 @@ class CacheManifest:
 
     def _rules_of_top_p(self) -> dict[str, bool]:
         if self.top_p is None:
-            return {
-                "without top_p there is no min_k and top_p_temperature": self.min_k is self.top_p_temperature is None
-            }
+            none = (self.min_k, self.top_p_temperature) == (None, None)
+            return {"without top_p there is no min_k and top_p_temperature": none}
         return {
             "top_p_temperature is none of the temperatures": self.top_p_temperature in self.temperatures,
             "min_k must lie between 1 and top_k": self.min_k is not None and 1 <= self.min_k <= self.top_k,
@@ -137,6 +136,11 @@ class CacheManifest:
     def spec(self) -> TargetSpec:
         """What the cache keeps of every position."""
         return TargetSpec(**{field.name: getattr(self, field.name) for field in fields(TargetSpec)})
+
+    @property
+    def format_version(self) -> int:
+        """The first version of the format that can hold the cache."""
+        return self.layout(ShardCounts.of(())).format_version
 
     def layout(self, counts: ShardCounts) -> ShardLayout:
         """The layout of a shard of this cache."""
@@ -180,8 +184,7 @@ class CacheManifest:
         entries = asdict(self)
         if self.top_p is None:
             entries = {name: value for name, value in entries.items() if name not in SINCE_3}
-        version = ShardLayout(counts=ShardCounts.of(()), spec=self.spec).format_version
-        document = {"format": FORMAT, "format_version": version, "alignment": ALIGNMENT, **entries}
+        document = {"format": FORMAT, "format_version": self.format_version, "alignment": ALIGNMENT, **entries}
         won = write_json(folder / MANIFEST, document, first_wins=True)
         return won and write_json(folder / COPY, document)
 
@@ -201,4 +204,9 @@ class CacheManifest:
                 f"{path}: format {short(found[:2])}, alignment {short(found[2])}; "
                 f"this version reads {FORMAT!r} of version {known}, {ALIGNMENT!r}."
             )
-        return document_of(cls, document, path, CacheCorruptError)
+        manifest = document_of(cls, document, path, CacheCorruptError)
+        if manifest.format_version > found[1]:
+            raise CacheCorruptError(
+                f"{path}: format_version is {found[1]}, but top_p is of {manifest.format_version}; the file is forged."
+            )
+        return manifest

@@ -105,16 +105,12 @@ class TargetStatistics:
         if (kl > bound * 1.001 + 1e-9).any():
             raise RuntimeError(f"rounding cost {kl.tolist()} nats; the bound is {bound}: a bug of the codec")
         names = ("sum_entropy", "sum_tail_mass", "sum_label_logprob")
-        entries = {"num_entries": self._num_entries} if self._layout.spec.is_ragged else {}
-        return (
-            dict(zip(names, self._sums.tolist()))
-            | entries
-            | {
-                "mean_kl_error": kl.tolist(),
-                "max_probability_error": self._largest.tolist(),
-                "seconds": round(time.time() - self._started, 3),
-            }
-        )
+        said = dict(zip(names, self._sums.tolist())) | {
+            "mean_kl_error": kl.tolist(),
+            "max_probability_error": self._largest.tolist(),
+            "seconds": round(time.time() - self._started, 3),
+        }
+        return said | ({"num_entries": self._num_entries} if self._layout.spec.is_ragged else {})
 
     def _recorded(self, statistics: dict[str, Any], name: str) -> np.ndarray:
         """float64 [temperatures]: errors as a record has them; of none, or of what cannot be, 1, which bounds both."""

@@ -29,7 +29,7 @@ class TeacherConfig(Settings):
     engine: str = setting("vllm", "What runs the teacher.", choices=ENGINES.names)
     top_k: int = setting(64, "Largest probabilities kept for each position; with --top-p at most.")
     top_p: float | None = setting(
-        None, "Keep as few of the top k as reach this probability, 0 to 1; none keeps all of them.  Draws need all."
+        None, "Keep as few of the top k as reach this probability, 0 to 1; none keeps all of them. Not with draws."
     )
     top_p_temperature: float | None = setting(
         None, "Captured temperature T at which --top-p counts; none takes the smallest."

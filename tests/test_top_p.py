@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import importlib.util
 import json
+import shutil
 import warnings
 
 import numpy as np
@@ -598,3 +599,42 @@ def test_manifest_that_contradicts_itself_is_refused(tmp_path, caches, changes, 
     write_json(store_of(tmp_path) / "manifest.json", document)
     with pytest.raises(CacheCorruptError, match=said):
         CacheManifest.read(tmp_path)
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_threads_make_the_same_shards(tmp_path, caches, container):
+    corpus, settings = caches[container].parent / "corpus", {"container": container, "top_p": 0.9, "min_k": 2}
+    folder = make_cache(tmp_path / "cache", corpus, encoding_threads=3, **settings)
+    ours, theirs = (open_cache(each).commits for each in (folder, caches[container]))
+    assert [commit.xxh3_128 for commit in ours] == [commit.xxh3_128 for commit in theirs]
+
+
+def test_reuse_copies_rows_as_they_are_and_only_of_the_same_cut(tmp_path, captured_cache, teacher, corpus):
+    settings = {"tail_samples": 0, "top_p": 0.15, "min_k": 3, "top_p_temperature": 2.0, "format": "zarr"}
+    reuse = (LocalStore(captured_cache),)
+    folder = captured(tmp_path / "cache", teacher, corpus, reuse=reuse, **settings)
+    for ours, theirs in zip(open_cache(folder), open_cache(captured_cache), strict=True):
+        assert checksum_of(vars(ours.targets)) == checksum_of(vars(theirs.targets))
+    for changes, reason in (
+        ({"top_p": 0.2}, "top_p is 0.15, now 0.2"),
+        ({"min_k": 1}, "min_k is 3, now 1"),
+        ({"top_p_temperature": 1.0}, "top_p_temperature is 2.0, now 1.0"),
+        ({"top_p": None, "min_k": None, "top_p_temperature": None}, "top_p is 0.15, now None"),
+    ):
+        with pytest.raises(CacheMismatchError, match=reason):
+            captured(tmp_path / "other", teacher, corpus, reuse=reuse, **settings | changes)
+
+
+def test_repair_drops_the_damaged_shard_alone(tmp_path, caches):
+    folder = tmp_path / "cache"
+    shutil.copytree(caches["zarr"], folder)
+    path = sorted((folder / SHARDS).iterdir())[0]
+    damaged = bytearray(path.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    path.write_bytes(damaged)
+    assert run("verify", folder, "--repair")[0] == 0
+    assert run("verify", folder)[0] == 1
+    make_cache(folder, caches["zarr"].parent / "corpus", container="zarr", top_p=0.9, min_k=2)
+    assert run("verify", folder)[0] == 0
+    for ours, theirs in zip(open_cache(folder), open_cache(caches["zarr"]), strict=True):
+        assert checksum_of(vars(ours.targets)) == checksum_of(vars(theirs.targets))

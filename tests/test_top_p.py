@@ -246,6 +246,14 @@ def test_reader_by_the_book_agrees(tmp_path, corpus, container, max_kl_error, to
             np.testing.assert_array_equal(row[name], getattr(targets, name), err_msg=name)
 
 
+@pytest.mark.parametrize("container", CONTAINERS)
+@pytest.mark.parametrize("max_kl_error", [0.0, 1e-4])
+def test_mass_of_a_single_entry(tmp_path, corpus, container, max_kl_error):
+    folder = make_cache(tmp_path / "cache", corpus, container=container, top_k=1, top_p=0.9, max_kl_error=max_kl_error)
+    assert verify_cache(folder).problems == []
+    assert all((item.targets.counts == 1).all() for item in open_cache(folder))
+
+
 def test_without_top_p_nothing_says_so(tmp_path, corpus):
     """A cache that keeps K entries of all is what version 2 of the format holds, to the entry."""
     folder = make_cache(tmp_path / "cache", corpus)
@@ -294,7 +302,8 @@ def test_life_of_such_a_cache(tmp_path, caches, name):
     assert run("inspect", caches[name], "--sequence", 0)[0] == 0
     code, output, errors = run("inspect", caches[name])
     assert code == 0, errors
-    assert "top 8 as far as 0.9 at T = 1, 2 at least" in output
+    count = np.concatenate([item.targets.counts for item in open_cache(caches[name])]).mean()
+    assert f"top 8 as far as 0.9 at T = 1, 2 at least, {count:.1f} in the mean, exact at T = 1, 2; rounded" in output
 
 
 def test_caches_of_another_mass_are_kept_apart(tmp_path, caches):

@@ -126,9 +126,11 @@ class ZarrShard:
         self._counted = {name: ragged.get(name, "num_targets") for name in self._arrays if name not in self._heads}
 
     def _require_entries(self, counted: dict[str, str]) -> None:
-        """Raise ValueError unless the sequences have as many entries as are there, and each target has some."""
-        if (np.diff(self._offsets["num_steps"]) < 0).any():
-            raise ValueError("a sequence of fewer entries than targets")
+        """Raise ValueError unless the sequences have as many entries as are there, 1 to K of each target."""
+        most = (self._layout.spec.top_k - 1) * self._heads["num_targets"].astype(np.int64)
+        later = np.diff(self._offsets["num_steps"])
+        if (later < 0).any() or (later > most).any():
+            raise ValueError("a sequence of fewer entries than targets, or more than these can have")
         for name in FLAT:
             if name in self._arrays and len(self._arrays[name]) != self._offsets[counted[name]][-1]:
                 raise ValueError(f"array {name!r} has not as many values as its sequences have entries")

@@ -171,7 +171,7 @@ class CacheManifest:
         entries = asdict(self)
         if self.top_p is None:
             entries = {name: value for name, value in entries.items() if name not in SINCE_3}
-        version = ShardLayout(counts=ShardCounts.of(()), spec=self.spec).format_version
+        version = CONTAINERS[self.container].format_version(self.layout(ShardCounts.of(())))
         document = {"format": FORMAT, "format_version": version, "alignment": ALIGNMENT, **entries}
         won = write_json(folder / MANIFEST, document, first_wins=True)
         return won and write_json(folder / COPY, document)

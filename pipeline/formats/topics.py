@@ -195,7 +195,9 @@ def _positions(places_NK: np.ndarray, num_ids: int, threads: Threads) -> np.ndar
     blocks = row_blocks(len(places_NK), PIECE_ROWS)
     sums_ND = np.concatenate(list(threads.map(lambda rows: _sums(points_UD, places_NK[rows], np.int32), blocks)))
     sums_ND -= np.rint(sums_ND.mean(axis=0, dtype=np.float64)).astype(np.int32)
-    return np.rint(sums_ND / max(1, np.abs(sums_ND).max() / LARGEST)).astype(np.float32)
+    points_ND = sums_ND.astype(np.float32)
+    points_ND /= max(1, np.abs(sums_ND).max() / LARGEST)
+    return np.rint(points_ND, out=points_ND)
 
 
 def _points(places_SK: np.ndarray, num_ids: int) -> np.ndarray:
@@ -274,6 +276,8 @@ def _cheapest(
 ) -> np.ndarray:
     """uint16 [N]: for every position the topic that codes it best, of those beside its own."""
     near_CM = np.argsort(-_nearness(means_CD, means_CD), axis=1, kind="stable")[:, :NEIGHBOURS]
+    owners = np.argsort(near_CM.ravel(), kind="stable") // near_CM.shape[1]
+    trying = np.split(owners, np.cumsum(np.bincount(near_CM.ravel(), minlength=len(tables)))[:-1])
     counts = np.bincount(topics_N, minlength=len(tables))
     order, starts = np.argsort(topics_N, kind="stable"), starts_of(counts)
     without = _cost(np.arange(TABLE_SIZE, TABLE_SIZE + num_ids + 1))
@@ -283,7 +287,7 @@ def _cheapest(
     def tried(topics: range) -> list[tuple[int, np.ndarray, np.ndarray]]:
         costs, found = without.copy(), []
         for topic in topics:
-            beside = near_CM[topic]
+            beside = trying[topic]
             rows = order[np.repeat(starts[beside], counts[beside]) + _counting(counts[beside])]
             costs[tables[topic]] = within[: len(tables[topic])]
             own = [costs.take(places_NK[rows[part]], mode="wrap").sum(axis=1) for part in row_blocks(len(rows))]

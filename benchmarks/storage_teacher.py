@@ -1,12 +1,14 @@
-"""Targets at a vocabulary of 102,400 from real text, for benchmarks/storage.py; made on a CPU in minutes.
+"""Targets from real text for benchmarks/storage.py; made on a CPU in minutes.
 
-Two teachers, on held-out text of the Python standard library and of the packages beside it:
+Two teachers of its own with a vocabulary of 102,400, on held-out text of the Python standard library and of the
+packages beside it, and one that is pretrained:
 
     neural     a small transformer alone, trained with sampled softmax
     mixture    the transformer, n-grams of up to five tokens and a cache of the document: sharper, as large
                models are, but its n-grams name ids that a neural model would not
+    pretrained SmolLM2-135M-Instruct, vocabulary 49,152, on the text of benchmarks/real
 
-What a large model's targets look like lies between. Everything is kept in a folder and reused.
+Everything is kept in a folder and reused.
 """
 
 import hashlib
@@ -30,11 +32,15 @@ TRAINING_STEPS, BATCH, NEGATIVES = 170, 16, 6144
 ORDERS = (1, 2, 3, 4)
 """Lengths of the n-grams' contexts."""
 BLOCK_ROWS = 64
-TEACHERS = ("mixture", "neural")
+TEACHERS = ("mixture", "neural", "pretrained")
 
 
 def load_targets(folder: Path, teacher: str, num_sequences: int) -> tuple[np.ndarray, SparseTargets]:
     """int32 [N] tokens and the teacher's targets at each of them; made now unless they are in `folder`."""
+    if teacher == "pretrained":
+        from benchmarks.real.targets import score_pretrained
+
+        return _of_columns(score_pretrained(folder, num_sequences))
     path = folder / f"{teacher}-{num_sequences}.npz"
     if not path.is_file():
         folder.mkdir(parents=True, exist_ok=True)
@@ -44,7 +50,10 @@ def load_targets(folder: Path, teacher: str, num_sequences: int) -> tuple[np.nda
         ngrams = _NGrams(train) if teacher == "mixture" else None
         _score(path, model, ngrams, held_out[: num_sequences * SEQUENCE + 1])
     with np.load(path) as stored:
-        columns = {name: stored[name] for name in stored.files}
+        return _of_columns({name: stored[name] for name in stored.files})
+
+
+def _of_columns(columns: dict[str, np.ndarray]) -> tuple[np.ndarray, SparseTargets]:
     tokens = columns.pop("tokens")
     draws = np.zeros((len(tokens), 0), np.int32)
     return tokens, SparseTargets(temperatures=TEMPERATURES, draws=draws, **columns)
@@ -254,14 +263,15 @@ def _score(path: Path, model: _Transformer, ngrams: _NGrams | None, tokens: np.n
                 ngrams.mix_into(scratch, sequence[:-1], first)
                 torch.log(scratch, out=logits)
             labels = torch.from_numpy(sequence[first + 1 : first + BLOCK_ROWS + 1].astype(np.int64))
-            blocks.append(_reduce(logits, labels, scratch))
+            blocks.append(reduce_logits(logits, labels, scratch))
         if start % (32 * SEQUENCE) == 0:
             print(f"  {start:,} tokens in {time.monotonic() - started:.0f} s", flush=True)
     columns = {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
     np.savez(path, tokens=tokens[:-1], **columns)
 
 
-def _reduce(logits: torch.Tensor, labels: torch.Tensor, scratch: torch.Tensor) -> dict[str, np.ndarray]:
+def reduce_logits(logits: torch.Tensor, labels: torch.Tensor, scratch: torch.Tensor) -> dict[str, np.ndarray]:
+    """The columns of targets, T=1 and 2, of float32 logits [N, V], which are changed; `scratch` is as large."""
     top, ids = logits.topk(TOP_K, dim=1)
     logits -= top[:, :1]
     columns: dict[str, list[np.ndarray]] = {"logsumexps": [], "tail_logprobs": [], "entropies": []}

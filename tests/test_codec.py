@@ -1,6 +1,7 @@
 """Rounding to a bound on the KL error, and coding ids against context: what they promise, on hard rows."""
 
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
@@ -11,9 +12,12 @@ from pipeline.corpus import TOKENIZER, Corpus, TokenSequence
 from pipeline.formats.codec import _finer as made_finer
 from pipeline.formats.codec import rising_in_runs, round_targets
 from pipeline.formats.containers import CONTAINERS
-from pipeline.formats.contexts import code_differences, learn, sum_differences
 from pipeline.formats.grid import FINEST_LEVEL, Grid, grid_of, tail_places, tail_values
 from pipeline.formats.layout import ShardCounts, ShardLayout, decode, encode
+from pipeline.formats.packing import _model_arrays as model_arrays
+from pipeline.formats.packing import model_of
+from pipeline.formats.topics import FIRST_STRATUM, TABLE_SIZE, code_differences, learn, sum_differences
+from pipeline.parallel import Threads
 from pipeline.targets import COLUMNS, SparseTargets, TargetSpec, logsumexps_of, reconstruction_errors
 from stages.cache_logits.capture import capture
 from stages.cache_logits.fake_engine import FakeEngine
@@ -133,14 +137,95 @@ def test_tails_are_rounded_but_never_away():
     assert tail_places(np.array([-np.inf, -80.0, -1e-6, 0.0], np.float32)).tolist() == [0, 1, 2047, 2047]
 
 
-@pytest.mark.parametrize("num_rows", [1, 5, 2000])
-def test_context_model_gives_ids_back(num_rows):
-    random = np.random.default_rng(0)
-    previous = random.zipf(1.5, num_rows).astype(np.int32) % 500
-    ids = np.argsort(random.random((num_rows, 300)) * (1 + np.arange(300)), axis=1)[:, :20].astype(np.int32) * 7
-    model = learn(ids, previous)
-    codes, kinds = model.encode(ids, previous)
-    np.testing.assert_array_equal(model.decode(codes, kinds, previous), ids)
+def ids_of_topics(num_rows: int, num_topics: int = 12, top_k: int = 20, seed: int = 0) -> np.ndarray:
+    """int32 [N, K]: distinct ids of rows that have them, but for a few, from 100 of their topic's."""
+    random = np.random.default_rng(seed)
+    likely = np.argsort(random.random((num_topics, 5000)), axis=1)[:, :100]
+    topics = random.integers(0, num_topics, num_rows)
+    scores = random.random((num_rows, 5000))
+    np.put_along_axis(scores, likely[topics], np.take_along_axis(scores, likely[topics], axis=1) - 0.99, axis=1)
+    return np.argsort(scores, axis=1)[:, :top_k].astype(np.int32) * 7
+
+
+@pytest.mark.parametrize(("num_rows", "top_k"), [(0, 4), (1, 20), (5, 1), (500, 1), (2500, 20)])
+def test_topics_give_ids_back(num_rows, top_k):
+    ids = ids_of_topics(num_rows, top_k=top_k)
+    model, topics = learn(ids)
+    stored = model_of(model_arrays(model))
+    for name in ("vocabulary", "sizes", "entries"):
+        np.testing.assert_array_equal(getattr(stored, name), getattr(model, name))
+    np.testing.assert_array_equal(stored.decode(model.encode(ids, topics), topics), ids)
+
+
+def test_rows_of_different_lengths_learn_from_their_entries_alone():
+    ids, random = ids_of_topics(2500), np.random.default_rng(1)
+    counts = random.integers(1, 21, len(ids))
+    is_entry = np.arange(20) < counts[:, None]
+    model, topics = learn(np.where(is_entry, ids, ids[:, :1]), is_entry_NK=is_entry)
+    np.testing.assert_array_equal(np.sort(model.vocabulary), np.unique(ids[is_entry]))
+    codes = model.encode(np.where(is_entry, ids, ids[:, :1]), topics)[is_entry]
+    np.testing.assert_array_equal(model.decode_ragged(codes, counts, topics), ids[is_entry])
+    whole, whole_topics = learn(ids, is_entry_NK=np.ones(ids.shape, bool))
+    alike, alike_topics = learn(ids)
+    np.testing.assert_array_equal(whole.entries, alike.entries)
+    np.testing.assert_array_equal(whole_topics, alike_topics)
+
+
+def test_topics_are_found_where_there_are_some():
+    """Of ids by topic nearly all have small codes; without topics the best is their place among all."""
+    ids = ids_of_topics(2500)
+    model, topics = learn(ids)
+    codes = model.encode(ids, topics)
+    assert len(model.sizes) > 8
+    assert np.median(codes) < 60
+    assert np.median(np.argsort(model.vocabulary)[np.searchsorted(np.sort(model.vocabulary), ids)]) > 400
+    assert (np.bincount(topics)[:-1] >= np.bincount(topics)[1:]).all()
+
+
+def test_tables_list_what_a_topic_has_more_than_once_most_frequent_first():
+    ids = ids_of_topics(2500)
+    model, topics = learn(ids)
+    ends = np.cumsum(model.sizes)
+    for topic in range(len(model.sizes)):
+        counts = np.bincount(ids[topics == topic].ravel(), minlength=ids.max() + 1)
+        table = model.vocabulary[model.entries[ends[topic] - model.sizes[topic] : ends[topic]]]
+        assert sorted(table) == np.flatnonzero(counts > 1).tolist()
+        assert len(table) <= TABLE_SIZE
+        strata = np.split(table, FIRST_STRATUM * 2 ** np.arange(8))
+        for one, other in itertools.pairwise(strata):
+            assert len(other) == 0 or counts[one].min() >= counts[other].max()
+
+
+def test_several_threads_learn_the_same_topics():
+    ids = ids_of_topics(9000)
+    alone, alone_topics = learn(ids)
+    with Threads(3) as threads:
+        together, topics = learn(ids, threads)
+    np.testing.assert_array_equal(topics, alone_topics)
+    np.testing.assert_array_equal(together.entries, alone.entries)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"table_sizes": [3]},
+        {"table_sizes": [2**31, 4]},
+        {"table_entries": [0, 5, 0, 0]},
+        {"table_entries": [2**32 - 1, 1, 0, 0]},
+        {"vocabulary": [5, 2**24, 1]},
+        {"vocabulary": [2**32 - 1] * 3},
+    ],
+)
+def test_tables_that_contradict_each_other_are_refused(changes):
+    sound = {"vocabulary": [5, 2, 1], "table_sizes": [4], "table_entries": [0, 1, 0, 1]}
+    assert model_of({name: np.array(values, np.uint32) for name, values in sound.items()}).entries.tolist() == [
+        0,
+        1,
+        1,
+        2,
+    ]
+    with pytest.raises((ValueError, IndexError)):
+        model_of({name: np.array(values, np.uint32) for name, values in (sound | changes).items()})
 
 
 @pytest.mark.parametrize("highest", [50, 120_000, 2**31 - 1])

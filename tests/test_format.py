@@ -33,7 +33,7 @@ def read_document(path):
 def read_by_the_book(folder):
     """Every sequence of a cache: its columns by name, as in the table."""
     manifest = read_document(folder / "manifest.json")
-    version = 3 if "top_p" in manifest else 2
+    version = 3 if "top_p" in manifest or (manifest["container"] == "zarr" and manifest["top_k"]) else 2
     assert (manifest["format"], manifest["format_version"]) == ("sparse-target-cache", version)
     read = {"arrow": read_arrow, "zarr": read_zarr}[manifest["container"]]
     for record in sorted((folder / "commits").glob("*.json")):
@@ -55,11 +55,11 @@ def read_arrow(path, manifest):
 def read_zarr(path, manifest):
     group = zarr.open_group(zarr.storage.ZipStore(path, mode="r"), mode="r")
     arrays = {name: array[:] for name, array in group.arrays()}
-    vocabulary, tables = arrays.pop("vocabulary", None), {}
+    vocabulary, tables = None, []
     if manifest["top_k"]:
-        tokens, sizes, entries = (arrays.pop(f"table_{name}") for name in ("tokens", "sizes", "entries"))
-        kinds = np.arange(len(tokens)) >= group.attrs["previous_tables"]
-        tables = dict(zip(zip(kinds, tokens), np.split(vocabulary[entries], np.cumsum(sizes)[:-1])))
+        vocabulary = sum_in_strata(arrays.pop("vocabulary"))
+        entries = np.split(arrays.pop("table_entries"), np.cumsum(arrays.pop("table_sizes"))[:-1])
+        tables = [vocabulary[sum_in_strata(table)] for table in entries]
     counted = {"token_ids": "num_tokens", "loss_mask": "num_tokens", "document_lengths": "num_documents"}
     if "top_p" in manifest:
         counted |= dict.fromkeys(("codes", "logits"), "num_entries")
@@ -76,11 +76,18 @@ def read_zarr(path, manifest):
             yield unpack(row, vocabulary, tables, manifest) if manifest["top_k"] else row
 
 
+def sum_in_strata(differences):
+    bounds = 8 * 2 ** np.arange(30)
+    return np.concatenate([np.cumsum(part) for part in np.split(differences.astype(int), bounds)])
+
+
 def unpack_ragged(row, vocabulary, tables, manifest):
     """Target by target, each a row of its own width."""
     at, counts = np.flatnonzero(row["loss_mask"][1:]), row["counts"]
     widths = {"codes": counts, "logits": counts, "steps": counts - 1}
-    columns = {name: row.pop(name) for name in ("codes", "modes", "steps", "logits", "tails", "nats") if name in row}
+    columns = {
+        name: row.pop(name) for name in ("codes", "topics", "levels", "steps", "logits", "tails", "nats") if name in row
+    }
     columns |= {"label_steps": row.pop("label_steps")} if "label_steps" in row else {}
     parts = {
         name: np.split(values, np.cumsum(widths.get(name, np.ones_like(counts)))[:-1])
@@ -101,15 +108,15 @@ def unpack_ragged(row, vocabulary, tables, manifest):
 
 def unpack(row, vocabulary, tables, manifest):
     at = np.flatnonzero(row["loss_mask"][1:])
-    codes, modes = row.pop("codes").astype(int), row.pop("modes")
+    codes, topics = row.pop("codes").astype(int), row.pop("topics")
     on_grid = manifest["max_kl_error"] > 0
     steps = np.ones(codes.shape, int)  # without a grid there are no runs
     if on_grid and manifest["top_k"] > 1:
         steps[:, 1:] = row.pop("steps")
-    positions = zip(codes, steps, modes & 1, row["token_ids"][at])
-    row["ids"] = np.array([ids_of(*position, vocabulary, tables) for position in positions])
+    row["ids"] = np.array(
+        [ids_of(*position, vocabulary) for position in zip(codes, steps, map(tables.__getitem__, topics))]
+    )
     if on_grid:
-        row["levels"] = modes >> 1
         b = 0.6 / min(manifest["temperatures"])
         c = 1 - 1 / (128 * b)
         steps[:, 0] = 0
@@ -124,12 +131,11 @@ def unpack(row, vocabulary, tables, manifest):
     return row
 
 
-def ids_of(codes, steps, kind, token, vocabulary, tables):
+def ids_of(codes, steps, table, vocabulary):
     ids = []
     for k in range(len(codes)):
         codes[k] += codes[k - 1] if k > 1 and steps[k] == 0 else 0
-        context = (1, ids[0]) if k and kind else (0, token)
-        ids.append(tables[context][codes[k]] if codes[k] < 1024 else vocabulary[codes[k] - 1024])
+        ids.append(table[codes[k]] if codes[k] < 2048 else vocabulary[codes[k] - 2048])
     return np.array(ids)[np.lexsort((ids, np.cumsum(steps != 0)))]
 
 

@@ -17,6 +17,7 @@ from pipeline import open_cache
 from pipeline.cache.folder import CacheFolder
 from pipeline.cache.manifest import CacheManifest
 from pipeline.corpus import Corpus
+from pipeline.formats.packing import model_of_2
 from stages.cache_logits.capture import capture
 from stages.cache_logits.fake_engine import FakeEngine
 from tests.support.helpers import run
@@ -73,6 +74,20 @@ def test_they_are_converted_to_what_this_version_writes(caches: Path, tmp_path: 
     code, _, errors = run("convert", caches / name, "--format", other, "--out", tmp_path / "cache")
     assert code == 0, errors
     assert_equal_caches(caches / name, tmp_path / "cache")
+
+
+@pytest.mark.parametrize(
+    ("changes", "previous_tables"),
+    [({"table_sizes": [2, 3]}, 1), ({"vocabulary": [5, 2**31 - 1]}, 1), ({"table_entries": [0, 1, 2**31]}, 1), ({}, 3)],
+)
+def test_tables_of_version_2_that_contradict_each_other_are_refused(changes: dict, previous_tables: int) -> None:
+    sound = {"vocabulary": [5, 2], "table_tokens": [4, 5], "table_sizes": [2, 1], "table_entries": [0, 1, 1]}
+    assert model_of_2({name: np.array(values, np.uint32) for name, values in sound.items()}, 1).vocabulary.tolist() == [
+        5,
+        2,
+    ]
+    with pytest.raises(ValueError, match="do not fit each other"):
+        model_of_2({name: np.array(values, np.uint32) for name, values in (sound | changes).items()}, previous_tables)
 
 
 def test_a_run_goes_on(caches: Path) -> None:

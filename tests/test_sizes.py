@@ -115,12 +115,9 @@ def forge_zarr(forger: Forger, made: Path) -> None:
     forger.zarr("counts", {"num_tokens/c/0": bundle("num_tokens", sequences, pcodec(counts))})
     forger.zarr("counts-below", {"num_targets/c/0": bundle("num_targets", sequences, pcodec(-counts))})
     one, ids = np.zeros(1, np.uint32), np.full(4096, 2**31 - 1, np.uint32)
-    for name in ("table_tokens", "vocabulary", "table_sizes", "table_entries"):
-        entries = {}
-        for part, values in ((name, ids), ("table_sizes", 0 * ids)) if name == "table_tokens" else ((name, ids),):
-            entries[f"{part}/zarr.json"] = json.dumps(documents[f"{part}/zarr.json"] | {"shape": [1]}).encode()
-            entries[f"{part}/c/0"] = bundle(part, one, pcodec(values))
-        forger.zarr(name, entries)
+    for name in ("vocabulary", "table_sizes", "table_entries"):
+        document = json.dumps(documents[f"{name}/zarr.json"] | {"shape": [1]}).encode()
+        forger.zarr(name, {f"{name}/zarr.json": document, f"{name}/c/0": bundle(name, one, pcodec(ids))})
     for what, shape, rows in (("shape", HUGE, None), ("both", HUGE, HUGE), ("rows", None, HUGE), ("none", None, 0)):
         document = json.loads(json.dumps(documents["vocabulary/zarr.json"]))
         document["shape"] = [shape] if shape else document["shape"]

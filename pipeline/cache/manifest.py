@@ -139,8 +139,8 @@ class CacheManifest:
 
     @property
     def format_version(self) -> int:
-        """The first version of the format that can hold the cache."""
-        return self.layout(ShardCounts.of(())).format_version
+        """Of the format in which the cache is written."""
+        return CONTAINERS[self.container].format_version(self.layout(ShardCounts.of(())))
 
     def layout(self, counts: ShardCounts) -> ShardLayout:
         """The layout of a shard of this cache."""
@@ -205,8 +205,9 @@ class CacheManifest:
                 f"this version reads {FORMAT!r} of version {known}, {ALIGNMENT!r}."
             )
         manifest = document_of(cls, document, path, CacheCorruptError)
-        if manifest.format_version > found[1]:
+        needed = manifest.layout(ShardCounts.of(())).format_version
+        if needed > found[1]:
             raise CacheCorruptError(
-                f"{path}: format_version is {found[1]}, but top_p is of {manifest.format_version}; the file is forged."
+                f"{path}: format_version is {found[1]}, but what it declares is of {needed}; the file is forged."
             )
         return manifest

@@ -232,4 +232,4 @@ def _value_buffers(batch: pa.RecordBatch) -> list[pa.Buffer]:
     return [array.buffers()[1] for array in plain + values if not pa.types.is_boolean(array.type) and len(array)]
 
 
-CONTAINER = Container(".arrow", ArrowShardWriter, ArrowShard)
+CONTAINER = Container(".arrow", ArrowShardWriter, ArrowShard, lambda layout: layout.format_version)

@@ -58,6 +58,8 @@ class Container:
     suffix: str
     create: Callable[[Path, ShardLayout], ShardWriter]
     open: Callable[[Path, ShardLayout], Shard]
+    format_version: Callable[[ShardLayout], int]
+    """Of the format that new shards need."""
     is_compressed: bool = False
     """Whether how much it takes is known only when it is written."""
 

@@ -1,28 +1,31 @@
 """The columns of a shard as the integers that the archive holds, and back, bit for bit.
 
-Shape suffixes: N targets, K entries, T temperatures; U ids, C tables and E table entries of the shard's model.
+Shape suffixes: N targets, K entries, E entries of all, T temperatures; U ids, C tables and L entries of all tables.
 
 What a column's values allow is used up here, so that the arrays below are small numbers of which pcodec
-makes an entropy code: logits on a grid become differences of places, ids become codes in the shard's
-context model, and inside a run of equal logits the order of the codes carries nothing, so they are stored
-as rising differences. What follows from other columns is not stored.
+makes an entropy code: logits on a grid become differences of places, ids become codes by the shard's
+tables, and inside a run of equal logits the order of the codes carries nothing, so they are stored
+as rising differences; so are the entries inside a stratum of a table. What follows from other columns is not stored.
 
-    codes         uint32 [N, K]     ids, by `pipeline.formats.contexts`
-    modes         uint16 [N]        2 * level of the grid + kind of table
+    codes         uint32 [N, K]     ids, by `pipeline.formats.topics`
+    topics        uint16 [N]        the table of each target
+    levels        uint16 [N]        of the grid
     steps         uint16 [N, K - 1] how many places a logit lies below the one before it
     tails         uint16 [N, T]     tail masses, in steps of the angle of `pipeline.formats.grid`
     nats          uint16 [N, T]     entropies, in steps of 1/64
     label_steps   uint16 [N]        logits below the largest of labels that are not stored, in steps of 1/1024
-    vocabulary    uint32 [U]        \\
-    table_tokens  uint32 [C]         | the context model: ids; contexts, sizes and entries of the tables,
-    table_sizes   uint32 [C]         | of which the first `previous_tables` are of the kind "previous"
-    table_entries uint32 [E]        /
+    vocabulary    uint32 [U]        ids, most frequent first
+    table_sizes   uint32 [C]        entries of every table
+    table_entries uint32 [L]        places in the vocabulary, of all tables
 
 Where targets have different numbers of entries, `counts` int32 [N] says how many, and codes [E] and steps [E - N] are
 flat: the rows one after the other, whatever their lengths. Every other column is an array of its own name.
 
-Without a grid (lossless) so are logits, logsumexps, tail_logprobs, entropies and label_logits; `codes` are plain and
-`modes` have no level.
+Without a grid (lossless) so are logits, logsumexps, tail_logprobs, entropies and label_logits; `codes` are plain, and
+there are no levels.
+
+Format version 2 has the ids by `pipeline.formats.contexts`: `modes`, twice the level plus the kind of table, and
+`table_tokens`, the contexts of the tables, of which the first `previous_tables` are of the kind "previous".
 """
 
 from collections.abc import Callable, Iterator
@@ -30,34 +33,39 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from pipeline.formats.codec import ENTROPY_STEP, LABEL_STEP, rising_in_runs, run_numbers
-from pipeline.formats.contexts import (
-    ContextModel,
-    Tables,
+from pipeline.formats.contexts import ContextModel, Tables
+from pipeline.formats.grid import Grid, grid_of, tail_places, tail_values
+from pipeline.formats.layout import ShardLayout
+from pipeline.formats.ragged import is_entry, padded, require_counts, starts_of
+from pipeline.formats.topics import (
+    TopicModel,
     code_differences,
+    inside_strata,
     learn,
     row_blocks,
     sum_differences,
 )
-from pipeline.formats.grid import Grid, grid_of, tail_places, tail_values
-from pipeline.formats.layout import ShardLayout
-from pipeline.formats.ragged import is_entry, padded, require_counts, starts_of
 from pipeline.parallel import Threads
 
 Arrays = dict[str, np.ndarray]
+Model = TopicModel | ContextModel
 
 PACKED = {
-    "ids": ("codes", "modes"),
+    "ids": ("codes", "topics"),
     "logits": ("steps",),
-    "levels": (),
     "tail_logprobs": ("tails",),
     "entropies": ("nats",),
     "label_logits": ("label_steps",),
 }
-"""Columns of a shard on the grid, and the arrays that they become."""
+"""Columns of a shard on the grid, and the arrays of other names that they become."""
+PACKED_2 = PACKED | {"ids": ("codes", "modes"), "levels": ()}
+"""The same in format version 2."""
 LARGEST_ID = 1 << 24
 """A model keeps an array of so many entries at most, whatever its file says."""
-MODEL = ("vocabulary", "table_tokens", "table_sizes", "table_entries")
+MODEL = ("vocabulary", "table_sizes", "table_entries")
 """Arrays that describe the ids of the whole shard."""
+MODEL_2 = ("vocabulary", "table_tokens", "table_sizes", "table_entries")
+"""The same in format version 2."""
 FLAT = ("codes", "steps", "logits")
 """Arrays that are flat where targets have different numbers of entries."""
 NO_RUN = 1
@@ -66,12 +74,15 @@ NO_RUN = 1
 Shape = tuple[int, ...]
 
 
-def array_specs(layout: ShardLayout) -> dict[str, tuple[np.dtype, Shape | None]]:
+def array_specs(layout: ShardLayout, version: int) -> dict[str, tuple[np.dtype, Shape | None]]:
     """Dtype and shape of every array of a shard but those of its model; of flat ones only the shard knows the shape."""
+    names = PACKED_2 if version == 2 else PACKED
     num_targets, temperatures = layout.counts.num_targets, len(layout.spec.temperatures)
     packed = {
         "codes": (np.uint32, (num_targets, layout.spec.top_k)),
+        "topics": (np.uint16, (num_targets,)),
         "modes": (np.uint16, (num_targets,)),
+        "levels": (np.uint16, (num_targets,)),
         "steps": (np.uint16, (num_targets, layout.spec.top_k - 1)),
         "tails": (np.uint16, (num_targets, temperatures)),
         "nats": (np.uint16, (num_targets, temperatures)),
@@ -79,7 +90,7 @@ def array_specs(layout: ShardLayout) -> dict[str, tuple[np.dtype, Shape | None]]
     }
     specs: dict[str, tuple[np.dtype, Shape | None]] = {}
     for name, spec in layout.columns().items():
-        for array in PACKED.get(name, (name,)) if layout.on_grid or name == "ids" else (name,):
+        for array in names.get(name, (name,)) if layout.on_grid or name == "ids" else (name,):
             dtype, shape = packed.get(array, spec)
             if array in FLAT and layout.spec.is_ragged:
                 specs[array] = (np.dtype(dtype), None)
@@ -101,24 +112,20 @@ class Packer:
 
     def append(self, columns: Arrays) -> None:
         """Add the stored columns of one or more sequences."""
-        previous, labels = neighbours(columns)
         arrays = dict(columns)
-        if self._layout.spec.top_k:
-            arrays["previous"] = previous
         if self._layout.on_grid:
-            arrays |= _pack_values(columns, labels, self._layout)
+            arrays |= _pack_values(columns, _labels(columns), self._layout)
             for name in ("logits", "tail_logprobs", "entropies", "label_logits"):
                 del arrays[name]
         for name, values in arrays.items():
             self._pending.setdefault(name, []).append(values)
 
-    def arrays(self, block_rows: int, threads: Threads) -> tuple[Arrays, Callable[[], Iterator[Arrays]]]:
-        """All arrays but `codes` and `modes`, and a function that gives those in blocks of rows."""
+    def arrays(self, block_rows: int, threads: Threads) -> tuple[Arrays, Callable[[], Iterator[np.ndarray]]]:
+        """All arrays but `codes`, and a function that gives those in blocks of rows."""
         whole = {name: np.concatenate(self._pending.pop(name)) for name in list(self._pending)}
         if not self._layout.spec.top_k:
             return whole, lambda: iter(())
-        ids, previous = whole.pop("ids"), whole.pop("previous")
-        levels = whole.pop("levels", np.zeros(len(previous), np.uint8))
+        ids = whole.pop("ids")
         steps = whole.get("steps") if self._layout.on_grid else None
         entries = None
         if self._layout.spec.is_ragged:
@@ -127,71 +134,91 @@ class Packer:
             entries = is_entry(counts, width)
             ids = padded(ids, entries, ids[starts_of(counts)][:, None])
             steps = None if steps is None else padded(steps, entries[:, 1:], NO_RUN)
-        model = learn(ids, previous, threads, entries)
+        model, topics = learn(ids, threads, entries)
 
-        def block(rows: slice) -> Arrays:
-            codes, kinds = model.encode(ids[rows], previous[rows], None if entries is None else entries[rows])
+        def block(rows: slice) -> np.ndarray:
+            codes = model.encode(ids[rows], topics[rows])
             if steps is not None:
                 inside = _inside(steps[rows])
                 codes = code_differences(rising_in_runs(codes, run_numbers(inside)), inside)
-            modes = 2 * levels[rows].astype(np.uint16) + kinds
-            return {"codes": codes if entries is None else codes[entries[rows]], "modes": modes}
+            return (codes if entries is None else codes[entries[rows]]).astype(np.uint32)
 
-        stored = {name: values for name, values in whole.items() if 0 not in values.shape[1:]} | _model_arrays(model)
+        stored = {name: values for name, values in whole.items() if 0 not in values.shape[1:]}
+        stored |= {"topics": topics} | _model_arrays(model)
+        blocks = threads.map(block, row_blocks(len(ids), block_rows))
         if entries is None:
-            return stored, lambda: threads.map(block, row_blocks(len(ids), block_rows))
-        blocks = list(threads.map(block, row_blocks(len(ids), block_rows)))  # they do not end where bundles do
-        coded = {name: np.concatenate([part[name] for part in blocks]) for name in ("codes", "modes")}
-        return stored | coded | {"codes": coded["codes"].astype(np.uint32)}, lambda: iter(())
+            return stored, lambda: blocks
+        return stored | {"codes": np.concatenate(list(blocks))}, lambda: iter(())  # they do not end where bundles do
 
 
-def unpack(arrays: Arrays, model: ContextModel | None, layout: ShardLayout) -> Arrays:
+def unpack(arrays: Arrays, model: Model | None, layout: ShardLayout) -> Arrays:
     """The columns of the sequences whose arrays are given; an IndexError or ValueError if they make no sense."""
     columns = dict(arrays)
     if model is None:  # draws alone
         return columns
-    previous, labels = neighbours(arrays)
-    codes, modes = columns.pop("codes").view(np.int32), columns.pop("modes")
+    codes = columns.pop("codes").view(np.int32)
+    if isinstance(model, ContextModel):
+        modes = columns.pop("modes")
+        tables, levels = np.column_stack([modes & 1, arrays["token_ids"][_label_places(arrays) - 1]]), modes >> 1
+    else:
+        tables, levels = columns.pop("topics"), columns.get("levels", np.zeros(0, np.uint16))
     counts = columns["counts"] if layout.spec.is_ragged else None
     if counts is not None:
         require_counts(counts, len(codes), layout.spec.top_k)
     if not layout.on_grid:
-        of_rows = (modes & 1, previous)
-        ids = model.decode(codes, *of_rows) if counts is None else model.decode_ragged(codes, counts, *of_rows)
-        return columns | {"ids": ids}
-    columns["levels"] = (modes >> 1).astype(np.uint8)
+        return columns | {"ids": _ids(model, codes, tables, counts)}
+    columns["levels"] = levels.astype(np.uint8)
     steps = columns.pop("steps", np.zeros((len(codes), 0), np.uint16))
     grid = grid_of(layout.spec.temperatures)
     if counts is None:
         blocks = [
-            _unpack_entries(codes[rows], modes[rows], steps[rows], previous[rows], model, grid)
+            _unpack_entries(codes[rows], levels[rows], steps[rows], tables[rows], model, grid)
             for rows in row_blocks(max(1, len(codes)))
         ]
     else:
         blocks = [
-            _unpack_ragged(codes[entries], counts[rows], modes[rows], steps[later], previous[rows], model, grid)
+            _unpack_ragged(codes[entries], counts[rows], levels[rows], steps[later], tables[rows], model, grid)
             for rows, entries, later in _blocks_of(counts)
         ]
     for name, parts in zip(("ids", "logits"), zip(*blocks)):
         columns[name] = parts[0] if len(parts) == 1 else np.concatenate(parts)
-    columns |= _unpack_scalars(columns, labels, counts)
+    columns |= _unpack_scalars(columns, _labels(arrays), counts)
     for name in ("tails", "nats", "label_steps"):
         del columns[name]
     return columns
 
 
-def neighbours(columns: Arrays) -> tuple[np.ndarray, np.ndarray]:
-    """int32 [N], twice: the tokens at all target positions, and the tokens after them, which are the labels."""
-    token_ids, is_label = columns["token_ids"], columns["loss_mask"].copy()
-    counts = columns["num_tokens"]
+def _ids(model: Model, codes: np.ndarray, tables: np.ndarray, counts: np.ndarray | None) -> np.ndarray:
+    if counts is None:
+        return model.decode(codes, tables)
+    assert isinstance(model, TopicModel)  # version 2 has no rows of different lengths
+    return model.decode_ragged(codes, counts, tables)
+
+
+def _label_places(columns: Arrays) -> np.ndarray:
+    """int64 [N]: where the label of every target is among the tokens."""
+    is_label, counts = columns["loss_mask"].copy(), columns["num_tokens"]
     is_label[np.cumsum(counts) - counts] = False  # nothing predicts the first token of a sequence
-    places = np.flatnonzero(is_label)
-    return token_ids[places - 1], token_ids[places]
+    return np.flatnonzero(is_label)
 
 
-def model_of(arrays: Arrays, previous_tables: int) -> ContextModel:
-    """The context model in a shard's model arrays; a ValueError if they contradict each other."""
-    vocabulary, tokens, sizes, entries = (arrays[name].astype(np.int32) for name in MODEL)
+def _labels(columns: Arrays) -> np.ndarray:
+    """int32 [N]: the tokens that follow the target positions."""
+    return columns["token_ids"][_label_places(columns)]
+
+
+def model_of(arrays: Arrays) -> TopicModel:
+    """The model in a shard's model arrays; a ValueError or IndexError if they contradict each other."""
+    vocabulary, sizes, entries = (arrays[name].astype(np.int64) for name in MODEL)
+    if sizes.sum() != len(entries):
+        raise ValueError(f"tables of {sizes.sum()} entries in all, of which {len(entries)} are there")
+    vocabulary = _sum_strata(vocabulary, np.array([len(vocabulary)]), LARGEST_ID)
+    return TopicModel(vocabulary, sizes.astype(np.int32), _sum_strata(entries, sizes, len(vocabulary)))
+
+
+def model_of_2(arrays: Arrays, previous_tables: int) -> ContextModel:
+    """The same of format version 2."""
+    vocabulary, tokens, sizes, entries = (arrays[name].astype(np.int32) for name in MODEL_2)
     if (
         not (isinstance(previous_tables, int) and 0 <= previous_tables <= len(tokens) == len(sizes))
         or sizes.sum(dtype=np.int64) != len(entries)
@@ -204,17 +231,26 @@ def model_of(arrays: Arrays, previous_tables: int) -> ContextModel:
     return ContextModel(vocabulary, (first, Tables(tokens[previous_tables:], sizes[previous_tables:], entries[cut:])))
 
 
-def _model_arrays(model: ContextModel) -> Arrays:
+def _model_arrays(model: TopicModel) -> Arrays:
     parts = {
-        "table_tokens": [tables.tokens for tables in model.tables],
-        "table_sizes": [tables.sizes for tables in model.tables],
-        "table_entries": [tables.entries for tables in model.tables],
+        "vocabulary": _strata_differences(model.vocabulary, np.array([len(model.vocabulary)])),
+        "table_sizes": model.sizes,
+        "table_entries": _strata_differences(model.entries, model.sizes),
     }
-    arrays = {name: np.concatenate(values).astype(np.uint32) for name, values in parts.items()}
-    return arrays | {
-        "vocabulary": model.vocabulary.astype(np.uint32),
-        "previous_tables": np.array(len(model.tables[0].tokens)),
-    }
+    return {name: values.astype(np.uint32) for name, values in parts.items()}
+
+
+def _strata_differences(values: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """Tables that rise inside each stratum, each entry but a stratum's first less the one before it."""
+    return code_differences(values[None], inside_strata(sizes)[None])[0]
+
+
+def _sum_strata(differences: np.ndarray, sizes: np.ndarray, end: int) -> np.ndarray:
+    """int32: the tables of `_strata_differences`; a ValueError if they have values from `end` on."""
+    begins = np.flatnonzero(~inside_strata(sizes))
+    if len(differences) and np.add.reduceat(differences, begins).max() >= end:
+        raise ValueError(f"tables with values from {end} on")
+    return sum_differences(differences, inside_strata(sizes))
 
 
 def _inside(steps_NJ: np.ndarray) -> np.ndarray:
@@ -235,6 +271,7 @@ def _pack_values(columns: Arrays, labels: np.ndarray, layout: ShardLayout) -> Ar
         steps = np.diff(grid.exact_places(columns["logits"], columns["levels"]), axis=1)
         stored = (columns["ids"] == labels[:, None]).any(axis=1)
     return {
+        "levels": columns["levels"].astype(np.uint16),
         "steps": steps.astype(np.uint16),
         "tails": tail_places(columns["tail_logprobs"]),
         "nats": np.rint(columns["entropies"] / ENTROPY_STEP).astype(np.uint16),
@@ -243,26 +280,26 @@ def _pack_values(columns: Arrays, labels: np.ndarray, layout: ShardLayout) -> Ar
 
 
 def _unpack_entries(
-    codes: np.ndarray, modes: np.ndarray, steps: np.ndarray, previous: np.ndarray, model: ContextModel, grid: Grid
+    codes: np.ndarray, levels: np.ndarray, steps: np.ndarray, tables: np.ndarray, model: Model, grid: Grid
 ) -> tuple[np.ndarray, np.ndarray]:
     """Ids and logits [N, K] of rows that are few enough for a CPU's cache."""
     places = np.zeros(codes.shape, np.int32)
     places[:, 1:] = steps
     inside = places == 0
     inside[:, :2] = False
-    ids = model.decode(sum_differences(codes, inside), modes & 1, previous)
+    ids = model.decode(sum_differences(codes, inside), tables)
     np.cumsum(places, dtype=np.int32, out=places.reshape(-1))  # through all rows; one call a row takes twice as long
     places -= places[:, :1].copy()
-    return rising_in_runs(ids, places), grid.logits(places, modes >> 1)
+    return rising_in_runs(ids, places), grid.logits(places, levels)
 
 
 def _unpack_ragged(
     codes: np.ndarray,
     counts: np.ndarray,
-    modes: np.ndarray,
+    levels: np.ndarray,
     steps: np.ndarray,
-    previous: np.ndarray,
-    model: ContextModel,
+    tables: np.ndarray,
+    model: Model,
     grid: Grid,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Ids and logits [E] of such rows with different numbers of entries."""
@@ -274,10 +311,10 @@ def _unpack_ragged(
     begins |= places != 0
     inside = ~begins
     inside[starts[counts > 1] + 1] = False
-    ids = model.decode_ragged(sum_differences(codes, inside), counts, modes & 1, previous)
+    ids = _ids(model, sum_differences(codes, inside), tables, counts)
     runs = np.cumsum(begins, dtype=np.int32)
     np.cumsum(places, dtype=np.int32, out=places)
-    places += np.repeat(grid.starts_of(modes >> 1) - places[starts], counts)
+    places += np.repeat(grid.starts_of(levels) - places[starts], counts)
     return rising_in_runs(ids, runs), grid.values.take(places)
 
 

@@ -10,6 +10,7 @@ import threading
 import warnings
 import zipfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,8 @@ from numcodecs.pcodec import PCodec
 from pipeline.errors import CacheCorruptError
 from pipeline.formats.archive import Archive, ArchivedArray, bundles
 from pipeline.formats.containers import Container
-from pipeline.formats.contexts import ContextModel
 from pipeline.formats.layout import ALIGNMENT, ShardLayout
-from pipeline.formats.packing import FLAT, MODEL, Packer, array_specs, model_of, unpack
+from pipeline.formats.packing import FLAT, MODEL, MODEL_2, Model, Packer, array_specs, model_of, model_of_2, unpack
 from pipeline.parallel import ALONE, Threads
 
 CHUNK_VALUES = 32_768
@@ -36,8 +36,6 @@ CHUNKS_IN_BUNDLE = 128
 """Row blocks in one entry of the zip file, the unit of writing."""
 PCODEC_LEVEL = 8
 ZSTD_LEVEL = 3
-CODED = ("codes", "modes")
-"""Arrays that are made block by block, when the shard's model is there."""
 OF_A_SEQUENCE = 16
 """Bytes of a sequence that nothing makes smaller: its key, which is a hash."""
 FORMAT = "sparse-target-shard"
@@ -60,21 +58,18 @@ class ZarrShardWriter:
         """Learn the shard's model, write all arrays and the zip directory."""
         block_rows = chunk_shape("codes", (0, self._layout.spec.top_k))[0] * CHUNKS_IN_BUNDLE
         arrays, blocks = self._packer.arrays(block_rows, threads)
-        attributes = _attributes(self._layout) | {"previous_tables": int(arrays.pop("previous_tables", 0))}
+        version = format_version(self._layout)
+        attributes = _attributes(self._layout, version) | ({"previous_tables": 0} if version == 2 else {})
         specs = {name: (values.dtype, values.shape) for name, values in arrays.items()}
-        for name, (dtype, shape) in array_specs(self._layout).items():
-            if name in CODED and shape is not None:
-                specs[name] = dtype, shape
+        dtype, shape = array_specs(self._layout, version).get("codes", (None, None))
+        if dtype is not None and shape is not None:
+            specs["codes"] = dtype, shape
         for name, document in _metadata(attributes, specs).items():
             self._add(name, document)
         for name, values in arrays.items():
             self._write(name, values, 0, threads)
-        modes = []
-        for number, block in enumerate(blocks()):
-            self._write("codes", block["codes"].astype(np.uint32), number, threads)
-            modes.append(block["modes"])
-        if modes:
-            self._write("modes", np.concatenate(modes), 0, threads)
+        for number, codes in enumerate(blocks()):
+            self._write("codes", codes, number, threads)
         self._file.close()
 
     def discard(self) -> None:
@@ -104,15 +99,18 @@ class ZarrShard:
             self._archive = Archive(path)
             group = self._archive.json("zarr.json")
             attributes = group["attributes"]
-            self._previous_tables = attributes.pop("previous_tables")
-            if attributes != _attributes(layout):
+            previous_tables = attributes.pop("previous_tables", 0)
+            version = attributes["format_version"]
+            known = format_version(layout), layout.format_version
+            if version not in known or attributes != _attributes(layout, version):
                 raise CacheCorruptError(f"{path}: its attributes are not the manifest's; it belongs to another cache.")
             if layout.counts.num_sequences * OF_A_SEQUENCE > len(self._archive.contents):
                 raise ValueError(f"{layout.counts.num_sequences} keys and checksums do not fit the file")
-            self._arrays = {name: self._array(name, *spec) for name, spec in array_specs(layout).items()}
-            model = {name: self._array(name, np.dtype(np.uint32)) for name in MODEL} if layout.spec.top_k else {}
-            self._model_arrays = model
-            self._model: ContextModel | None = None
+            self._arrays = {name: self._array(name, *spec) for name, spec in array_specs(layout, version).items()}
+            names: tuple[str, ...] = (MODEL_2 if version == 2 else MODEL) if layout.spec.top_k else ()
+            self._model_arrays = {name: self._array(name, np.dtype(np.uint32)) for name in names}
+            self._model_of = partial(model_of_2, previous_tables=previous_tables) if version == 2 else model_of
+            self._model: Model | None = None
             self._heads = {name: self._arrays[name][:] for name in _OF_SEQUENCES if name in self._arrays}
             counts = {name: values for name, values in self._heads.items() if name.startswith("num_")}
             self._offsets = {
@@ -143,7 +141,7 @@ class ZarrShard:
         with self._damage_is_named():
             if self._model is None and self._layout.spec.top_k:
                 arrays = {name: array[:] for name, array in self._model_arrays.items()}
-                self._model = model_of(arrays, self._previous_tables)
+                self._model = self._model_of(arrays)
             found = {name: values[start:stop] for name, values in self._heads.items()}
             first, last = ({name: int(ends[at]) for name, ends in self._offsets.items()} for at in (start, stop))
             for name, counted in self._counted.items():
@@ -267,10 +265,15 @@ def _pcodec_is_meant() -> Iterator[None]:
         yield
 
 
-def _attributes(layout: ShardLayout) -> dict[str, Any]:
+def format_version(layout: ShardLayout) -> int:
+    """Of the shards that are written: 3 where ids have topics. Those with contexts, of version 2, are still read."""
+    return 3 if layout.spec.top_k else layout.format_version
+
+
+def _attributes(layout: ShardLayout, version: int) -> dict[str, Any]:
     named = {
         "format": FORMAT,
-        "format_version": layout.format_version,
+        "format_version": version,
         "temperatures": list(layout.spec.temperatures),
         "max_kl_error": layout.spec.max_kl_error,
         "alignment": ALIGNMENT,
@@ -278,4 +281,4 @@ def _attributes(layout: ShardLayout) -> dict[str, Any]:
     return named
 
 
-CONTAINER = Container(".zarr.zip", ZarrShardWriter, ZarrShard, is_compressed=True)
+CONTAINER = Container(".zarr.zip", ZarrShardWriter, ZarrShard, format_version, is_compressed=True)

@@ -13,7 +13,10 @@ from pipeline.documents import short
 from pipeline.formats.codec import is_lossless
 
 PARTS = {
-    "ids": ("counts", "ids", "codes", "modes", "vocabulary", "table_tokens", "table_sizes", "table_entries"),
+    "ids": (
+        *("counts", "ids", "codes", "topics", "modes"),
+        *("vocabulary", "table_tokens", "table_sizes", "table_entries"),
+    ),
     "logits": ("logits", "steps", "levels"),
     "draws": ("draws",),
     "tails, entropies, labels": (

@@ -14,7 +14,7 @@ from pipeline.formats.containers import CONTAINERS
 from pipeline.formats.contexts import code_differences, learn, sum_differences
 from pipeline.formats.grid import FINEST_LEVEL, Grid, grid_of, tail_places, tail_values
 from pipeline.formats.layout import ShardCounts, ShardLayout, decode, encode
-from pipeline.targets import COLUMNS, SparseTargets, TargetSpec, logsumexps_of, reconstruction_errors
+from pipeline.targets import COLUMNS, SparseTargets, TargetSpec, logsumexps_of, reconstruction_errors, unsketched
 from stages.cache_logits.capture import capture
 from stages.cache_logits.fake_engine import FakeEngine
 from tests.support.oracle import assert_within
@@ -46,7 +46,9 @@ def random_targets(temperatures, num_rows=300, seed=0):
     }
     floats = {name: values.astype(np.float32) for name, values in columns.items()}
     draws = np.zeros((num_rows, 0), np.int32)
-    targets = SparseTargets(temperatures=temperatures, ids=ids[:, :TOP_K].astype(np.int32), draws=draws, **floats)
+    targets = SparseTargets(
+        temperatures=temperatures, ids=ids[:, :TOP_K].astype(np.int32), draws=draws, **floats, **unsketched(len(ids))
+    )
     return targets, labels.astype(np.int32), [prob[:, :TOP_K] for prob in probs]
 
 

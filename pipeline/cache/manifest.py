@@ -81,6 +81,10 @@ class CacheManifest:
     identity, since the tokens are."""
     tokenizer_files: dict[FileName, Hash] = field(default_factory=dict)
     """xxh3-128 of every file in tokenizer/; not part of the identity, which is `tokenizer`."""
+    tail_rank: Width = 0
+    """Coefficients of the tail sketch of each position; 0 without a sketch."""
+    sketch: Hash | None = None
+    """xxh3-128 of the file of the tail sketch (pipeline.sketch), whose name it is part of; None without one."""
     largest_token_id: Count | None = None
     """In any sequence; None if the cache was written before it was recorded."""
     end_token_ids: tuple[Count, ...] = ()
@@ -94,6 +98,8 @@ class CacheManifest:
         rules = {
             "partitions must rise from 0": starts[0] == 0 and all(one < other for one, other in pairwise(starts)),
             "vocab_size is above padded_vocab_size": self.vocab_size <= self.padded_vocab_size,
+            "tail_rank and sketch are there together": (self.tail_rank > 0) == (self.sketch is not None),
+            "a sketch stands beside stored entries": self.tail_rank == 0 or self.top_k > 0,
             "num_targets is above num_tokens": self.num_targets <= self.num_tokens,
             f"container is {short(self.container)}; this version knows {', '.join(CONTAINERS)}": self.container
             in CONTAINERS,

@@ -34,6 +34,7 @@ RAGGED = {
     "entropies": "num_targets",
     "label_logits": "num_targets",
     "draws": "num_targets",
+    "coefficients": "num_targets",
 }
 """The columns of which a sequence has several rows, and the column that counts them."""
 
@@ -103,6 +104,7 @@ class ShardLayout:
             "entropies": (counts.num_targets, temperatures),
             "label_logits": (counts.num_targets,),
             "draws": (counts.num_targets, spec.tail_samples),
+            "coefficients": (counts.num_targets, spec.tail_rank),
         }
         absent = {"logsumexps"} if self.on_grid else {"levels"}
         stored = {name: shape for name, shape in shapes.items() if 0 not in shape[1:] and name not in absent}
@@ -123,9 +125,13 @@ class ShardLayout:
         return {name: counted for name, counted in RAGGED.items() if name in self.columns()}
 
 
-_DTYPES = {"key": np.uint8, "checksum": np.uint64, "loss_mask": np.bool_, "levels": np.uint8} | dict.fromkeys(
-    ("logits", "logsumexps", "tail_logprobs", "entropies", "label_logits"), np.float32
-)
+_DTYPES = {
+    "key": np.uint8,
+    "checksum": np.uint64,
+    "loss_mask": np.bool_,
+    "levels": np.uint8,
+    "coefficients": np.int16,
+} | dict.fromkeys(("logits", "logsumexps", "tail_logprobs", "entropies", "label_logits"), np.float32)
 """Of the columns that are not int32."""
 
 
@@ -144,9 +150,10 @@ def encode_all(
     """
     spec = layout.spec
     for sequence, targets in captured:
-        expected = (len(sequence.target_positions), spec.top_k, spec.tail_samples, spec.temperatures)
-        found = (len(targets), targets.top_k, targets.draws.shape[1], targets.temperatures)
-        assert found == expected, f"targets of (N, K, D, temperatures) {found} for a sequence of {expected}"
+        expected = (len(sequence.target_positions), spec.top_k, spec.tail_samples, spec.tail_rank, spec.temperatures)
+        widths = (targets.top_k, targets.draws.shape[1], targets.coefficients.shape[1])
+        found = (len(targets), *widths, targets.temperatures)
+        assert found == expected, f"targets of (N, K, D, R, temperatures) {found} for a sequence of {expected}"
     rows = slices_of([len(targets) for _, targets in captured])
     labels = np.concatenate([sequence.token_ids[sequence.target_positions + 1] for sequence, _ in captured])
     together = concatenate([targets for _, targets in captured])
@@ -210,7 +217,13 @@ def decode(columns: dict[str, np.ndarray], layout: ShardLayout, where: str) -> C
 def targets_of(columns: dict[str, np.ndarray], layout: ShardLayout) -> SparseTargets:
     """The targets in stored columns of one or more sequences."""
     num_targets = len(columns["entropies"])
-    empty = {"ids": np.int32, "draws": np.int32, "logits": np.float32}
+    empty = {
+        "ids": np.int32,
+        "draws": np.int32,
+        "logits": np.float32,
+        "coefficients": np.int16,
+        "sketch_errors": np.float32,
+    }
     values = {name: columns[name] for name in COLUMNS if name in columns}
     values |= {name: np.zeros((num_targets, 0), dtype) for name, dtype in empty.items() if name not in columns}
     if layout.on_grid:

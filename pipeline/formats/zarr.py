@@ -28,6 +28,7 @@ from pipeline.parallel import ALONE, Threads
 CHUNK_VALUES = 32_768
 """Values in the chunks of a row block, the unit of reading."""
 MAX_CHUNK_ROWS = 4096
+"""Of scalars; of coefficients too, each of which is a chunk of its own: they differ in their spread."""
 STEP_COLUMNS = 16
 """Columns of a chunk of `steps`: ranks that are close to each other have like steps."""
 CHUNKS_IN_BUNDLE = 128
@@ -170,9 +171,11 @@ _OF_SEQUENCES = ("key", "checksum", "num_tokens", "num_documents", "num_targets"
 def chunk_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     """Rows and columns of a chunk of an array."""
     width = int(np.prod(shape[1:], dtype=int))
-    if name != "steps":
-        return (_chunk_rows(width), *shape[1:])
-    return (_chunk_rows(width + 1), min(STEP_COLUMNS, width))
+    if name == "coefficients":
+        return (MAX_CHUNK_ROWS, 1)
+    if name == "steps":
+        return (_chunk_rows(width + 1), min(STEP_COLUMNS, width))
+    return (_chunk_rows(width), *shape[1:])
 
 
 def _chunk_rows(width: int) -> int:

@@ -41,8 +41,8 @@ COPY = "manifest.copy.json"
 TOKENIZER = "tokenizer"
 PROVENANCE = ("settings", "software", "chat_template", "tokenizer_files", "largest_token_id", "end_token_ids")
 """Entries that tell where a cache comes from and do not decide what is in it."""
-SINCE_3 = ("top_p", "top_p_temperature", "min_k")
-"""Entries that a cache of format version 2 does not have."""
+SINCE_3 = {"top_p": None, "top_p_temperature": None, "min_k": None, "tail_rank": 0, "sketch": None}
+"""Entries that a cache of format version 2 does not have, and what they are of one that could be one."""
 COLLECTION = ("container", "corpus", "packing", "sequence_length", "num_tokens", "num_targets", "partitions")
 """Entries that say which sequences a cache has and how they are kept; a sequence's targets do not depend on them."""
 
@@ -86,6 +86,10 @@ class CacheManifest:
     identity, since the tokens are."""
     tokenizer_files: dict[FileName, Hash] = field(default_factory=dict)
     """xxh3-128 of every file in tokenizer/; not part of the identity, which is `tokenizer`."""
+    tail_rank: Width = 0
+    """Coefficients of the tail sketch of each position; 0 without a sketch."""
+    sketch: Hash | None = None
+    """xxh3-128 of the file of the tail sketch (pipeline.sketch), whose name it is part of; None without one."""
     largest_token_id: Count | None = None
     """In any sequence; None if the cache was written before it was recorded."""
     end_token_ids: tuple[Count, ...] = ()
@@ -105,6 +109,8 @@ class CacheManifest:
         rules = {
             "partitions must rise from 0": starts[0] == 0 and all(one < other for one, other in pairwise(starts)),
             "vocab_size is above padded_vocab_size": self.vocab_size <= self.padded_vocab_size,
+            "tail_rank and sketch are there together": (self.tail_rank > 0) == (self.sketch is not None),
+            "a sketch stands beside stored entries": self.tail_rank == 0 or self.top_k > 0,
             "num_targets is above num_tokens": self.num_targets <= self.num_tokens,
             f"container is {short(self.container)}; this version knows {', '.join(CONTAINERS)}": self.container
             in CONTAINERS,
@@ -158,9 +164,7 @@ class CacheManifest:
     def identity_hash(self) -> str:
         """xxh3-128 of `identity`, as hex; of a cache that format version 2 holds as it was then."""
         entries = self.identity()
-        if self.top_p is None:
-            entries = {name: value for name, value in entries.items() if name not in SINCE_3}
-        return xxhash.xxh3_128_hexdigest(canonical_json(entries))
+        return xxhash.xxh3_128_hexdigest(canonical_json(_without_new(entries)))
 
     def target_identity(self) -> dict[str, Any]:
         """The entries that decide the targets of a sequence, whatever else is in the cache and how it is kept."""
@@ -182,9 +186,12 @@ class CacheManifest:
     def write(self, folder: Store) -> bool:
         """Publish the manifest and then its copy; False if another process was first."""
         entries = asdict(self)
-        if self.top_p is None:
-            entries = {name: value for name, value in entries.items() if name not in SINCE_3}
-        document = {"format": FORMAT, "format_version": self.format_version, "alignment": ALIGNMENT, **entries}
+        document = {
+            "format": FORMAT,
+            "format_version": self.format_version,
+            "alignment": ALIGNMENT,
+            **_without_new(entries),
+        }
         won = write_json(folder / MANIFEST, document, first_wins=True)
         return won and write_json(folder / COPY, document)
 
@@ -211,3 +218,8 @@ class CacheManifest:
                 f"{path}: format_version is {found[1]}, but what it declares is of {needed}; the file is forged."
             )
         return manifest
+
+
+def _without_new(entries: dict[str, Any]) -> dict[str, Any]:
+    """Those that a version that knows none of SINCE_3 would have written, if the cache has nothing of it."""
+    return {name: value for name, value in entries.items() if name not in SINCE_3 or value != SINCE_3[name]}

@@ -78,6 +78,10 @@ def verify_cache(
         if hashes.get(name) != wanted:
             report.problems.append(f"{folder / TOKENIZER / name}: missing, or its checksum is not the manifest's.")
             report.tokenizer_damaged = True
+    try:
+        cache.fitted_sketch()
+    except CacheCorruptError as exc:
+        report.problems.append(f"{exc} Nothing makes it again: take it from a copy of the cache.")
     if not _equals_manifest(folder / COPY, folder / MANIFEST):
         report.problems.append(
             f"{folder / COPY}: is not the manifest's copy; `pipeline verify --repair` makes it again."

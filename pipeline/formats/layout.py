@@ -39,6 +39,7 @@ RAGGED = {
     "entropies": "num_targets",
     "label_logits": "num_targets",
     "draws": "num_targets",
+    "coefficients": "num_targets",
 }
 """The columns of which a sequence has several rows, and the column that counts them, if all targets have K entries."""
 OF_ENTRIES = {"ids": "num_entries", "logits": "num_entries"}
@@ -118,6 +119,7 @@ class ShardLayout:
             "entropies": (counts.num_targets, temperatures),
             "label_logits": (counts.num_targets,),
             "draws": (counts.num_targets, spec.tail_samples),
+            "coefficients": (counts.num_targets, spec.tail_rank),
         }
         absent = {"logsumexps" if self.on_grid else "levels"}
         absent |= set() if spec.is_ragged else {"num_entries", "counts"}
@@ -144,13 +146,17 @@ class ShardLayout:
 
     @property
     def format_version(self) -> int:
-        """Version of the format that a shard needs: 3 where targets have different numbers of entries."""
-        return 3 if self.spec.is_ragged else 2
+        """Version of the format that a shard needs: 3 where targets have different numbers of entries, or a sketch."""
+        return 3 if self.spec.is_ragged or self.spec.tail_rank else 2
 
 
-_DTYPES = {"key": np.uint8, "checksum": np.uint64, "loss_mask": np.bool_, "levels": np.uint8} | dict.fromkeys(
-    ("logits", "logsumexps", "tail_logprobs", "entropies", "label_logits"), np.float32
-)
+_DTYPES = {
+    "key": np.uint8,
+    "checksum": np.uint64,
+    "loss_mask": np.bool_,
+    "levels": np.uint8,
+    "coefficients": np.int16,
+} | dict.fromkeys(("logits", "logsumexps", "tail_logprobs", "entropies", "label_logits"), np.float32)
 """Of the columns that are not int32."""
 
 
@@ -169,9 +175,10 @@ def encode_all(
     """
     spec = layout.spec
     for sequence, targets in captured:
-        expected = (len(sequence.target_positions), spec.top_k, spec.tail_samples, spec.temperatures)
-        found = (len(targets), targets.top_k, targets.draws.shape[1], targets.temperatures)
-        assert found == expected, f"targets of (N, K, D, temperatures) {found} for a sequence of {expected}"
+        expected = (len(sequence.target_positions), spec.top_k, spec.tail_samples, spec.tail_rank, spec.temperatures)
+        widths = (targets.top_k, targets.draws.shape[1], targets.coefficients.shape[1])
+        found = (len(targets), *widths, targets.temperatures)
+        assert found == expected, f"targets of (N, K, D, R, temperatures) {found} for a sequence of {expected}"
         assert spec.is_ragged or not targets.is_ragged, "rows of different lengths; the cache keeps K entries of all"
     rows = slices_of([len(targets) for _, targets in captured])
     labels = np.concatenate([sequence.token_ids[sequence.target_positions + 1] for sequence, _ in captured])
@@ -240,7 +247,13 @@ def decode(columns: dict[str, np.ndarray], layout: ShardLayout, where: str) -> C
 def targets_of(columns: dict[str, np.ndarray], layout: ShardLayout) -> SparseTargets:
     """The targets in stored columns of one or more sequences."""
     num_targets, spec, tails = len(columns["entropies"]), layout.spec, columns["tail_logprobs"]
-    empty = {"ids": np.int32, "draws": np.int32, "logits": np.float32}
+    empty = {
+        "ids": np.int32,
+        "draws": np.int32,
+        "logits": np.float32,
+        "coefficients": np.int16,
+        "sketch_errors": np.float32,
+    }
     values = {name: columns[name] for name in COLUMNS if name in columns}
     values |= {name: np.zeros((num_targets, 0), dtype) for name, dtype in empty.items() if name not in columns}
     if spec.is_ragged:

@@ -28,6 +28,7 @@ from pipeline.parallel import ALONE, Threads
 CHUNK_VALUES = 32_768
 """Values in the chunks of a row block, the unit of reading."""
 MAX_CHUNK_ROWS = 4096
+"""Of scalars; of coefficients too, each of which is a chunk of its own: they differ in their spread."""
 FLAT_VALUES = 16_384
 """Values of a chunk of a flat array, whose chunks do not begin where rows do: more of a larger one is read in vain."""
 STEP_COLUMNS = 16
@@ -188,9 +189,11 @@ def chunk_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     width = int(np.prod(shape[1:], dtype=int))
     if name in FLAT and len(shape) == 1:
         return (FLAT_VALUES,)
-    if name != "steps":
-        return (_chunk_rows(width), *shape[1:])
-    return (_chunk_rows(width + 1), min(STEP_COLUMNS, width))
+    if name == "coefficients":
+        return (MAX_CHUNK_ROWS, 1)
+    if name == "steps":
+        return (_chunk_rows(width + 1), min(STEP_COLUMNS, width))
+    return (_chunk_rows(width), *shape[1:])
 
 
 def _chunk_rows(width: int) -> int:

@@ -75,7 +75,7 @@ class SketchedTails:
         ones_N1 = coefficients_NR.new_ones(len(coefficients_NR), 1)
         coefficients_NS = torch.cat([coefficients_NR, ones_N1], 1).to(dtype) / (head.softcap or temperature)
         cap = None if head.softcap is None else head.softcap / temperature
-        return cls(coefficients_NS, head.weight_SP[:, :vocab_size].to(dtype), cap)
+        return cls(coefficients_NS, head.weight_SP.to(dtype)[:, :vocab_size], cap)
 
     def __getitem__(self, rows: slice) -> "SketchedTails":
         return dataclasses.replace(self, coefficients_NS=self.coefficients_NS[rows])

@@ -5,6 +5,7 @@
 Takes COUNT of all cases. Prints how many agreed; exits with a traceback at the first that does not.
 """
 
+import dataclasses
 import itertools
 import random
 import sys
@@ -17,14 +18,17 @@ from stages.train_student.fused_head import _cap_
 from stages.train_student.loss_settings import LossSettings
 from stages.train_student.row_loss import cross_entropy_rows_, distillation_rows_
 from stages.train_student.row_targets import make_row_targets
+from stages.train_student.sketch import SketchedTails, SketchHead
 from stages.train_student.tails import TAILS
 from stages.train_student.targets import TeacherTargets
 
-row_kernel.BLOCK = 16  # several blocks and a ragged one
+row_kernel.BLOCK = row_kernel.SKETCH_BLOCK = 16  # several blocks and a ragged one
 N, V, PADDED = 7, 45, 48
 GRADIENT_DTYPES = itertools.cycle((torch.float16, None, torch.float32, None))
 """Of rows with padding behind them, in every other case: float16, since the interpreter cuts off in bfloat16."""
-KINDS = [(tail, "forward") for tail in TAILS] + [("ghost", other) for other in DIVERGENCES[1:]]
+KINDS = [(tail, "forward", None) for tail in TAILS] + [("ghost", other, None) for other in DIVERGENCES[1:]]
+KINDS += [(name, "forward", 3.0) for name, tail in TAILS.items() if tail.is_sketched]
+"""Tail, divergence, and soft cap of a sketch: what the kernel knows."""
 
 
 def torch_path(logits, labels, targets, settings, weights):
@@ -36,23 +40,29 @@ def torch_path(logits, labels, targets, settings, weights):
     if targets is None:
         values = (cross_entropy_rows_(logits, labels, weights[0] if weights else None), None)
     else:
-        targets = type(targets)(*(field.double() if _is_float(field) else field for field in targets))
+        targets = type(targets)(*map(_in_64, targets))
         scratch = torch.empty_like(logits)
-        values = distillation_rows_(logits, labels, targets, settings, weights, scratch)
+        tail = None if targets.sketch is None else torch.empty_like(logits)
+        values = distillation_rows_(logits, labels, targets, settings, weights, scratch, tail)
     return values, logits * slope
 
 
-def _is_float(field):
-    return field is not None and field.is_floating_point()
+def _in_64(field):
+    if isinstance(field, SketchedTails):
+        return SketchedTails(field.coefficients_NS.double(), field.weight_SV.double(), field.cap)
+    return field.double() if field is not None and field.is_floating_point() else field
 
 
-def make_targets(k, tail_mass, settings):
-    """k distinct ids, two of them padding slots where there is room, and the rest's mass."""
+def make_targets(k, tail_mass, settings, spread, sketch_cap):
+    """k distinct ids, two of them padding slots where there is room, and the rest's mass; a sketch where it is one."""
     ids = torch.stack([torch.randperm(V)[:k] for _ in range(N)])
     probs = torch.softmax(torch.randn(N, k) / settings.temperature, 1) * (1 - tail_mass)
     if 3 < k < V:
         ids[2, -2:], probs[2, -2:] = ids[2, 0], 0.0
     teacher = TeacherTargets(ids_MK=ids, probs_MK=probs, tail_mass_M=torch.full((N,), tail_mass))
+    if TAILS[settings.tail].is_sketched:
+        sketch = SketchHead.of(spread * torch.randn(V + 2), torch.randn(V + 2, 3), sketch_cap)
+        teacher = dataclasses.replace(teacher, coefficients_MR=torch.randn(N, 3), sketch=sketch)
     return make_row_targets(teacher, settings, torch.float32)
 
 
@@ -84,17 +94,19 @@ def main():
     count = 0
     cases = list(itertools.product(KINDS, (1, 5, V), (1.0, 2.0, 3.3), (None, 2.5), (1.0, 60.0), (1e-9, 0.4)))
     random.Random(0).shuffle(cases)
-    for (tail, divergence), k, temperature, softcap, spread, tail_mass in cases[
+    for (tail, divergence, sketch_cap), k, temperature, softcap, spread, tail_mass in cases[
         : int(sys.argv[1]) if sys.argv[1:] else None
     ]:
         settings = LossSettings(
             vocab_size=V, tail=tail, divergence=divergence, temperature=temperature, logit_softcap=softcap
         )
-        targets = make_targets(k, tail_mass, settings)
+        targets = make_targets(k, tail_mass, settings, spread, sketch_cap)
         logits, labels = spread * torch.randn(N, V), torch.randint(V, (N,))
         labels[0], labels[2] = targets.ids_NK[0, -1], targets.ids_NK[2, 0]
         for weights in ((0.3, 0.7), None) if count % 5 == 0 else ((0.3, 0.7),):
-            name = f"{tail} {divergence} k={k} T={temperature} cap={softcap} spread={spread} tail={tail_mass}"
+            name = (
+                f"{tail} {divergence} {sketch_cap} k={k} T={temperature} cap={softcap} spread={spread} tail={tail_mass}"
+            )
             found, ours = kernel(name, logits, labels, targets, settings, weights)
             expected, gradient = torch_path(logits, labels, targets, settings, weights)
             check(f"{name}: cross-entropy", found[0], expected[0])

@@ -368,3 +368,19 @@ def test_sketches_that_are_none_are_named():
         SketchHead.of(torch.zeros(5), torch.full((5, 2), math.inf))
     with pytest.raises(ValueError, match="softcap of 0"):
         SketchHead.of(torch.zeros(5), torch.zeros(5, 2), 0.0)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_kernel_of_a_gpu_is_for_the_forward_kl_alone(monkeypatch, divergence):
+    asked = []
+
+    def kernel(logits, labels, targets, settings, weights, gradient):
+        asked.append(len(labels))
+        gradient.zero_()
+        return logits.new_zeros(len(labels)), logits.new_zeros(len(labels))
+
+    case = make_case(5, 0.4)
+    expected = fused(case, 2.0, divergence).loss.item()
+    monkeypatch.setattr(fused_head, "_row_kernel", lambda logits: kernel)
+    found = fused(case, 2.0, divergence).loss.item()
+    assert (asked, found) == ([N - 1], 0.0) if divergence == "forward" else ([], expected)

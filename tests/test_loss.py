@@ -163,10 +163,10 @@ def as_on_a_gpu(monkeypatch):
     monkeypatch.setitem(fused_head.ROW_ALIGNMENT, "cpu", 16)
 
 
-def narrow_kernel(logits, labels, targets, settings, weights, gradient):
+def narrow_kernel(logits, labels, targets, settings, weights, gradient, tail):
     """What the row kernel promises, by the torch path: the gradient takes the place of the logits."""
     rows = logits.clone(memory_format=torch.contiguous_format)
-    values = distillation_rows_(rows, labels, targets, settings, weights, torch.empty_like(rows))
+    values = distillation_rows_(rows, labels, targets, settings, weights, torch.empty_like(rows), tail)
     assert gradient.data_ptr() == logits.data_ptr()
     assert gradient.stride(0) * gradient.itemsize == logits.stride(0) * logits.itemsize
     torch.as_strided(logits, (len(logits), logits.stride(0)), logits.stride()).fill_(torch.nan)

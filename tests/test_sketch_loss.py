@@ -374,7 +374,7 @@ def test_sketches_that_are_none_are_named():
 def test_kernel_of_a_gpu_is_for_the_forward_kl_alone(monkeypatch, divergence):
     asked = []
 
-    def kernel(logits, labels, targets, settings, weights, gradient):
+    def kernel(logits, labels, targets, settings, weights, gradient, tail):
         asked.append(len(labels))
         gradient.zero_()
         return logits.new_zeros(len(labels)), logits.new_zeros(len(labels))

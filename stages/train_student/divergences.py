@@ -10,10 +10,11 @@ bucket it is exact on the stored ids; in the rest it moves the bucket as a whole
 
 | divergence | D                                        | f_b, up to a constant      |
 |------------|------------------------------------------|----------------------------|
-| reverse    | KL(Q || P), at most 88 nats an outcome   | log Q_b - log P_b          |
+| reverse    | KL(Q || P), with a bucket at most 88 nats an outcome | log Q_b - log P_b |
 | js         | KL(P || M) / 2 + KL(Q || M) / 2, M the mean, at most log 2 | (log Q_b - log M_b) / 2    |
 
-A teacher's probability of 0 counts as the smallest normal number (1e-38 in float32): the reverse KL stays finite.
+A teacher's probability of 0 counts as the smallest normal number (1e-38 in float32): the reverse KL stays finite. So
+does a sketched tail's mass, before it is spread.
 
 Loads no torch: the choices of a setting are read from here. row_kernel.py has each of them once more, for a GPU, on
 the outcomes of a bucket.

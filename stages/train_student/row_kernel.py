@@ -8,8 +8,8 @@ The gradient takes the place of the logits, also in a narrower dtype: the second
 of it, before it writes one, and what it writes ends where that block ends or before. So it costs 10 bytes a logit
 instead of 18: two passes read 4, one writes 2, and no other kernel reads 4 and writes 2 to round.
 
-The sketch of a tail is multiplied out in both passes, for the forward KL alone: at rank 16 they read 68 bytes a logit
-of it each, which all programs share and an L2 cache of 50 MB holds (7 MB at a vocabulary of 102,400).
+The logits of a sketched tail, for the forward KL alone, are read in both passes: 8 bytes more, which an L2 cache holds
+where they were written for a block of rows just before.
 """
 
 import torch
@@ -22,8 +22,6 @@ from stages.train_student.row_targets import RowTargets
 
 BLOCK = 2048
 """Columns that a program holds at a time."""
-SKETCH_BLOCK = 1024
-"""The same beside a sketch, whose logits take as many registers again."""
 VECTOR = 16
 """Triton reads vectors where strides and sizes are multiples of this."""
 _ABSENT = tl.constexpr(-1e30)
@@ -35,18 +33,6 @@ def _cap(logits, softcap):
     """softcap tanh(logits / softcap), from an exponential that cannot overflow."""
     shrunk = tl.exp(-2.0 * tl.abs(logits) / softcap)
     return softcap * tl.where(logits < 0, -1.0, 1.0) * (1.0 - shrunk) / (1.0 + shrunk)
-
-
-@triton.jit
-def _sketched(raw, coefficients_ptr, sketch_ptr, stride, S, columns, width, cap, HAS_CAP: tl.constexpr):
-    """The sketch's logits over T (sketch.py); -inf where those of the student are."""
-    logits = tl.zeros_like(raw)
-    for row in range(0, S):
-        basis = tl.load(sketch_ptr + row * stride + columns, mask=columns < width, other=0.0)
-        logits += tl.load(coefficients_ptr + row) * basis
-    if HAS_CAP:
-        logits = cap * _cap(logits, 1.0)
-    return tl.where(raw == float("-inf"), raw, logits)
 
 
 @triton.jit
@@ -66,11 +52,10 @@ def _outcomes(log_p, log_q, p, q, DIVERGENCE: tl.constexpr):
 @triton.jit
 def _rows(
     logits_ptr, stride, gradient_ptr, gradient_stride, labels_ptr, ids_ptr, is_entry_ptr, weights_ptr, bucket_ptr,
-    level_ptr, total_ptr, num_rest_ptr, entropy_ptr, coefficients_ptr, sketch_ptr, cross_entropy_ptr, divergence_ptr,
-    hard_weight, soft_weight, inverse_T, softcap, sketch_cap, V, width, K, S, sketch_stride,
+    level_ptr, total_ptr, num_rest_ptr, entropy_ptr, tail_ptr, tail_stride, cross_entropy_ptr, divergence_ptr,
+    hard_weight, soft_weight, inverse_T, softcap, V, width, K,
     SLOTS: tl.constexpr, BLOCK: tl.constexpr, HAS_TARGETS: tl.constexpr, HAS_LEVEL: tl.constexpr,
-    HAS_SKETCH: tl.constexpr, HAS_SKETCH_CAP: tl.constexpr, DIVERGENCE: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-    HAS_GRADIENT: tl.constexpr,
+    HAS_TAIL: tl.constexpr, DIVERGENCE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_GRADIENT: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * stride
@@ -88,9 +73,9 @@ def _rows(
         tl.store(logits_ptr + ids, float("-inf"), mask=is_entry)
         tl.debug_barrier()
 
-    if HAS_SKETCH:
+    if HAS_TAIL:
         tl.static_assert(DIVERGENCE == "forward", "row_kernel.py does not know this divergence with a sketch")
-        coefficients_ptr += row * S
+        tail_ptr += row * tail_stride
     largest, exp_sum, soft_exp_sum, rest_sum = -1e30, 0.0, 0.0, 0.0
     tail_largest, tail_sum, cross = -1e30, 0.0, 0.0
     for start in range(0, width, BLOCK):
@@ -107,10 +92,9 @@ def _rows(
             soft_exp_sum += tl.sum(tl.exp((z - new_largest) * inverse_T), 0)
             if HAS_LEVEL:
                 rest_sum += tl.sum(tl.where(z == float("-inf"), 0.0, z), 0)
-            if HAS_SKETCH:  # cross: sum of exp(s) (s - z / T), both relative to their maxima so far
-                s = _sketched(
-                    raw, coefficients_ptr, sketch_ptr, sketch_stride, S, columns, width, sketch_cap, HAS_SKETCH_CAP
-                )
+            if HAS_TAIL:  # cross: sum of exp(s) (s - z / T), both relative to their maxima so far
+                s = tl.load(tail_ptr + columns, mask=columns < width, other=0.0)
+                s = tl.where(raw == float("-inf"), raw, s)
                 new_tail_largest = tl.maximum(tail_largest, tl.max(s, 0))
                 moved = (tail_largest - new_tail_largest) - (largest - new_largest) * inverse_T
                 shrunk = tl.exp(tail_largest - new_tail_largest)
@@ -148,7 +132,7 @@ def _rows(
                 normaliser = shift * inverse_T + soft_log_all
                 value -= level * (rest_sum * inverse_T - tl.load(num_rest_ptr + row) * normaliser)
             pulls, rest_pull = total * q - w, total * q_rest
-            if HAS_SKETCH:
+            if HAS_TAIL:
                 tail_sum = tl.maximum(tail_sum, 1.0)
                 value += bucket * (cross / tail_sum - tl.log(tail_sum) + tl.log(soft_exp_sum))
             else:
@@ -181,10 +165,9 @@ def _rows(
             gradient = hard_scale * tl.exp(z - largest)
             if HAS_TARGETS:
                 gradient += soft_scale * tl.exp((z - largest) * inverse_T) - level
-            if HAS_SKETCH:
-                s = _sketched(
-                    raw, coefficients_ptr, sketch_ptr, sketch_stride, S, columns, width, sketch_cap, HAS_SKETCH_CAP
-                )
+            if HAS_TAIL:
+                s = tl.load(tail_ptr + columns, mask=columns < width, other=0.0)
+                s = tl.where(raw == float("-inf"), raw, s)
                 gradient -= tail_scale * tl.exp(s - tail_largest)
             if gradient_ptr.dtype != logits_ptr.dtype:
                 tl.debug_barrier()  # every lane has read this block: what is written lies in it and in those before
@@ -193,11 +176,8 @@ def _rows(
         label_gradient = hard_scale * tl.exp(z_label - largest) - hard_weight
         if HAS_TARGETS:
             label_gradient += soft_scale * tl.exp((z_label - largest) * inverse_T) - level
-            if HAS_SKETCH:
-                s_label = _sketched(
-                    raw_label, coefficients_ptr, sketch_ptr, sketch_stride, S, label, width, sketch_cap, HAS_SKETCH_CAP
-                )
-                label_gradient -= tail_scale * tl.exp(s_label - tail_largest)
+            if HAS_TAIL:
+                label_gradient -= tail_scale * tl.exp(tl.load(tail_ptr + label) - tail_largest)
             entry_gradients = hard_weight * tl.exp(entries - log_all) + soft_weight * pulls
             entry_gradients -= tl.where(ids == label, hard_weight, 0.0)
             if HAS_SOFTCAP:
@@ -219,29 +199,31 @@ def kernel_rows_(
     settings: LossSettings,
     weights: tuple[float, float] | None,
     gradient_NV: Tensor,
+    tail_NV: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Cross-entropy and divergence of every row, as row_loss.py's functions after the soft cap; float32 logits.
-
-    Targets with a sketch are for the forward KL alone.
 
     With `weights`, `gradient_NV` becomes the gradient of the loss with respect to the logits before the cap: the logits
     themselves, or a view in a narrower dtype of which every row begins where that of the logits does. What a row has
     behind its columns, up to the next, is overwritten. The second is None without targets.
+
+    `tail_NV` are the logits over T that the sketch of the targets makes, if they have one; its rows are as far apart as
+    those of the logits, and the divergence is the forward KL.
     """
     num_rows, vocab_size = logits_NV.shape
     hard_weight, soft_weight = weights or (0.0, 0.0)
     cross_entropy_N = logits_NV.new_empty(num_rows)
     divergence_N = logits_NV.new_empty(num_rows) if targets is not None else None
     unused = logits_NV
-    fields = (unused,) * 10
-    k, level_N, sketch = 1, None, None
+    fields = (unused,) * 8
+    k, level_N = 1, None
     if targets is not None:
-        k, level_N, sketch = targets.ids_NK.shape[1], targets.level_N, targets.sketch
+        k, level_N = targets.ids_NK.shape[1], targets.level_N
+        assert (tail_NV is None) == (targets.sketch is None)
         fields = (
             *(targets.ids_NK.contiguous(), targets.is_entry_NK.contiguous(), targets.weights_NK.contiguous()),
             *(targets.bucket_N, unused if level_N is None else level_N, targets.total_N),
             *(targets.num_rest_N.float(), targets.entropy_term_N),
-            *((unused, unused) if sketch is None else (sketch.coefficients_NS.contiguous(), sketch.weight_SV)),
         )
     if num_rows == 0:
         return cross_entropy_N, divergence_N
@@ -253,24 +235,22 @@ def kernel_rows_(
             gradient_NV.stride(0),
             labels_N,
             *fields,
+            unused if tail_NV is None else tail_NV,
+            logits_NV.stride(0) if tail_NV is None else tail_NV.stride(0),
             cross_entropy_N,
             unused if divergence_N is None else divergence_N,
             hard_weight,
             soft_weight,
             1.0 / settings.temperature,
             settings.logit_softcap or 1.0,
-            1.0 if sketch is None else sketch.cap or 1.0,
             vocab_size,
             _width(logits_NV),
             k,
-            0 if sketch is None else len(sketch.weight_SV),
-            0 if sketch is None else sketch.weight_SV.stride(0),
             SLOTS=triton.next_power_of_2(k),
-            BLOCK=min(BLOCK if sketch is None else SKETCH_BLOCK, triton.next_power_of_2(vocab_size)),
+            BLOCK=min(BLOCK, triton.next_power_of_2(vocab_size)),
             HAS_TARGETS=targets is not None,
             HAS_LEVEL=level_N is not None,
-            HAS_SKETCH=sketch is not None,
-            HAS_SKETCH_CAP=sketch is not None and sketch.cap is not None,
+            HAS_TAIL=tail_NV is not None,
             DIVERGENCE=settings.divergence,
             HAS_SOFTCAP=settings.logit_softcap is not None,
             HAS_GRADIENT=weights is not None,

@@ -89,13 +89,12 @@ def distillation_rows_(
     """Cross-entropy and divergence D of p_T and q_T of every row in nats, both [N].
 
     With `weights` (A, B), `logits_NV` becomes A dCE/dz + B T dD/dz; without it is left as scratch.
-    `scratch_NV`, and `tail_NV` where the targets have a sketch, are overwritten and must not overlap the logits.
+    `scratch_NV` is overwritten and must not overlap the logits; so is `tail_NV`, the logits over T that the sketch of
+    the targets makes, if they have one.
     """
-    if targets.sketch is not None:
-        assert tail_NV is not None
-        targets.sketch.write_(tail_NV)
-        if settings.divergence != "forward":
-            return _whole_rows_(logits_NV, labels_N, targets, settings, weights, tail_NV)
+    assert (tail_NV is None) == (targets.sketch is None)
+    if tail_NV is not None and settings.divergence != "forward":
+        return _whole_rows_(logits_NV, labels_N, targets, settings, weights, tail_NV)
     temperature = settings.temperature
     label_logits_N1 = logits_NV.gather(1, labels_N[:, None])
     entry_logits_NK = logits_NV.gather(1, targets.ids_NK)

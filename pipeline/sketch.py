@@ -38,7 +38,7 @@ LARGEST_LEVEL = 32_767
 _DTYPES = {"offset": np.float32, "basis": np.float16, "mean": np.float32, "encoder": np.float32}
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, eq=False)
 class TailSketch:
     """What makes logits of coefficients."""
 

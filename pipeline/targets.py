@@ -255,6 +255,7 @@ def cut(targets: SparseTargets, counts_N: np.ndarray) -> SparseTargets:
         ids=np.where(is_kept, targets.ids, targets.ids[:, :1]),
         logits=np.where(is_kept, targets.logits, np.float32(-np.inf)),
         tail_logprobs=tails,
+        sketch_errors=np.full_like(targets.sketch_errors, np.nan),  # measured of another tail
     )
 
 

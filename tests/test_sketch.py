@@ -1,6 +1,7 @@
 """The tail sketch: what is stored of it against what the teacher's float64 logits say."""
 
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
@@ -128,7 +129,7 @@ def test_errors_of_ranks_are_those_of_whole_rows(head, hidden_NH, ranks, softcap
     dense = tail_errors(logits, sketch.logits(sketch.levels(rows)), ids.long(), T)
     np.testing.assert_allclose(dense[measured], expected, rtol=2e-3, atol=2e-5)
     bounds = np.linspace(0, V, ranks + 1).astype(int)
-    parts = [slice(*pair) for pair in zip(bounds, bounds[1:])]
+    parts = [slice(*pair) for pair in itertools.pairwise(bounds)]
     columns: list[list[torch.Tensor]] = [[] for _ in parts]
 
     def share(rank: int, gathered: list[torch.Tensor]) -> torch.Tensor:
@@ -232,7 +233,8 @@ def test_vllm_makes_the_same_coefficients(sketched, tmp_path, teacher, corpus, t
     cache, other = open_cache(config.out), open_cache(sketched["arrow"].out)
     ours, theirs = cache.fitted_sketch(), other.fitted_sketch()
     np.testing.assert_allclose(ours.record.mean_kl, theirs.record.mean_kl, rtol=0.05)
-    assert not audit_cache(AuditConfig(cache=config.out, teacher=teacher, engine="transformers", fraction=1.0)).problems
+    again = AuditConfig(cache=config.out, teacher=teacher, engine="transformers", tensor_parallel=1, fraction=1.0)
+    assert not audit_cache(again).problems
     recorded = [np.mean([commit.statistics["mean_sketch_kl"] for commit in one.commits], 0) for one in (cache, other)]
     np.testing.assert_allclose(*recorded, rtol=0.1)
 
@@ -266,9 +268,9 @@ def test_caches_of_different_sketches_are_not_merged(sketched, tmp_path):
     cache_logits(other)
     with pytest.raises(CacheMismatchError, match="sketch is"):
         merge_caches(MergeConfig(caches=(config.out, other.out), out=tmp_path / "merged"))
+    plain = dataclasses.replace(config, out=tmp_path / "plain", tail_rank=0)
+    cache_logits(plain)
     with pytest.raises(CacheMismatchError, match="has no tail sketch"):
-        plain = dataclasses.replace(config, out=tmp_path / "plain", tail_rank=0)
-        cache_logits(plain)
         cache_logits(dataclasses.replace(config, out=tmp_path / "reused", reuse=(plain.out,)))
 
 

@@ -6,7 +6,6 @@ Partitions are counted from listings; commit records are read once each, several
 import contextlib
 import json
 import statistics
-import time
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,9 +17,9 @@ from pipeline.documents import document_of, parse_json, printable
 from pipeline.errors import CacheCorruptError
 from pipeline.exit_codes import DONE, INCOMPLETE, SET_ASIDE
 from pipeline.parallel import in_threads, map_in_threads
-from pipeline.processes import owner_is_dead, owner_name
+from pipeline.processes import owner_is_dead
 from pipeline.progress import duration
-from pipeline.runs.ephemeral import NOT_WRITTEN, EphemeralFile, EphemeralFiles
+from pipeline.runs.ephemeral import EphemeralFile, EphemeralFiles, server_time
 from pipeline.runs.events import describe_event, read_events
 from pipeline.runs.failures import list_failures, read_failure
 from pipeline.runs.heartbeat import BEATS_A_LEASE, ENDED, RECORD_NAME, WORKERS, WorkerRecord
@@ -97,8 +96,8 @@ class StatusReader:
 
     def read(self, num_events: int = 0) -> RunStatus:
         """The status now, with the last so many events. Raises CacheCorruptError if a record is damaged."""
-        manifest, now = self.manifest, self._server_time()
-        self._terms = read_terms(self.folder, manifest)
+        manifest, now = self.manifest, server_time(self.folder / WORKERS)
+        self._terms = read_terms(self.folder, manifest.settings)
         planned = set(range(manifest.num_partitions))
         leases = {part: generation for part, generation in list_leases(self.folder).items() if part in planned}
         done = list_commits(self.folder) & planned
@@ -128,17 +127,6 @@ class StatusReader:
             workers=workers,
             events=read_events(self.folder, num_events) if num_events else [],
         )
-
-    def _server_time(self) -> float:
-        """The clock of the file server or the store; where nothing can be written, this machine's."""
-        probe = f".clock-{owner_name()}"
-        try:
-            self._records.replace(probe, "")
-            now = self._records.read(probe)
-            self._records.remove(probe)
-        except NOT_WRITTEN:
-            return time.time()
-        return now.time if now is not None else time.time()
 
     def _read_commits(self, done: set[int]) -> list[tuple[int, int, float]]:
         """Tokens, bytes and time of the commits of the partitions; each is read once."""

@@ -20,6 +20,7 @@ from pipeline.processes import owner_is_dead
 from pipeline.runs.ephemeral import server_time
 from pipeline.runs.failures import FAILURES
 from pipeline.runs.leases import LEASES, list_leases, read_lease
+from pipeline.runs.outline import UNITS, WrittenOutline
 from pipeline.runs.terms import read_terms
 from pipeline.stores.places import store_of
 from pipeline.stores.sealed import read_document, write_json
@@ -27,7 +28,7 @@ from pipeline.stores.store import Store
 from pipeline.tokenizer import save_tokenizer
 from stages.prepare.duplicates import num_buckets
 from stages.prepare.inputs import InputFile, Piece, divide
-from stages.prepare.staging import STAGED, UNITS, FinishedTask
+from stages.prepare.staging import STAGED, FinishedTask
 
 PLAN = "plan.json"
 LOCK = "lock"
@@ -122,6 +123,19 @@ class Plan:
         return range(self.comparing_rows.stop, self.comparing_rows.stop + len(self.pieces))
 
     @property
+    def outline(self) -> WrittenOutline:
+        """For `pipeline status`. What is dropped is not counted: that depends on what is found."""
+        phases = {
+            "tokenised": self.tokenising,
+            "documents compared": self.comparing_documents,
+            "packed": self.packing,
+            "rows compared": self.comparing_rows,
+            "finished": self.finishing,
+        }
+        spans = {name: (tasks.start, tasks.stop) for name, tasks in phases.items()}
+        return WrittenOutline(total=self.num_bytes, unit="bytes of text", phases=spans)
+
+    @property
     def finishing(self) -> range:
         """One task: the manifest."""
         return range(self.dropping.stop, self.dropping.stop + 1)
@@ -152,6 +166,7 @@ def begin(out: Store, plan: Plan, tokenizer: Any, *, trust_remote_code: bool) ->
         plan = Plan.read(out)
     else:
         _replace(out, plan)
+    plan.outline.write(folder)
     if not (out / TOKENIZER).is_dir():
         _save_tokenizer(out, tokenizer, trust_remote_code)
     return plan

@@ -24,6 +24,7 @@ from pipeline.hub import located
 from pipeline.parallel import crew
 from pipeline.progress import Reporter
 from pipeline.runs.failures import forget_failures
+from pipeline.runs.outline import UNITS
 from pipeline.runs.rank import Rank, rank_from_environment
 from pipeline.runs.terms import RunTerms
 from pipeline.settings import resolved
@@ -32,7 +33,7 @@ from pipeline.tokenizer import TokenizerIdentity, identify, load_tokenizer
 from stages.prepare.inputs import UNIT_BYTES, InputFiles, find_inputs, same_files
 from stages.prepare.plan import LOCK, Plan, begin, check_folder, check_same, remove_run
 from stages.prepare.settings import PrepareConfig
-from stages.prepare.staging import STAGED, UNITS
+from stages.prepare.staging import STAGED
 from stages.prepare.tasks import Speed, Tasks, counts_of
 from stages.prepare.worker import Manners, work
 
@@ -54,6 +55,8 @@ def prepare(config: PrepareConfig, reporter: Reporter | None = None, *, unit_byt
     settings = _compared_settings(config, tokenizer, identify(tokenizer))
     if config.worker_from_env and (plan := _plan_there(config.out)) is not None:
         check_same(config.out, plan.settings, settings)
+        if (config.out / MANIFEST).is_file():
+            return CorpusManifest.read(config.out)
     else:
         found = _planned(config, settings, tokenizer, reporter, unit_bytes)
         if isinstance(found, CorpusManifest):

@@ -28,7 +28,6 @@ from pipeline.stores.sealed import read_document, write_json
 from pipeline.stores.store import Store
 from stages.prepare.tokens import Document
 
-UNITS = "units"
 STAGED = "staged"
 KINDS = ("text", "completion", "chat")
 BATCH_DOCUMENTS = 1024
@@ -72,6 +71,9 @@ class FinishedTask:
     partitions: tuple[CorpusPartition, ...] = ()
     """Of a unit that was packed: its files of the corpus."""
     statistics: dict[str, Count] = field(default_factory=dict)
+    done: Count = 0
+    bytes: Count = 0
+    """For who counts (pipeline/runs/outline.py): input that was read, and what was written of the corpus."""
 
     def commit(self, folder: Store, task: int) -> bool:
         """Declare a task of the run at `folder` finished; False if another worker has done so before."""

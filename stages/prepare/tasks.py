@@ -23,6 +23,7 @@ from pipeline.corpus import (
 from pipeline.errors import CorpusError
 from pipeline.parallel import map_in_threads
 from pipeline.progress import Reporter
+from pipeline.runs.outline import UNITS
 from pipeline.stores.store import Store
 from pipeline.tokenizer import identify
 from stages.prepare.documents import DocumentEncoder, is_overlong
@@ -32,7 +33,7 @@ from stages.prepare.packing import Packer
 from stages.prepare.plan import Plan
 from stages.prepare.readers import BadLines, Record, read_records
 from stages.prepare.settings import PACKINGS, PrepareConfig
-from stages.prepare.staging import UNITS, FinishedTask, read_documents, write_documents, write_keys, write_staged
+from stages.prepare.staging import FinishedTask, read_documents, write_documents, write_keys, write_staged
 from stages.prepare.tokens import ENDED_BY, Document, spoken
 
 PROGRESS_BYTES = 1 << 20
@@ -91,6 +92,7 @@ class Tasks:
             documents=staged,
             keys=self._keys(unit, list(keys)),
             statistics=statistics,
+            done=statistics["input_bytes"],
         )
 
     def compare_documents(self, task: int) -> FinishedTask:
@@ -125,7 +127,10 @@ class Tasks:
 
         partitions = self._write(f"{unit:05d}", new_rows())
         return FinishedTask(
-            keys=self._keys(task, list(keys)), partitions=partitions, statistics={**counts, **packer.counts}
+            keys=self._keys(task, list(keys)),
+            partitions=partitions,
+            statistics={**counts, **packer.counts},
+            bytes=sum(partition.bytes for partition in partitions),
         )
 
     def compare_rows(self, task: int) -> FinishedTask:

@@ -1,9 +1,10 @@
 """One worker of a preparation: takes tasks as a worker of a capture takes partitions, phase after phase."""
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from pipeline.cache.commits import is_committed
 from pipeline.drain import Drain
 from pipeline.errors import MENDABLE, CorpusError, Drained, PartitionsFailedError, PipelineError
 from pipeline.progress import Reporter
@@ -53,7 +54,7 @@ def work(
         if manners.launched:
             stack.enter_context(drain)
         heartbeat.say("preparing")
-        phases: list[tuple[Callable[[], list[int] | range], Callable[[int], FinishedTask]]] = [
+        phases: list[tuple[Callable[[], Sequence[int]], Callable[[int], FinishedTask]]] = [
             (lambda: plan.tokenising, tasks.tokenise),
             (lambda: plan.comparing_documents, tasks.compare_documents),
             (lambda: plan.packing, tasks.pack),
@@ -62,12 +63,15 @@ def work(
             (lambda: plan.finishing, tasks.finish),
         ]
         for numbers, do in phases:
+            todo = _todo(tasks, plan, numbers)
+            if todo is None:
+                break
             claims = PartitionClaims(
-                tasks.folder, numbers(), rank, heartbeat, drain, max_failures=manners.terms.max_failures
+                tasks.folder, todo, rank, heartbeat, drain, max_failures=manners.terms.max_failures
             )
             if manners.poll_s is not None:
                 claims.poll_s = manners.poll_s
-            _Phase(tasks, claims, heartbeat, manners, reporter).run(do)
+            _Phase(tasks, claims, heartbeat, manners, reporter, plan.finishing.start).run(do)
             if drain.requested and claims.unsettled():
                 heartbeat.say("drained")
                 raise Drained(f"{tasks.folder.parent}: drained; run the same command again to continue.")
@@ -76,13 +80,30 @@ def work(
         remove_leases(tasks.folder)
 
 
+def _todo(tasks: Tasks, plan: Plan, numbers: Callable[[], Sequence[int]]) -> Sequence[int] | None:
+    """The tasks of a phase; None if others have finished the corpus: what was staged may be gone then."""
+    try:
+        todo = numbers()
+    except CorpusError:
+        if not is_committed(tasks.folder, plan.finishing.start):
+            raise
+        return None
+    return None if is_committed(tasks.folder, plan.finishing.start) else todo
+
+
 class _Phase:
     """The tasks of one kind."""
 
     def __init__(
-        self, tasks: Tasks, claims: PartitionClaims, heartbeat: Heartbeat, manners: Manners, reporter: Reporter
+        self,
+        tasks: Tasks,
+        claims: PartitionClaims,
+        heartbeat: Heartbeat,
+        manners: Manners,
+        reporter: Reporter,
+        last: int,
     ) -> None:
-        self._tasks, self._claims, self._heartbeat = tasks, claims, heartbeat
+        self._tasks, self._claims, self._heartbeat, self._last = tasks, claims, heartbeat, last
         self._manners, self._reporter = manners, reporter
         self._num_failures = 0
 
@@ -106,6 +127,9 @@ class _Phase:
         """Count a failure against the task, unless a person waits or it would have met any of them."""
         if not self._manners.launched:
             raise exc
+        if is_committed(self._tasks.folder, self._last):  # others have finished the corpus, and removed what was staged
+            self._claims.settle(task, won=False)
+            return
         if isinstance(exc, CorpusError):
             self._reporter.note(f"{self._tasks.folder.parent}: task {task} is set aside: {exc}")
             self._claims.reject(task, str(exc))

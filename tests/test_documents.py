@@ -265,7 +265,7 @@ def forge_corpus(config: PrepareConfig, scene: Scene, take: Callable[[list], lis
     prepare(config)
     count = forge(config.out / "corpus.json", scene, (lambda: read_corpus(config.out), lambda: prepare(config)), take)
     (config.inputs[0] / "b.txt").write_bytes(b"\xff")
-    halted = dataclasses.replace(config, out=config.out.with_name("halted"))
+    halted = dataclasses.replace(config, out=config.out.with_name("halted"), workers=1)
     attempt(lambda: prepare(halted, unit_bytes=1), scene.root, "a text that is none")
     record = halted.out / "units" / "commits" / "00000.json"
     document = read_json(record, PipelineError)

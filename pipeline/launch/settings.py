@@ -42,7 +42,7 @@ class LaunchSettings(Settings):
             )
         if self.prepare is not None and self.train_student is not None:
             raise ConfigError(
-                f"train_student is {self.train_student}; it follows a capture: submit that with --cache-logits once the corpus is there."
+                f"train_student is {self.train_student}, which follows a capture; submit both once the corpus is there."
             )
         for name in ("workers", "student_nodes", "attempts", "drain_s"):
             self.at_least(name, 1)

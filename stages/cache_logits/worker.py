@@ -53,7 +53,7 @@ def work(
     begin_run(folder, terms)
     with Heartbeat(folder, rank, terms.lease_s) as heartbeat, Drain(heartbeat.leases.release_all) as drain:
         claims = PartitionClaims(
-            folder, manifest.num_partitions, rank, heartbeat, drain, max_failures=terms.max_failures
+            folder, range(manifest.num_partitions), rank, heartbeat, drain, max_failures=terms.max_failures
         )
         todo = manifest.num_partitions - len(cache.done())
         share = manifest.num_tokens * todo // manifest.num_partitions // rank.workers

@@ -27,6 +27,8 @@ class Recipe:
     """LIVE, HARD or a tail."""
     top_k: int = 0
     draws: int = 0
+    rank: int = 0
+    """Coefficients of the tail sketch."""
 
     @property
     def is_cached(self) -> bool:
@@ -38,6 +40,7 @@ class Recipe:
         """As tables and file names have it."""
         sizes = [f"k{self.top_k}"] if self.top_k else []
         sizes += [f"d{self.draws}"] if self.draws else []
+        sizes += [f"r{self.rank}"] if self.rank else []
         return "-".join([self.name, *sizes])
 
 
@@ -50,6 +53,10 @@ RECIPES = (
     Recipe(name="sampled", draws=50),
     Recipe(name="renormalise", top_k=64),
     Recipe(name="hybrid", top_k=16, draws=8),
+    Recipe(name="sketch", top_k=8, rank=16),
+    Recipe(name="sketch", top_k=16, rank=16),
+    Recipe(name="sketch", top_k=64, rank=32),
+    Recipe(name="sketch", top_k=8, rank=8),
     Recipe(name="uniform", top_k=64),
     Recipe(name="uniform", top_k=8),
     Recipe(name="ghost", top_k=16),

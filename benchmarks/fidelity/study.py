@@ -93,7 +93,8 @@ class Study:
     def cache(self, recipe: Recipe, temperature: float) -> Cache:
         """What a recipe is trained from."""
         drawn = f"-d{recipe.draws}-T{temperature:g}" if recipe.draws else ""
-        name = f"cache-k{recipe.top_k}{drawn}"
+        sketched = f"-r{recipe.rank}" if recipe.rank else ""
+        name = f"cache-k{recipe.top_k}{drawn}{sketched}"
         if name not in self._caches:
             self._caches[name] = ensure_cache(
                 self.train,
@@ -101,6 +102,7 @@ class Study:
                 top_k=recipe.top_k,
                 tail_samples=recipe.draws,
                 draw_temperature=temperature if recipe.draws else None,
+                tail_rank=recipe.rank,
             )
         return self._caches[name]
 

@@ -20,6 +20,7 @@ from pipeline.cache.reader import Cache
 from pipeline.corpus import Corpus
 from pipeline.files import replacing
 from pipeline.progress import Reporter
+from pipeline.sketch import FittedSketch
 from pipeline.targets import SparseTargets
 from stages.cache_logits.capture import capture
 from stages.cache_logits.draws import reduce_rows
@@ -27,6 +28,9 @@ from stages.cache_logits.engine import Request, reduction_of, unpack
 from stages.cache_logits.planning import plan_cache
 from stages.cache_logits.scoring import documents_of
 from stages.cache_logits.settings import CacheConfig
+from stages.cache_logits.sketch_fitting import STEPS, Head, Wanted, fit_sketch
+from stages.cache_logits.sketch_making import told
+from stages.cache_logits.sketching import RowSketch
 
 ROWS = 256
 """Positions whose logits exist at the same time."""
@@ -66,6 +70,21 @@ class StoredTeacher:
         """float32 [N, V]."""
         return hidden_NH @ self.head_VH.T
 
+    def sketch(self, config: CacheConfig) -> FittedSketch:
+        """A tail sketch for a cache with these settings, fitted to as many of the positions as they say."""
+        order = torch.randperm(len(self.hidden_NH), generator=torch.Generator().manual_seed(0))[: config.sketch_tokens]
+        head = Head(weight_VH=self.head_VH, bias_V=torch.zeros(len(self.head_VH)), softcap=None)
+        wanted = Wanted(
+            rank=config.tail_rank,
+            top_k=config.top_k,
+            temperatures=config.temperatures,
+            max_error=config.max_sketch_error,
+        )
+        with self._reporter.progress("sketch: fit", STEPS, "steps") as progress:
+            fitted = fit_sketch(self.hidden_NH[order], head, wanted, progress)
+        self._reporter.log(told(fitted))
+        return fitted
+
     @torch.inference_mode()
     def _compute(self) -> Tensor:
         body, found = self._model.model, []
@@ -82,8 +101,9 @@ class StoredTeacher:
 class StoredEngine:
     """An engine of capture that answers from a StoredTeacher; requests come in the order of its corpus."""
 
-    def __init__(self, teacher: StoredTeacher, config: CacheConfig) -> None:
+    def __init__(self, teacher: StoredTeacher, config: CacheConfig, sketch: FittedSketch | None = None) -> None:
         self._teacher, self._reduction = teacher, reduction_of(config)
+        self._sketch = None if sketch is None else RowSketch.of(sketch, torch.device("cpu"))
 
     @torch.inference_mode()
     def score(self, requests: Iterable[Request]) -> Iterator[tuple[Hashable, SparseTargets]]:
@@ -101,18 +121,25 @@ class StoredEngine:
     def _reduce(self, hidden_NH: Tensor, request: Request) -> SparseTargets:
         parts = (hidden_NH, torch.from_numpy(request.labels.astype(np.int64)), torch.from_numpy(request.uniforms))
         rows = [
-            reduce_rows(self._reduction, self._teacher.logits(hidden), labels, uniforms)
+            reduce_rows(
+                self._reduction,
+                self._teacher.logits(hidden),
+                labels,
+                uniforms,
+                sketch=self._sketch,
+                hidden_NH=hidden,
+            )
             for hidden, labels, uniforms in zip(*(part.split(ROWS) for part in parts))
         ]
         return unpack(torch.cat(rows).numpy(), self._reduction)
 
 
 def ensure_cache(
-    teacher: StoredTeacher, out: Path, *, top_k: int, tail_samples: int, draw_temperature: float | None
+    teacher: StoredTeacher, out: Path, *, top_k: int, tail_samples: int, draw_temperature: float | None, tail_rank: int
 ) -> Cache:
     """The cache of the teacher's corpus with these targets, T = 1 and 2, in Zarr with the default bound on rounding.
 
-    One shard, so that nothing is counted twice in its bytes.
+    One shard, so that nothing is counted twice in its bytes. A sketch is fitted to the positions of the corpus itself.
     """
     config = CacheConfig(
         teacher=teacher.folder,
@@ -123,13 +150,14 @@ def ensure_cache(
         top_k=top_k,
         tail_samples=tail_samples,
         draw_temperature=draw_temperature,
+        tail_rank=tail_rank,
     )
-    plan = plan_cache(config)
+    plan = plan_cache(config, make_sketch=lambda *_: teacher.sketch(config).to_bytes())
     if todo := plan.cache.todo():
-        capture(StoredEngine(teacher, config), plan.corpus, plan.cache, todo)
+        capture(StoredEngine(teacher, config, plan.cache.fitted_sketch()), plan.corpus, plan.cache, todo)
     return open_cache(out)
 
 
 def bytes_per_token(cache: Cache) -> float:
-    """Everything in the shards' files, over the targets."""
+    """Everything in the shards' files, over the targets; a sketch's own file, of which a cache has one, is left out."""
     return sum(commit.bytes for commit in cache.commits) / cache.manifest.num_targets

@@ -23,10 +23,12 @@ from benchmarks.fidelity.measures import direction, finished, measure_rows
 from benchmarks.fidelity.study import INPUTS, Study
 from benchmarks.fidelity.teacher import ROWS, StoredTeacher, bytes_per_token
 from pipeline.cache.reader import Cache
+from pipeline.cache.statistics import SKETCH_KL
 from stages.train_student.dataset import Collate, stack_rows
 from stages.train_student.head import HeadFunction, attach_fused_loss, token_loss
 from stages.train_student.loss_settings import LossSettings
 from stages.train_student.sampler import StepShape, StreamSampler
+from stages.train_student.sketch import SketchHead
 from stages.train_student.student import read_student
 from stages.train_student.targets import DistillationTargets
 
@@ -53,10 +55,16 @@ def live_loss(
 
 
 def loss_function(
-    recipe: Recipe, batch: dict[str, Any], settings: LossSettings, teacher: StoredTeacher, sequences: list[int]
+    recipe: Recipe,
+    batch: dict[str, Any],
+    settings: LossSettings,
+    teacher: StoredTeacher,
+    sequences: list[int],
+    cache: Cache,
 ) -> HeadFunction:
-    """What makes a loss of hidden states and head under a recipe."""
-    targets = DistillationTargets.of_batch(batch)
+    """What makes a loss of hidden states and head under a recipe, of sequences of its cache."""
+    sketch = SketchHead.of_cache(cache.sketch) if recipe.rank and cache.sketch is not None else None
+    targets = DistillationTargets.of_batch(batch, sketch)
     if recipe.name == LIVE:
         hidden = torch.cat([teacher.hidden_of(sequence) for sequence in sequences])
         return lambda hidden_MH, weight_VH, adapter=None: live_loss(
@@ -93,6 +101,7 @@ def run_cell(study: Study, cell: Cell) -> dict[str, Any]:
     measured = evaluate(model, study.held_out)
     return {
         "bytes_per_token": bytes_per_token(cache) if cell.recipe.is_cached else None,
+        "sketch": sketch_of(cache) if cell.recipe.rank else None,
         "held_out": measured,
         "last_loss": float(np.mean(losses[-8:])),
         "train_cpu_seconds": round(trained_s, 1),
@@ -100,6 +109,14 @@ def run_cell(study: Study, cell: Cell) -> dict[str, Any]:
         "corpus": study.fingerprints,
         "tokens": study.token_counts,
     }
+
+
+def sketch_of(cache: Cache) -> dict[str, Any]:
+    """Bytes of a cache's sketch, and its errors: KL(p_T || what is rebuilt) in nats, over all targets."""
+    statistics = [commit.statistics[SKETCH_KL] for commit in cache.commits]
+    weights = [commit.num_targets for commit in cache.commits]
+    contents = cache.sketch_contents() or b""
+    return {"bytes": len(contents), "mean_kl": np.average(statistics, axis=0, weights=weights).tolist()}
 
 
 def _train(study: Study, cell: Cell, model: Any, cache: Cache, settings: LossSettings) -> list[float]:
@@ -112,7 +129,7 @@ def _train(study: Study, cell: Cell, model: Any, cache: Cache, settings: LossSet
     with study.reporter.progress(cell.name, scale.steps, "steps") as progress:
         for sequences in StreamSampler(len(cache), cell.seed, shape, scale.steps):
             batch = collate(cache.batch(sequences))
-            function = loss_function(cell.recipe, batch, settings, study.train, sequences)
+            function = loss_function(cell.recipe, batch, settings, study.train, sequences, cache)
             with _products(scale.dtype):
                 loss = model(**{name: batch[name] for name in INPUT_COLUMNS}, measure=function)
             loss.backward()
@@ -207,7 +224,9 @@ def compare_gradients(study: Study, student: str, seed: int = 0) -> dict[str, An
             settings = settings_of(cell, cache.manifest.vocab_size)
             for size, sequences in batches.items():
                 batch = Collate(settings)(cache.batch(sequences))
-                loss_function(recipe, batch, settings, study.train, sequences)(hiddens[size], weight_VH).backward()
+                loss_function(recipe, batch, settings, study.train, sequences, cache)(
+                    hiddens[size], weight_VH
+                ).backward()
                 gradient, weight_VH.grad = weight_VH.grad, None
                 if recipe.name == LIVE:
                     references[size] = gradient

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from pipeline.sketch import LARGEST_LEVEL, FittedSketch
 
-MEASURED = slice(None, None, 16)
-"""Rows of a chunk whose error is measured: one in so many, which costs a second pass over their logits."""
+MEASURED = 16
+"""Of so many rows the error of one is measured, which costs a second pass over its logits."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +71,11 @@ def tail_errors(logits_NV: Tensor, sketched_NV: Tensor, ids_NK: Tensor, temperat
 def capped(logits_NV: Tensor, softcap: float | None) -> Tensor:
     """The logits c tanh(logits / c) of a soft cap c."""
     return logits_NV if softcap is None else softcap * torch.tanh(logits_NV / softcap)
+
+
+def measured_rows(uniforms_N: Tensor) -> Tensor:
+    """int64 [M]: one row in MEASURED, at random: those with the smallest uniforms; how many is known without the device."""
+    return uniforms_N.topk(-(-len(uniforms_N) // MEASURED), largest=False, sorted=False).indices
 
 
 def shared_errors(

@@ -52,7 +52,7 @@ def require_targets(config: TrainConfig, manifest: CacheManifest) -> None:
 
 def sketch_of(cache: Cache) -> SketchHead | None:
     """The sketch of the tails of a cache, None where it has none."""
-    sketch = getattr(cache, "sketch", None)
+    sketch = cache.sketch
     return None if sketch is None else SketchHead.of_cache(sketch)
 
 

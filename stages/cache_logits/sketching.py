@@ -74,7 +74,7 @@ def capped(logits_NV: Tensor, softcap: float | None) -> Tensor:
 
 
 def measured_rows(uniforms_N: Tensor) -> Tensor:
-    """int64 [M]: one row in MEASURED, at random: those with the smallest uniforms; how many is known without the device."""
+    """int64 [M]: one row in MEASURED, by chance: those with the smallest uniforms, so that no device is waited for."""
     return uniforms_N.topk(-(-len(uniforms_N) // MEASURED), largest=False, sorted=False).indices
 
 

@@ -19,7 +19,7 @@ from tests.support.small import make_cache
 
 # The reader begins here and uses nothing of ours.
 
-TYPES = {"key": "u1", "checksum": "u8", "loss_mask": "?", "levels": "u1"}
+TYPES = {"key": "u1", "checksum": "u8", "loss_mask": "?", "levels": "u1", "coefficients": "i2"}
 TYPES |= dict.fromkeys(("logits", "logsumexps", "tail_logprobs", "entropies", "label_logits"), "f4")
 
 
@@ -33,7 +33,8 @@ def read_document(path):
 def read_by_the_book(folder):
     """Every sequence of a cache: its columns by name, as in the table."""
     manifest = read_document(folder / "manifest.json")
-    version = 3 if "top_p" in manifest or (manifest["container"] == "zarr" and manifest["top_k"]) else 2
+    is_new = "top_p" in manifest or "sketch" in manifest or (manifest["container"] == "zarr" and manifest["top_k"])
+    version = 3 if is_new else 2
     assert (manifest["format"], manifest["format_version"]) == ("sparse-target-cache", version)
     read = {"arrow": read_arrow, "zarr": read_zarr}[manifest["container"]]
     for record in sorted((folder / "commits").glob("*.json")):
@@ -145,6 +146,33 @@ def probabilities(row, temperature, manifest):
     derived = np.log(np.exp(scaled).sum(axis=1)) - np.log1p(-tails)
     logsumexps = row["logsumexps"][:, index] if "logsumexps" in row else derived
     return np.exp(scaled - logsumexps[:, None])
+
+
+def read_sketch(folder, manifest):
+    contents = (folder / f"sketch-{manifest['sketch']}.safetensors").read_bytes()
+    assert xxhash.xxh3_128_hexdigest(contents) == manifest["sketch"]
+    start = 8 + int.from_bytes(contents[:8], "little")
+    header = json.loads(contents[8:start])
+    tensors = {}
+    for name in ("offset", "basis"):
+        first, last = header[name]["data_offsets"]
+        values = np.frombuffer(
+            contents[start + first : start + last], {"F32": "f4", "F16": "f2"}[header[name]["dtype"]]
+        )
+        tensors[name] = values.reshape(header[name]["shape"]).astype(float)
+    return tensors, json.loads(header["__metadata__"]["tail-sketch"])["softcap"]
+
+
+def rebuilt(row, sketch, temperature, manifest):
+    tensors, softcap = sketch
+    s = tensors["offset"] + row["coefficients"].astype(float) @ tensors["basis"].T
+    s = s if softcap is None else softcap * np.tanh(s / softcap)
+    np.put_along_axis(s, row["ids"].astype(int), -np.inf, axis=1)
+    tails = np.exp(row["tail_logprobs"][:, manifest["temperatures"].index(temperature)].astype(float))
+    shape = np.exp((s - s.max(axis=1, keepdims=True)) / temperature)
+    whole = tails[:, None] * shape / shape.sum(axis=1, keepdims=True)
+    np.put_along_axis(whole, row["ids"].astype(int), probabilities(row, temperature, manifest), axis=1)
+    return whole
 
 
 def checksum(row):

@@ -28,6 +28,7 @@ from stages.cache_logits.sketching import RowSketch, shared_errors, tail_errors
 from tests.support.small import true_logits
 from tests.test_cache_logits import capture as run_capture
 from tests.test_cache_logits import settings
+from tests.test_format import checksum, read_by_the_book, read_document, read_sketch, rebuilt
 
 V, H, R, K, T = 300, 24, 4, 8, (1.0, 2.0)
 
@@ -237,6 +238,28 @@ def test_vllm_makes_the_same_coefficients(sketched, tmp_path, teacher, corpus, t
     assert not audit_cache(again).problems
     recorded = [np.mean([commit.statistics["mean_sketch_kl"] for commit in one.commits], 0) for one in (cache, other)]
     np.testing.assert_allclose(*recorded, rtol=0.1)
+
+
+@pytest.mark.parametrize("container", ["arrow", "zarr"])
+@pytest.mark.filterwarnings("ignore")  # zarr's, on numcodecs' codecs
+def test_reader_written_from_the_specification_rebuilds_the_distribution(sketched, teacher, corpus, container):
+    folder = sketched[container].out
+    manifest = read_document(folder / "manifest.json")
+    sketch, cache = read_sketch(folder, manifest), open_cache(folder)
+    for row, ours, sequence in zip(read_by_the_book(folder), cache, Corpus(corpus).rows(), strict=True):
+        assert checksum(row) == int(row["checksum"])
+        np.testing.assert_array_equal(row["coefficients"], ours.targets.coefficients)
+        logits_NV = true_logits(teacher, sequence, manifest["vocab_size"])
+        sketched_NV = cache.sketch.logits(ours.targets.coefficients).astype(np.float64)
+        for temperature in manifest["temperatures"]:
+            found = rebuilt(row, sketch, temperature, manifest)
+            np.testing.assert_allclose(found.sum(axis=1), 1, atol=1e-5)
+            p = np.exp(logits_NV / temperature)
+            p /= p.sum(axis=1, keepdims=True)
+            for z, s, ids, own, by_book in zip(logits_NV, sketched_NV, ours.targets.ids, p, found):
+                assert (own * np.log(own / by_book)).sum() == pytest.approx(
+                    kl_by_hand(z, s, ids, temperature), abs=1e-4
+                )
 
 
 def test_sketch_is_copied_by_merge_convert_and_reuse(sketched, tmp_path, teacher):

@@ -269,18 +269,6 @@ def logsumexps_of(logits_NK: np.ndarray, tail_logprobs_NT: np.ndarray, temperatu
     return np.log(heads) - np.log1p(-np.exp(tail_logprobs_NT))
 
 
-def logsumexps_of_rows(
-    logits_E: np.ndarray, starts_N: np.ndarray, tail_logprobs_NT: np.ndarray, temperatures: tuple[float, ...]
-) -> np.ndarray:
-    """float32 [N, T]: the same of rows of any lengths, one after the other, which begin at `starts_N`."""
-    heads = np.empty(tail_logprobs_NT.shape, np.float32)
-    powers = np.empty(logits_E.shape, np.float32)
-    for index, temperature in enumerate(temperatures):
-        np.exp(np.multiply(logits_E, np.float32(1 / temperature), out=powers), out=powers)
-        heads[:, index] = np.add.reduceat(powers, starts_N)
-    return np.log(heads) - np.log1p(-np.exp(tail_logprobs_NT))
-
-
 def reconstruction_errors(exact: SparseTargets, stored: SparseTargets) -> tuple[np.ndarray, np.ndarray]:
     """What was lost between a capture and its stored form, which have the same ids: two float32 [N, T].
 

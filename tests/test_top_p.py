@@ -1,14 +1,11 @@
 """Targets that keep as many entries as reach a mass: which, what becomes of the others, and rows of any lengths."""
 
 import dataclasses
-import importlib
-import importlib.util
 import json
 import shutil
 import warnings
 
 import numpy as np
-import pyarrow as pa
 import pytest
 import torch
 
@@ -168,12 +165,13 @@ def written(path, container, spec, captured):
 @pytest.mark.parametrize("max_kl_error", [0.0, 1e-4, 1e-2])
 @pytest.mark.parametrize("how", ["any", "one", "two", "all", "equal", "ends"])
 def test_rows_of_any_lengths_come_back(tmp_path, container, max_kl_error, how):
-    exact, labels, _ = random_targets(TEMPERATURES, num_rows=1300)
-    odd = np.arange(1300) % 2 == 1
+    num_rows = 1300 if how == "any" else 90  # more than are decoded together
+    exact, labels, _ = random_targets(TEMPERATURES, num_rows=num_rows)
+    odd = np.arange(num_rows) % 2 == 1
     labels = np.where(odd, exact.ids[:, 5], labels)  # stored, cut, or none of the top k
     exact = dataclasses.replace(exact, label_logits=np.where(odd, exact.logits[:, 5], exact.label_logits))
-    cutted = cut(exact, random_counts(1300, how))
-    bounds = [slice(0, 1), slice(1, 40), slice(40, 1300)]
+    cutted = cut(exact, random_counts(num_rows, how))
+    bounds = [slice(0, 1), slice(1, 40), slice(40, num_rows)]
     spec = spec_of(0.9, max_kl_error=max_kl_error)
     shard, layout, columns = written(
         tmp_path / "shard", container, spec, [(cutted[rows], labels[rows]) for rows in bounds]
@@ -223,14 +221,20 @@ def test_rounding_of_a_row_is_that_of_the_row_alone():
             np.testing.assert_array_equal(flat[name], even[name].reshape(flat[name].shape), err_msg=name)
 
 
+@pytest.fixture(scope="module")
+def short_corpus(tmp_path_factory):
+    """Ten sequences."""
+    return make_corpus(tmp_path_factory.mktemp("corpus"), random_sequences(10, vocab_size=300))
+
+
 @pytest.mark.parametrize("container", CONTAINERS)
 @pytest.mark.parametrize("max_kl_error", [0.0, 1e-4])
 @pytest.mark.parametrize(
     ("top_p", "min_k", "temperature"), [(0.9, 1, 1.0), (0.8, 4, 2.0), (1.0, 1, 1.0), (1e-3, 1, 1.0)]
 )
-def test_reader_by_the_book_agrees(tmp_path, corpus, container, max_kl_error, top_p, min_k, temperature):
+def test_reader_by_the_book_agrees(tmp_path, short_corpus, container, max_kl_error, top_p, min_k, temperature):
     settings = {"top_p": top_p, "min_k": min_k, "top_p_temperature": temperature, "max_kl_error": max_kl_error}
-    folder = make_cache(tmp_path / "cache", corpus, container=container, **settings)
+    folder = make_cache(tmp_path / "cache", short_corpus, container=container, **settings)
     assert verify_cache(folder).problems == []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # zarr's, on numcodecs' codecs
@@ -248,8 +252,10 @@ def test_reader_by_the_book_agrees(tmp_path, corpus, container, max_kl_error, to
 
 @pytest.mark.parametrize("container", CONTAINERS)
 @pytest.mark.parametrize("max_kl_error", [0.0, 1e-4])
-def test_mass_of_a_single_entry(tmp_path, corpus, container, max_kl_error):
-    folder = make_cache(tmp_path / "cache", corpus, container=container, top_k=1, top_p=0.9, max_kl_error=max_kl_error)
+def test_mass_of_a_single_entry(tmp_path, short_corpus, container, max_kl_error):
+    folder = make_cache(
+        tmp_path / "cache", short_corpus, container=container, top_k=1, top_p=0.9, max_kl_error=max_kl_error
+    )
     assert verify_cache(folder).problems == []
     assert all((item.targets.counts == 1).all() for item in open_cache(folder))
 
@@ -291,9 +297,9 @@ def test_life_of_such_a_cache(tmp_path, caches, name):
     """It is converted there and back, merged with itself, exported and looked at."""
     other = "zarr" if name == "arrow" else "arrow"
     for source, form, out in ((caches[name], other, "there"), (tmp_path / "there", name, "back")):
-        code, _, errors = run("convert", source, "--format", form, "--out", tmp_path / out)
+        code, _, errors = run("convert", source, "--format", form, "--out", tmp_path / out, "--workers", 1)
         assert code == 0, errors
-    code, _, errors = run("merge", caches[name], tmp_path / "there", "--out", tmp_path / "merged")
+    code, _, errors = run("merge", caches[name], tmp_path / "there", "--out", tmp_path / "merged", "--workers", 1)
     assert code == 0, errors
     for folder in (tmp_path / "back", tmp_path / "there", tmp_path / "merged"):
         assert run("verify", folder)[0] == 0
@@ -322,7 +328,8 @@ def test_export_has_rows_of_their_own_lengths(tmp_path, caches, container):
 
     for layout in ("plain", "axolotl"):
         out = tmp_path / layout
-        code, _, errors = run("export", caches[container], "--out", out, "--layout", layout, "--temperature", 2.0)
+        more = ("--layout", layout, "--temperature", 2.0, "--workers", 1)
+        code, _, errors = run("export", caches[container], "--out", out, *more)
         assert code == 0, errors
     cache = open_cache(caches[container])
     plain = [row for path in sorted((tmp_path / "plain").glob("*.parquet")) for row in pq.read_table(path).to_pylist()]
@@ -370,7 +377,7 @@ def test_audit_forgives_an_entry_at_the_border_and_nothing_else():
     wanted = cut(exact, counts)
     assert difference_of_cuts(wanted, wanted, 0.9, 1.0).value == 0
     (rows,) = np.nonzero((counts > 3) & (counts < TOP_K - 2))
-    for row in rows:
+    for row in rows[:12]:
         for change in (-2, -1, 1, 2):
             found = cut(exact, np.where(np.arange(len(counts)) == row, counts + change, counts))
             shorter, longer = sorted((counts[row], counts[row] + change))
@@ -432,9 +439,7 @@ def test_the_mass_counts_at_the_smallest_temperature_unless_told():
         lambda counts: counts * 100,
         lambda counts: -counts,
         lambda counts: counts[::-1].copy(),
-        lambda counts: np.where(
-            np.arange(len(counts)) < 2, counts + [1, -1] + [0] * 0 if len(counts) == 2 else counts, 9
-        ),
+        lambda counts: counts + np.resize([1, -1], len(counts)).astype(np.int32),
     ],
 )
 def test_forged_counts_are_refused_and_not_misread(tmp_path, max_kl_error, forged):
@@ -448,51 +453,6 @@ def test_forged_counts_are_refused_and_not_misread(tmp_path, max_kl_error, forge
     array._block = lambda block: forged(true.copy())
     with pytest.raises(CacheCorruptError):
         decode(shard.columns(0, 1), layout, "shard")
-
-
-@pytest.mark.parametrize("container", CONTAINERS)
-def test_flipped_bytes_of_such_a_shard_are_found(caches, container):
-    folder = caches[container]
-    path = sorted((folder / SHARDS).iterdir())[0]
-    contents = path.read_bytes()
-    try:
-        for position in np.random.default_rng(0).integers(0, len(contents), 30):
-            damaged = bytearray(contents)
-            damaged[position] ^= 1 << (position % 8)
-            path.write_bytes(damaged)
-            assert verify_cache(folder).problems
-            with pytest.raises(CacheCorruptError):
-                list(open_cache(folder))
-    finally:
-        path.write_bytes(contents)
-    assert verify_cache(folder).problems == []
-
-
-def test_other_libraries_read_rows_of_their_own_lengths(caches):
-    folder, wanted = caches["arrow"], [item.targets for item in open_cache(caches["arrow"])]
-    commit = open_cache(folder).commits[0]
-    path = folder / SHARDS / commit.file
-    shard = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
-    readers = {"pyarrow": lambda: shard["ids"].to_pylist()}
-    if importlib.util.find_spec("polars"):
-        readers["polars"] = lambda: importlib.import_module("polars").read_ipc(str(path))["ids"].to_list()
-    if importlib.util.find_spec("duckdb"):
-        relation = importlib.import_module("duckdb").from_arrow(shard)
-        readers["duckdb"] = lambda: [ids for (ids,) in relation.project("ids").fetchall()]
-    for name, read_ids in readers.items():
-        for ids, targets in zip(read_ids(), wanted):
-            assert [list(row) for row in ids] == [
-                row[:count].tolist() for row, count in zip(targets.ids, targets.counts)
-            ], name
-
-
-def test_batches_end_before_their_offsets_overflow(tmp_path, caches, monkeypatch):
-    monkeypatch.setattr("pipeline.formats.arrow.BATCH_ENTRIES", 50)
-    folder = make_cache(tmp_path / "cache", caches["arrow"].parent / "corpus", top_p=0.9, min_k=2)
-    path = folder / SHARDS / open_cache(folder).commits[0].file
-    assert pa.ipc.open_file(pa.memory_map(str(path))).num_record_batches > 3
-    for ours, theirs in zip(open_cache(folder), open_cache(caches["arrow"]), strict=True):
-        assert checksum_of(vars(ours.targets)) == checksum_of(vars(theirs.targets))
 
 
 @pytest.fixture(scope="module")
@@ -573,8 +533,8 @@ def test_loss_of_such_targets_is_that_of_rows_without_places(tail, divergence):
 @pytest.mark.parametrize("container", CONTAINERS)
 def test_damage_of_every_kind_is_found(caches, container):
     folder = caches[container]
-    outcomes = fuzz((folder, read(folder)), 40, seed=1)
-    assert outcomes["refused"] > 25
+    outcomes = fuzz((folder, read(folder)), 24, seed=1)
+    assert outcomes["refused"] > 14
 
 
 def test_estimate_and_announcement_say_that_they_are_bounds(tmp_path, teacher, corpus):

@@ -22,7 +22,7 @@ from pipeline.corpus import TokenSequence, target_positions
 from pipeline.errors import CacheCorruptError
 from pipeline.formats.codec import is_lossless, round_targets
 from pipeline.formats.ragged import is_entry, padded, starts_of
-from pipeline.targets import COLUMNS, SparseTargets, TargetSpec, concatenate, logsumexps_of, logsumexps_of_rows
+from pipeline.targets import COLUMNS, SparseTargets, TargetSpec, concatenate, logsumexps_of
 
 ALIGNMENT = "targets[j] is the teacher's distribution of token target_positions[j] + 1"
 
@@ -246,7 +246,7 @@ def decode(columns: dict[str, np.ndarray], layout: ShardLayout, where: str) -> C
 
 def targets_of(columns: dict[str, np.ndarray], layout: ShardLayout) -> SparseTargets:
     """The targets in stored columns of one or more sequences."""
-    num_targets, spec, tails = len(columns["entropies"]), layout.spec, columns["tail_logprobs"]
+    num_targets, spec = len(columns["entropies"]), layout.spec
     empty = {
         "ids": np.int32,
         "draws": np.int32,
@@ -257,13 +257,11 @@ def targets_of(columns: dict[str, np.ndarray], layout: ShardLayout) -> SparseTar
     values = {name: columns[name] for name in COLUMNS if name in columns}
     values |= {name: np.zeros((num_targets, 0), dtype) for name, dtype in empty.items() if name not in columns}
     if spec.is_ragged:
-        ids, logits, starts = columns["ids"], columns["logits"], starts_of(columns["counts"])
-        if layout.on_grid:
-            values["logsumexps"] = logsumexps_of_rows(logits, starts, tails, spec.temperatures)
-        entries = is_entry(columns["counts"], spec.top_k)
-        values |= {"ids": padded(ids, entries, ids[starts][:, None]), "logits": padded(logits, entries, -np.inf)}
-    elif layout.on_grid:
-        values["logsumexps"] = logsumexps_of(values["logits"], tails, spec.temperatures)
+        ids, entries = columns["ids"], is_entry(columns["counts"], spec.top_k)
+        values["ids"] = padded(ids, entries, ids[starts_of(columns["counts"])][:, None])
+        values["logits"] = padded(columns["logits"], entries, -np.inf)
+    if layout.on_grid:
+        values["logsumexps"] = logsumexps_of(values["logits"], values["tail_logprobs"], spec.temperatures)
     return SparseTargets(temperatures=spec.temperatures, **values)
 
 

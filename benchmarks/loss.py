@@ -1,6 +1,7 @@
 """Cost of the loss, forward and backward, beside others: time over our own cross-entropy, and peak memory.
 
     python -m benchmarks.loss [--rounds 9] [--shape 512 512 32000] [--only ours torch]   # ratios of CPU time
+    python -m benchmarks.loss --only T=2 --over "ours, KD T=2, ghost"                   # over another one's
     python -m benchmarks.loss --memory [--tokens 512 1024 2048]                       # MiB over the inputs
 
 Time: one thread, every scheme once a round in random order, CPU time of the process; the table has the median over
@@ -8,7 +9,8 @@ rounds of a scheme's time over that of `ours, cross-entropy` in the same round, 
 case in a process of its own, the kernel's high-water mark less what is resident before the loss; gradients included.
 
 Peers are installed for the measurement only (`pip install --no-deps liger-kernel`) and left out where they are missing.
-What the schemes compute differs, and is said in their names; N tokens, H hidden, V vocabulary, k entries.
+What the schemes compute differs, and is said in their names; N tokens, H hidden, V vocabulary, k entries, R
+coefficients of a sketch.
 """
 
 import argparse
@@ -29,8 +31,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stages.train_student.loss import fused_distillation_loss
+from stages.train_student.sketch import SketchHead
+from stages.train_student.tails import TAILS
 
 SHAPES = ((512, 512, 32_000), (256, 1024, 102_400))
+RANK = 16
+"""Coefficients of a sketch."""
 BASE = "ours, cross-entropy"
 ALPHA = 0.5
 CHUNK = 128
@@ -48,6 +54,8 @@ class Case(NamedTuple):
     tail_N: Tensor
     teacher_hidden_NH: Tensor
     """For peers that compute a dense teacher on the fly; its head is the student's."""
+    coefficients_NR: Tensor
+    sketch: SketchHead
 
 
 def make_case(num_tokens: int, hidden_size: int, vocab_size: int, top_k: int) -> Case:
@@ -63,6 +71,8 @@ def make_case(num_tokens: int, hidden_size: int, vocab_size: int, top_k: int) ->
         torch.full((num_tokens, top_k), 0.5 / top_k),
         torch.full((num_tokens,), 0.5),
         torch.randn(num_tokens, hidden_size),
+        torch.randn(num_tokens, RANK),
+        SketchHead.of(torch.randn(vocab_size), torch.empty(vocab_size, RANK).normal_(0, 0.5)),
     )
 
 
@@ -71,6 +81,8 @@ def ours(temperature: float, tail: str = "ghost", alpha: float = ALPHA, **extras
 
     def loss(case: Case) -> Tensor:
         targets = (case.ids_NK, case.probs_NK, case.tail_N)
+        if TAILS[tail].is_sketched:
+            extras.update(coefficients_NR=case.coefficients_NR, sketch=case.sketch)
         return fused_distillation_loss(
             case.hidden_NH, case.weight_VH, case.labels_N, *targets, alpha, temperature, tail, **extras
         ).loss
@@ -170,6 +182,10 @@ SCHEMES: dict[str, Callable[[Case], Tensor]] = {
     "ours, KD T=3, ghost": ours(3.0),
     "ours, KD T=2, uniform": ours(2.0, "uniform"),
     "ours, KD T=2, js": ours(2.0, divergence="js"),
+    "ours, KD T=1, sketch": ours(1.0, "sketch"),
+    "ours, KD T=2, sketch": ours(2.0, "sketch"),
+    "ours, KD T=3, sketch": ours(3.0, "sketch"),
+    "ours, KD T=2, sketch, js": ours(2.0, "sketch", divergence="js"),
     "dense CE + kl_div, teacher given": dense_kl_div,
     "dense CE + ghost KL": dense,
     "chunked autograd, top-k (axolotl's way)": chunked_topk,
@@ -182,10 +198,10 @@ MISSING = {
 }
 
 
-def available(only: list[str]) -> list[str]:
+def available(only: list[str], base: str) -> list[str]:
     """Names of what can run here and holds one of the words, if there are any; always the base."""
     has_liger = importlib.util.find_spec("liger_kernel") is not None
-    chosen = [name for name in SCHEMES if name == BASE or not only or any(word in name for word in only)]
+    chosen = [name for name in SCHEMES if name == base or not only or any(word in name for word in only)]
     return [name for name in chosen if "Liger" not in name or has_liger]
 
 
@@ -197,8 +213,8 @@ def step_seconds(name: str, case: Case) -> float:
     return time.process_time() - started
 
 
-def time_table(names: list[str], shape: tuple[int, int, int], top_k: int, rounds: int) -> None:
-    """Print the ratios of all schemes at a shape."""
+def time_table(names: list[str], base: str, shape: tuple[int, int, int], top_k: int, rounds: int) -> None:
+    """Print the ratios of all schemes at a shape, over the time of the base."""
     case = make_case(*shape, top_k)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for number in range(rounds + 1):
@@ -207,9 +223,9 @@ def time_table(names: list[str], shape: tuple[int, int, int], top_k: int, rounds
             if number:  # the first round warms up
                 seconds[name].append(spent)
     print(f"\nN={shape[0]} H={shape[1]} V={shape[2]} k={top_k}, float32, {rounds} rounds")
-    print(f"{'':42} {'over ours, CE':>14} {'fastest, s':>11}")
+    print(f"{'over ' + base:42} {'ratio':>14} {'fastest, s':>11}")
     for name in names:
-        ratios = [ours / base for ours, base in zip(seconds[name], seconds[BASE])]
+        ratios = [spent / of_base for spent, of_base in zip(seconds[name], seconds[base])]
         print(f"{name:42} {statistics.median(ratios):14.3f} {min(seconds[name]):11.3f}", flush=True)
 
 
@@ -252,6 +268,7 @@ def main() -> None:
     parser.add_argument("--memory", action="store_true", help="peak memory instead of time")
     parser.add_argument("--tokens", type=int, nargs="+", default=[512, 1024, 2048], help="N of --memory")
     parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="schemes whose names hold one of these")
+    parser.add_argument("--over", default=BASE, choices=SCHEMES, metavar="SCHEME", help="whose time is 1")
     parser.add_argument("--case", nargs=5, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -259,14 +276,14 @@ def main() -> None:
         name, *sizes = arguments.case
         print(peak_mib(name, make_case(*map(int, sizes))))
         return
-    names = available(arguments.only)
+    names = available(arguments.only, arguments.over)
     print(f"{processor()}, one thread, torch {torch.__version__}")
     if arguments.memory:
         _, hidden_size, vocab_size = arguments.shape or SHAPES[1]
         memory_table(names, arguments.tokens, hidden_size, vocab_size, arguments.top_k)
     else:
         for shape in [tuple(arguments.shape)] if arguments.shape else SHAPES:
-            time_table(names, shape, arguments.top_k, arguments.rounds)
+            time_table(names, arguments.over, shape, arguments.top_k, arguments.rounds)
     for name, reason in MISSING.items():
         print(f"left out: {name}: {reason}")
 

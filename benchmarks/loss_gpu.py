@@ -23,6 +23,7 @@ from torch import Tensor
 
 from benchmarks.loss import Case, make_case, our_cross_entropy, ours
 from stages.train_student.fused_head import DEFAULT_CHUNK_BYTES
+from stages.train_student.sketch import SketchHead
 
 Scheme = Callable[[Case], Tensor]
 
@@ -67,6 +68,7 @@ def schemes() -> tuple[dict[str, Scheme], dict[str, str]]:
         "ours, KD T=1, ghost": ours(1.0),
         "ours, KD T=2, ghost": ours(2.0),
         "ours, KD T=2, uniform": ours(2.0, "uniform"),
+        "ours, KD T=2, sketch": ours(2.0, "sketch"),
         "dense cross-entropy": dense_cross_entropy,
     }
     missing = {}
@@ -92,7 +94,9 @@ def schemes() -> tuple[dict[str, Scheme], dict[str, str]]:
 def on_device(case: Case, device: str) -> Case:
     """The case in bfloat16 on a device; leaves that want gradients stay leaves."""
 
-    def moved(tensor: Tensor) -> Tensor:
+    def moved(tensor: Tensor | SketchHead) -> Tensor | SketchHead:
+        if isinstance(tensor, SketchHead):
+            return tensor.to(torch.device(device))
         dtype = torch.bfloat16 if tensor.requires_grad or tensor is case.teacher_hidden_NH else tensor.dtype
         return tensor.detach().to(device, dtype).requires_grad_(tensor.requires_grad)
 
@@ -196,7 +200,7 @@ def table(arguments: argparse.Namespace, num_tokens: int) -> None:
 def smoke() -> None:
     """Run what a CPU can once, at a tiny size."""
     case = on_device(make_case(32, 16, 256, 4), "cpu")
-    for name in ("ours, cross-entropy", "ours, KD T=2, ghost", "dense cross-entropy"):
+    for name in ("ours, cross-entropy", "ours, KD T=2, ghost", "ours, KD T=2, sketch", "dense cross-entropy"):
         step(schemes()[0][name], case)
     error = largest_error(256, 16, 4, "cpu")
     assert error < 0.02, error

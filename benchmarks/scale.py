@@ -135,8 +135,10 @@ class SimulatedWorker:
         self.folder, self.meter, self.pace = folder, meter, pace
         self.heartbeat = Heartbeat(folder, rank, 180.0, owner=f"node{rank.worker}.1.1")
         nobody = SimpleNamespace(requested=False, sleep=lambda seconds: None)
-        self.claims = PartitionClaims(folder, manifest.num_partitions, rank, self.heartbeat, nobody, max_failures=3)
-        self.claims._poll_s = 0.0  # turns are shorter than minutes: look as often as a real worker would
+        self.claims = PartitionClaims(
+            folder, range(manifest.num_partitions), rank, self.heartbeat, nobody, max_failures=3
+        )
+        self.claims.poll_s = 0.0  # turns are shorter than minutes: look as often as a real worker would
         self.in_hand: int | None = None
         self.stream = iter(())
         self.cache = CacheFolder(folder)

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from pipeline.targets import SparseTargets
+from pipeline.targets import SparseTargets, unsketched
 
 VOCAB_SIZE, TOP_K, TEMPERATURES = 102_400, 64, (1.0, 2.0)
 TEXT_BYTES = 70_000_000
@@ -56,7 +56,7 @@ def load_targets(folder: Path, teacher: str, num_sequences: int) -> tuple[np.nda
 def _of_columns(columns: dict[str, np.ndarray]) -> tuple[np.ndarray, SparseTargets]:
     tokens = columns.pop("tokens")
     draws = np.zeros((len(tokens), 0), np.int32)
-    return tokens, SparseTargets(temperatures=TEMPERATURES, draws=draws, **columns)
+    return tokens, SparseTargets(temperatures=TEMPERATURES, draws=draws, **columns, **unsketched(len(draws)))
 
 
 def _hash(text: str) -> bytes:

@@ -112,7 +112,7 @@ def estimate_command(config: EstimateConfig) -> None:
 @main.command("submit")
 @config_command(SubmitConfig)
 def submit_command(config: SubmitConfig) -> None:
-    """Start many workers of `cache-logits`, and `train-student` once the cache is whole.
+    """Start many workers of `cache-logits`, and `train-student` once the cache is whole; or many of `prepare`.
 
     'local' and 'ray' stay until all is done; 'slurm' and 'kubernetes' write scripts next to the cache (or, for one
     in an object store, next to its settings) and hand them to the cluster.
@@ -125,7 +125,8 @@ def submit_command(config: SubmitConfig) -> None:
 @main.command("status")
 @config_command(StatusConfig)
 def status_command(config: StatusConfig) -> None:
-    """Say how a run stands, from its folder or URL CACHE alone: while workers work and after they have died.
+    """Say how a run stands, from the folder or URL CACHE of its cache or corpus alone: while workers work and after
+    they have died.
 
     Exit code 0: complete. 3: not yet. 4: all that is left was set aside after failures.
     """

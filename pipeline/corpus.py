@@ -21,9 +21,11 @@ import xxhash
 
 from pipeline.documents import Count, FileName, Hash, Text, Width, document_of, printable, short
 from pipeline.errors import CorpusError
-from pipeline.files import canonical_json, hash_file, replacing
+from pipeline.files import canonical_json, hash_file, naming, partial_path
 from pipeline.ipc import file_batches
+from pipeline.stores.places import store_of
 from pipeline.stores.sealed import read_json, write_json
+from pipeline.stores.store import Store
 from pipeline.tokenizer import TokenizerIdentity
 
 FORMAT = "tokenised-corpus"
@@ -122,14 +124,15 @@ class CorpusManifest:
         contents = [self.tokenizer.to_dict(), self.packing, [part.xxh3_128 for part in self.partitions]]
         return xxhash.xxh3_128_hexdigest(canonical_json(contents))
 
-    def write(self, folder: Path) -> None:
+    def write(self, folder: Path | Store) -> None:
         """Declare the corpus in `folder` finished."""
-        write_json(folder / MANIFEST, {"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(self)})
+        document = {"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(self)}
+        write_json(store_of(folder) / MANIFEST, document)
 
     @classmethod
-    def read(cls, folder: Path) -> "CorpusManifest":
+    def read(cls, folder: Path | Store) -> "CorpusManifest":
         """The manifest of the finished corpus in `folder`; raises CorpusError."""
-        path = folder / MANIFEST
+        path = store_of(folder) / MANIFEST
         if not path.is_file():
             raise CorpusError(f"{folder}: no finished corpus ({MANIFEST} is missing); run `pipeline prepare` first.")
         document = read_json(path, CorpusError)
@@ -139,32 +142,43 @@ class CorpusManifest:
         return document_of(cls, document, path, CorpusError)
 
 
-def write_partition(folder: Path, index: int, sequences: Sequence[TokenSequence]) -> CorpusPartition:
-    """Write partition `index` of the corpus in `folder` atomically."""
-    path = folder / PARTITIONS / f"{index:05d}.arrow"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as partial, pa.OSFile(str(partial), "wb") as file, pa.ipc.new_file(file, SCHEMA) as writer:
-        for start in range(0, len(sequences), 256):
-            writer.write_batch(_batch(sequences[start : start + 256]))
-    return CorpusPartition(
-        file=path.name,
-        num_sequences=len(sequences),
-        num_tokens=sum(len(sequence.token_ids) for sequence in sequences),
-        num_targets=sum(len(sequence.target_positions) for sequence in sequences),
-        bytes=path.stat().st_size,
-        xxh3_128=hash_file(path),
-    )
-
-
-def read_partition(folder: Path, partition: CorpusPartition) -> pa.Table:
-    """The rows of one partition, memory-mapped; raises CorpusError unless the file is as it was written and sound."""
-    path = folder / PARTITIONS / partition.file
-    if not path.is_file():
-        raise CorpusError(f"{path}: missing, although {MANIFEST} names it; run `pipeline prepare` again.")
-    if path.stat().st_size != partition.bytes or hash_file(path) != partition.xxh3_128:
-        raise CorpusError(f"{path}: not the file that was written (checksum); delete {folder} and prepare it again.")
+def write_partition(folder: Path | Store, name: str, sequences: Sequence[TokenSequence]) -> CorpusPartition:
+    """Write a partition of the corpus in `folder` atomically; no other partition has its name."""
+    place = store_of(folder) / PARTITIONS
+    for each in (place.parent, place):
+        each.mkdir(exist_ok=True)
+    partial = partial_path(place.workshop() / f"{name}.arrow")
     try:
-        with pa.memory_map(str(path)) as source:
+        with naming(partial), pa.OSFile(str(partial), "wb") as file, pa.ipc.new_file(file, SCHEMA) as writer:
+            for start in range(0, len(sequences), 256):
+                writer.write_batch(_batch(sequences[start : start + 256]))
+        written = CorpusPartition(
+            file=f"{name}.arrow",
+            num_sequences=len(sequences),
+            num_tokens=sum(len(sequence.token_ids) for sequence in sequences),
+            num_targets=sum(len(sequence.target_positions) for sequence in sequences),
+            bytes=partial.stat().st_size,
+            xxh3_128=hash_file(partial),
+        )
+        (place / written.file).publish(partial)
+    finally:
+        partial.unlink(missing_ok=True)
+    return written
+
+
+def read_partition(folder: Path | Store, partition: CorpusPartition) -> pa.Table:
+    """The rows of one partition, memory-mapped; raises CorpusError unless the file is as it was written and sound."""
+    path = store_of(folder) / PARTITIONS / partition.file
+    try:
+        copy = path.as_file(partition.xxh3_128, partition.bytes, check=True)
+    except FileNotFoundError:
+        raise CorpusError(f"{path}: missing, although {MANIFEST} names it; run `pipeline prepare` again.") from None
+    except ValueError:
+        raise CorpusError(
+            f"{path}: not the file that was written (checksum); delete {folder} and prepare it again."
+        ) from None
+    try:
+        with pa.memory_map(str(copy)) as source:
             batches = file_batches(source.read_buffer(), SCHEMA)
         table = pa.Table.from_batches(batches, SCHEMA)
         _require_sound(table, partition)
@@ -191,9 +205,9 @@ def _require_sound(table: pa.Table, partition: CorpusPartition) -> None:
 class Corpus:
     """A finished corpus, read in row order. Files are checked against their checksums when first used."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.manifest = CorpusManifest.read(folder)
+    def __init__(self, folder: Path | Store) -> None:
+        self.folder = store_of(folder)
+        self.manifest = CorpusManifest.read(self.folder)
         sizes = [partition.num_sequences for partition in self.manifest.partitions]
         self._starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
         self._tables: dict[int, pa.Table] = {}
@@ -258,8 +272,11 @@ def lists_of(table: pa.Table, name: str) -> tuple[np.ndarray, np.ndarray]:
 def _batch(sequences: Sequence[TokenSequence]) -> pa.RecordBatch:
     columns = [pa.array([sequence.key for sequence in sequences], pa.binary(16))]
     for name, kind in (("token_ids", pa.int32()), ("loss_mask", pa.bool_()), ("document_lengths", pa.int32())):
-        parts = [getattr(sequence, name) for sequence in sequences]
-        offsets = np.concatenate([[0], np.cumsum([len(part) for part in parts])]).astype(np.int32)
-        values = pa.array(np.concatenate(parts), kind)
-        columns.append(pa.ListArray.from_arrays(pa.array(offsets), values))
+        columns.append(list_column([getattr(sequence, name) for sequence in sequences], kind))
     return pa.RecordBatch.from_arrays(columns, schema=SCHEMA)
+
+
+def list_column(parts: Sequence[np.ndarray], kind: pa.DataType) -> pa.ListArray:
+    """A list column, with a row a part."""
+    offsets = np.concatenate([[0], np.cumsum([len(part) for part in parts])]).astype(np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.concatenate(parts), kind))

@@ -3,12 +3,15 @@
 import contextlib
 import functools
 import multiprocessing
+import multiprocessing.connection
 import os
+import pickle
 import signal
 import threading
 import time
+import traceback
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from multiprocessing.process import BaseProcess
 from typing import Any, TypeVar
@@ -82,6 +85,77 @@ def in_processes(function: Callable[[Item], Result], items: Iterable[Item], work
     The function, the items and the results must be picklable.
     """
     return _run(functools.partial(_one, function), items, workers, _processes)
+
+
+def crew(
+    function: Callable[[Item, Callable[[Any], None]], None],
+    items: Sequence[Item],
+    hear: Callable[[Any], None],
+    lost: Callable[[Item, int], None],
+) -> int:
+    """`function(item, tell)` for all items at once, each in a process of its own that ends with this one.
+
+    What they tell is heard here, in `hear`. The first exception ends the others and is raised here. A process that is
+    killed is `lost`, with its exit code, and the others go on; returns how many have come to their end.
+    """
+    context, num_done = multiprocessing.get_context("spawn"), 0
+    members: dict[Any, tuple[Item, Any]] = {}
+    try:
+        with starting_processes():
+            for item in items:
+                receiver, sender = context.Pipe(duplex=False)
+                process = context.Process(target=_member, args=(function, item, sender))
+                process.start()
+                sender.close()
+                members[receiver] = item, process
+        while members:
+            ready: list[Any] = multiprocessing.connection.wait(list(members))
+            for receiver in ready:
+                kind, content = _received(receiver)
+                if kind == _TOLD:
+                    hear(content)
+                    continue
+                item, process = members.pop(receiver)
+                process.join()
+                if kind == _RAISED:
+                    raise content
+                if kind == _GONE:
+                    lost(item, process.exitcode or 0)
+                num_done += kind == _DONE
+    finally:
+        _end([process for _, process in members.values()])
+    return num_done
+
+
+_TOLD, _RAISED, _DONE, _GONE = "told", "raised", "done", "gone"
+
+
+def _received(receiver: Any) -> tuple[str, Any]:
+    try:
+        return receiver.recv()
+    except (EOFError, OSError):
+        return _GONE, None
+
+
+def _member(function: Callable[[Any, Callable[[Any], None]], None], item: Any, sender: Any) -> None:
+    """In a process of a crew: the work, and word of how it ended."""
+    _end_with_the_parent()
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's, which the parent hears too
+    try:
+        _one(functools.partial(function, item), lambda message: sender.send((_TOLD, message)))
+        sender.send((_DONE, None))
+    except Exception as exc:
+        exc.add_note(f"in process {os.getpid()}:\n{traceback.format_exc()}")
+        sender.send((_RAISED, exc if _is_portable(exc) else RuntimeError(traceback.format_exc())))
+
+
+def _is_portable(exc: Exception) -> bool:
+    try:
+        pickle.loads(pickle.dumps(exc))
+    except Exception:  # of whatever kind: a class may have any constructor
+        return False
+    return True
 
 
 def _run(

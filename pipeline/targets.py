@@ -35,6 +35,8 @@ class TargetSpec:
     """Draws from the tail of each position."""
     draw_temperature: float | None = None
     """Temperature of the draws; None without draws."""
+    tail_rank: int = 0
+    """Coefficients of the tail sketch (pipeline.sketch) of each position."""
     max_kl_error: float = 0.0
     """Bound on the mean KL error of rounding, nats; 0 is lossless."""
     top_p: float | None = None
@@ -72,6 +74,11 @@ class SparseTargets:
 
     -1 in a row that has no tail. D is 0 and T of no meaning unless the capture was asked for draws.
     """
+    coefficients: np.ndarray
+    """int16 [N, R]: of the cache's tail sketch; R is 0 without one."""
+    sketch_errors: np.ndarray
+    """float32 [N, T]: KL(p_T || what the sketch makes of it), nats, of the positions at which a capture has measured it
+    and nan at the others. Not stored: T is 0 of what is read back."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -123,8 +130,22 @@ class SparseTargets:
         return values_NT[:, column_of(self.temperatures, temperature)]
 
 
-COLUMNS = ("ids", "logits", "logsumexps", "tail_logprobs", "entropies", "label_logits", "draws")
+COLUMNS = (
+    "ids",
+    "logits",
+    "logsumexps",
+    "tail_logprobs",
+    "entropies",
+    "label_logits",
+    "draws",
+    "coefficients",
+    "sketch_errors",
+)
 """The array fields of SparseTargets."""
+
+
+SIGNED = ("coefficients", "sketch_errors")
+"""Those of which any value is one that can be."""
 
 
 def improper(targets: SparseTargets) -> str:
@@ -134,6 +155,8 @@ def improper(targets: SparseTargets) -> str:
     """
     for name in COLUMNS:
         values = getattr(targets, name)
+        if name in SIGNED:
+            continue
         if values.dtype.kind != "f":
             bad = values < (-1 if name == "draws" else 0)
         else:
@@ -142,6 +165,14 @@ def improper(targets: SparseTargets) -> str:
             row = int(np.argmax(bad.reshape(len(values), -1).any(axis=1)))
             return f"{name} of target {row} is {np.atleast_1d(values[row])[np.atleast_1d(bad[row])][0]}"
     return ""
+
+
+def unsketched(num_targets: int) -> dict[str, np.ndarray]:
+    """The fields of the tail sketch of targets that have none."""
+    return {
+        "coefficients": np.zeros((num_targets, 0), np.int16),
+        "sketch_errors": np.zeros((num_targets, 0), np.float32),
+    }
 
 
 def column_of(temperatures: tuple[float, ...], temperature: float) -> int:
@@ -224,6 +255,7 @@ def cut(targets: SparseTargets, counts_N: np.ndarray) -> SparseTargets:
         ids=np.where(is_kept, targets.ids, targets.ids[:, :1]),
         logits=np.where(is_kept, targets.logits, np.float32(-np.inf)),
         tail_logprobs=tails,
+        sketch_errors=np.full_like(targets.sketch_errors, np.nan),  # measured of another tail
     )
 
 
@@ -234,6 +266,18 @@ def logsumexps_of(logits_NK: np.ndarray, tail_logprobs_NT: np.ndarray, temperatu
     for index, temperature in enumerate(temperatures):
         np.exp(np.multiply(logits_NK, np.float32(1 / temperature), out=powers), out=powers)
         np.einsum("nk->n", powers, out=heads[:, index])  # a quarter of the time of sum
+    return np.log(heads) - np.log1p(-np.exp(tail_logprobs_NT))
+
+
+def logsumexps_of_rows(
+    logits_E: np.ndarray, starts_N: np.ndarray, tail_logprobs_NT: np.ndarray, temperatures: tuple[float, ...]
+) -> np.ndarray:
+    """float32 [N, T]: the same of rows of any lengths, one after the other, which begin at `starts_N`."""
+    heads = np.empty(tail_logprobs_NT.shape, np.float32)
+    powers = np.empty(logits_E.shape, np.float32)
+    for index, temperature in enumerate(temperatures):
+        np.exp(np.multiply(logits_E, np.float32(1 / temperature), out=powers), out=powers)
+        heads[:, index] = np.add.reduceat(powers, starts_N)
     return np.log(heads) - np.log1p(-np.exp(tail_logprobs_NT))
 
 

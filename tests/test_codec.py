@@ -18,7 +18,7 @@ from pipeline.formats.packing import _model_arrays as model_arrays
 from pipeline.formats.packing import model_of
 from pipeline.formats.topics import FIRST_STRATUM, TABLE_SIZE, code_differences, learn, sum_differences
 from pipeline.parallel import Threads
-from pipeline.targets import COLUMNS, SparseTargets, TargetSpec, logsumexps_of, reconstruction_errors
+from pipeline.targets import COLUMNS, SparseTargets, TargetSpec, logsumexps_of, reconstruction_errors, unsketched
 from stages.cache_logits.capture import capture
 from stages.cache_logits.fake_engine import FakeEngine
 from tests.support.oracle import assert_within
@@ -50,7 +50,9 @@ def random_targets(temperatures, num_rows=300, seed=0):
     }
     floats = {name: values.astype(np.float32) for name, values in columns.items()}
     draws = np.zeros((num_rows, 0), np.int32)
-    targets = SparseTargets(temperatures=temperatures, ids=ids[:, :TOP_K].astype(np.int32), draws=draws, **floats)
+    targets = SparseTargets(
+        temperatures=temperatures, ids=ids[:, :TOP_K].astype(np.int32), draws=draws, **floats, **unsketched(len(ids))
+    )
     return targets, labels.astype(np.int32), [prob[:, :TOP_K] for prob in probs]
 
 

@@ -39,7 +39,7 @@ def folder(tmp_path: Path) -> Path:
         sequence_length=8,
         packing="isolated",
         tokenizer=TokenizerIdentity(vocab_size=1000, vocabulary="0" * 32, probe="1" * 32),
-        partitions=tuple(write_partition(tmp_path, index, rows) for index, rows in enumerate(parts)),
+        partitions=tuple(write_partition(tmp_path, f"{index:05d}", rows) for index, rows in enumerate(parts)),
         settings={"text_field": "text"},
         statistics={"records": 5},
     )
@@ -102,7 +102,7 @@ def test_key_depends_on_ids_mask_and_boundaries() -> None:
 
 
 def test_equal_rows_make_equal_files(tmp_path: Path) -> None:
-    first, second = (write_partition(tmp_path / name, 0, SEQUENCES) for name in ("a", "b"))
+    first, second = (write_partition(tmp_path / name, "00000", SEQUENCES) for name in ("a", "b"))
     assert first == second
 
 

@@ -27,7 +27,8 @@ from stages.cache_logits.draws import reduce_rows
 from stages.cache_logits.engine import Request
 from stages.cache_logits.reduction import LANE, Reduction
 from stages.train_student.divergences import DIVERGENCES
-from stages.train_student.tails import TAILS
+from stages.train_student.sketch import SketchHead
+from stages.train_student.tails import DIVERGING_TAILS, TAILS
 
 CARD = "card:0"
 STAGING = (
@@ -209,6 +210,8 @@ def _lose(fake: FakeTensorMode, tail: str, divergence: str, has_cap: bool) -> di
         probs_MK=on_the_card(fake, ROWS, 8),
         tail_mass_M=on_the_card(fake, ROWS),
         entropy_M=on_the_card(fake, ROWS) if TAILS[tail].is_drawn else None,
+        coefficients_MR=on_the_card(fake, ROWS, 2) if TAILS[tail].is_sketched else None,
+        sketch=SketchHead(on_the_card(fake, 3, VOCAB), VOCAB, 30.0) if TAILS[tail].is_sketched else None,
     )
     targets = DistillationTargets(labels_M=on_the_card(fake, ROWS, dtype=torch.int64), teacher=teacher)
     softcap = 30.0 if has_cap else None
@@ -224,7 +227,8 @@ def _lose(fake: FakeTensorMode, tail: str, divergence: str, has_cap: bool) -> di
 
 
 def test_loss_and_its_gradients_never_wait_for_the_device():
-    cases = [(tail, "forward", False) for tail in TAILS] + [("ghost", name, False) for name in DIVERGENCES[1:]]
+    cases = [(tail, "forward", False) for tail in TAILS]
+    cases += [(tail, name, False) for tail in DIVERGING_TAILS for name in DIVERGENCES[1:]]
     cases.append(("ghost", "forward", True))
     for case, work in zip(cases, in_a_process(_lose, cases), strict=True):
         assert (work.uploads, work.downloads, work.on_host, work.float64) == (0, 0, [], []), case

@@ -265,9 +265,9 @@ def forge_corpus(config: PrepareConfig, scene: Scene, take: Callable[[list], lis
     prepare(config)
     count = forge(config.out / "corpus.json", scene, (lambda: read_corpus(config.out), lambda: prepare(config)), take)
     (config.inputs[0] / "b.txt").write_bytes(b"\xff")
-    halted = dataclasses.replace(config, out=config.out.with_name("halted"))
+    halted = dataclasses.replace(config, out=config.out.with_name("halted"), workers=1)
     attempt(lambda: prepare(halted, unit_bytes=1), scene.root, "a text that is none")
-    record = halted.out / "units" / "00000.json"
+    record = halted.out / "units" / "commits" / "00000.json"
     document = read_json(record, PipelineError)
 
     def resume() -> None:
@@ -276,7 +276,7 @@ def forge_corpus(config: PrepareConfig, scene: Scene, take: Callable[[list], lis
 
     count += forge(record, scene, (resume,), take)
     put(record, document, sealed=True)
-    return count + forge(halted.out / "units" / "settings.json", scene, (resume,), take)
+    return count + forge(halted.out / "units" / "plan.json", scene, (resume,), take)
 
 
 def forge_training(work: Path, scene: Scene, take: Callable[[list], list]) -> int:

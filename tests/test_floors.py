@@ -10,8 +10,15 @@ FLOORS = (
     (
         *("pipeline.cpu", "pipeline.documents", "pipeline.drain", "pipeline.errors", "pipeline.exit_codes"),
         *("pipeline.files", "pipeline.handover", "pipeline.ipc", "pipeline.library_logs", "pipeline.pages"),
-        *("pipeline.parallel", "pipeline.processes", "pipeline.progress", "pipeline.redaction", "pipeline.starting"),
-        *("pipeline.stopping", "pipeline.streams", "pipeline.tables", "pipeline.targets", "pipeline.watchdog"),
+        *("pipeline.parallel", "pipeline.processes", "pipeline.progress", "pipeline.redaction", "pipeline.sketch"),
+        *(
+            "pipeline.starting",
+            "pipeline.stopping",
+            "pipeline.streams",
+            "pipeline.tables",
+            "pipeline.targets",
+            "pipeline.watchdog",
+        ),
     ),
     ("pipeline.stores",),
     (

@@ -34,7 +34,7 @@ def submitted(folder: Path, on: str, cache: ObjectStore = STORE, **settings: obj
 
 def commands(monkeypatch, script: str) -> None:
     """What the launcher starts instead of workers."""
-    monkeypatch.setattr(Job, "capture_command", lambda job: ["bash", "-c", script])
+    monkeypatch.setattr(Job, "worker_command", lambda job: ["bash", "-c", script])
 
 
 def test_pool_starts_workers_again_that_gave_up_waiting_also_while_it_cannot_look_itself(

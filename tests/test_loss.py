@@ -13,16 +13,17 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from stages.train_student import fused_head
-from stages.train_student.divergences import BUCKET_DIVERGENCES, DIVERGENCES
+from stages.train_student.divergences import DIVERGENCES, OUTCOME_DIVERGENCES
 from stages.train_student.loss import distillation_loss, fused_distillation_loss
 from stages.train_student.loss_settings import LossSettings
 from stages.train_student.row_loss import distillation_rows_
-from stages.train_student.tails import TAILS
+from stages.train_student.sketch import SketchHead
+from stages.train_student.tails import DIVERGING_TAILS, TAILS
 from stages.train_student.targets import DistillationTargets, TeacherTargets
 from tests.support.rounding import UNIT
 
-STORED_TAILS = tuple(name for name, tail in TAILS.items() if not tail.is_drawn)
-"""Without draws, of which this file's cases have none."""
+STORED_TAILS = tuple(name for name, tail in TAILS.items() if not tail.is_drawn and not tail.is_sketched)
+"""Without draws, of which this file's cases have none; test_sketch_loss.py has those with a sketch."""
 ROOT = Path(__file__).parent.parent
 TEMPERATURES = (1.0, 2.0, 3.7)
 ALPHAS = (0.0, 0.3, 1.0)
@@ -162,10 +163,10 @@ def as_on_a_gpu(monkeypatch):
     monkeypatch.setitem(fused_head.ROW_ALIGNMENT, "cpu", 16)
 
 
-def narrow_kernel(logits, labels, targets, settings, weights, gradient):
+def narrow_kernel(logits, labels, targets, settings, weights, gradient, tail):
     """What the row kernel promises, by the torch path: the gradient takes the place of the logits."""
     rows = logits.clone(memory_format=torch.contiguous_format)
-    values = distillation_rows_(rows, labels, targets, settings, weights, torch.empty_like(rows))
+    values = distillation_rows_(rows, labels, targets, settings, weights, torch.empty_like(rows), tail)
     assert gradient.data_ptr() == logits.data_ptr()
     assert gradient.stride(0) * gradient.itemsize == logits.stride(0) * logits.itemsize
     torch.as_strided(logits, (len(logits), logits.stride(0)), logits.stride()).fill_(torch.nan)
@@ -496,7 +497,7 @@ def dense_divergence_rows(logits, ids, probs, tail_mass, temperature, divergence
 
 
 @pytest.mark.parametrize("k", [1, 5, 17])
-@pytest.mark.parametrize("divergence", BUCKET_DIVERGENCES)
+@pytest.mark.parametrize("divergence", OUTCOME_DIVERGENCES)
 def test_other_divergences_match_dense_autograd(divergence, k):
     for temperature, alpha in itertools.product((*TEMPERATURES, 0.7), (0.3, 1.0)):
         case = hidden, weight, labels, *targets = make_case(k=k, temperature=temperature)
@@ -538,7 +539,7 @@ def test_divergence_on_the_bucket_is_a_lower_bound_of_the_full_one(divergence):
 
 @pytest.mark.parametrize("tail_mass", [0.0, 1e-9, 0.3])
 @pytest.mark.parametrize("student", [*STUDENTS, "uniform"])
-@pytest.mark.parametrize("divergence", BUCKET_DIVERGENCES)
+@pytest.mark.parametrize("divergence", OUTCOME_DIVERGENCES)
 def test_other_divergences_stay_exact_in_float32(divergence, student, tail_mass):
     vocab_size, k = 50, 4
     for temperature in TEMPERATURES:
@@ -611,10 +612,10 @@ NAMES = ("hidden_NH", "head_weight_VH", "labels_N", "ids_NK", "probs_NK", "tail_
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"tail": "gost"}, "'gost'.*ghost, hybrid, sampled, zero, renormalise, uniform"),
+        ({"tail": "gost"}, "'gost'.*ghost, hybrid, sampled, zero, renormalise, uniform, sketch"),
         ({"alpha": 1.5}, "alpha: 1.5"),
         ({"divergence": "backward"}, "'backward'.*forward, reverse, js"),
-        ({"divergence": "js", "tail": "zero"}, "'js' with tail 'zero', expected tail 'ghost'"),
+        ({"divergence": "js", "tail": "zero"}, "'js' with tail 'zero', expected tail 'ghost' or 'sketch'"),
         ({"logit_scale": 0.0}, "logit_scale: 0.0"),
         ({"logit_softcap": -1.0}, "logit_softcap: -1.0"),
         ({"adapter": (torch.ones(6, 2), torch.ones(17, 3))}, r"adapter: shapes \(6, 2\) and \(17, 3\)"),
@@ -680,7 +681,8 @@ def no_values(monkeypatch):
     return torch.device("meta")
 
 
-KINDS_OF_LOSS = [{"tail": tail} for tail in TAILS] + [{"divergence": name} for name in BUCKET_DIVERGENCES]
+KINDS_OF_LOSS = [{"tail": tail} for tail in TAILS]
+KINDS_OF_LOSS += [{"tail": tail, "divergence": name} for tail in DIVERGING_TAILS for name in OUTCOME_DIVERGENCES]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -690,14 +692,17 @@ def test_a_step_on_a_gpu_waits_for_nothing_and_makes_nothing_elsewhere_or_in_flo
     options = {"device": no_values, "dtype": dtype}
     leaves = [torch.empty(*size, **options).requires_grad_() for size in ((6, 4), (20, 4), (6, 2), (20, 2))]
     teacher = torch.empty(6, 3, device=no_values)
-    is_drawn = TAILS[settings.tail].is_drawn
+    tail = TAILS[settings.tail]
+    sketch = SketchHead(torch.empty(3, 32, device=no_values), 20, 2.0) if tail.is_sketched else None
     targets = DistillationTargets(
         labels_M=teacher[:, 0].long(),
         teacher=TeacherTargets(
             ids_MK=teacher.long(),
             probs_MK=teacher,
             tail_mass_M=teacher[:, 0],
-            entropy_M=teacher[:, 0] if is_drawn else None,
+            entropy_M=teacher[:, 0] if tail.is_drawn else None,
+            coefficients_MR=teacher[:, :2] if tail.is_sketched else None,
+            sketch=sketch,
         ),
     )
     with Made() as made:

@@ -19,7 +19,7 @@ from pipeline.cache.measures import (
 )
 from pipeline.corpus import TokenSequence
 from pipeline.formats.layout import CachedSequence
-from pipeline.targets import SparseTargets
+from pipeline.targets import SparseTargets, unsketched
 
 V, K, TEMPERATURES = 60, 12, (1.0, 2.0)
 ULP = 2.0**-23
@@ -48,7 +48,9 @@ def stored(logits: np.ndarray, labels: np.ndarray, top_k: int = K) -> SparseTarg
     }
     floats = {name: values.astype(np.float32) for name, values in columns.items()}
     draws = np.zeros((len(labels), 0), np.int32)
-    return SparseTargets(temperatures=TEMPERATURES, ids=ids.astype(np.int32), draws=draws, **floats)
+    return SparseTargets(
+        temperatures=TEMPERATURES, ids=ids.astype(np.int32), draws=draws, **floats, **unsketched(len(ids))
+    )
 
 
 def softened(logits: np.ndarray, temperature: float) -> np.ndarray:

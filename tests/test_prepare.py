@@ -1,23 +1,24 @@
 """stages.prepare: the run. Duplicates, resuming after a crash, and which folders are written to."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from pipeline.cache.commits import list_commits
 from pipeline.corpus import Corpus, CorpusManifest
 from pipeline.errors import ConfigError, CorpusError
+from pipeline.processes import owner_name
 from pipeline.progress import KeptLines
-from stages.prepare import run
+from stages.prepare import run, tasks
 from stages.prepare.run import prepare
 from stages.prepare.settings import PrepareConfig
+from stages.prepare.staging import FinishedTask
 from tests.support.helpers import tiny_tokenizer
 
+UNIT = 12_000
+"""Bytes: one of the files, not two."""
 RECORD = b'{"text": "something to read"}\n'
 
 
@@ -47,7 +48,12 @@ def inputs(tmp_path: Path) -> Path:
 @pytest.fixture
 def config(tmp_path: Path, inputs: Path, tokenizer: Path) -> PrepareConfig:
     return PrepareConfig(
-        inputs=(inputs,), tokenizer=tokenizer, out=tmp_path / "corpus", sequence_length=32, partition_tokens=1500
+        inputs=(inputs,),
+        tokenizer=tokenizer,
+        out=tmp_path / "corpus",
+        sequence_length=32,
+        partition_tokens=1500,
+        workers=1,
     )
 
 
@@ -83,77 +89,60 @@ def test_interrupted_run_goes_on_to_the_same_corpus(
     config: PrepareConfig, monkeypatch: pytest.MonkeyPatch, packing: str
 ) -> None:
     config = changed(config, packing=packing)
-    whole = prepare(changed(config, out=config.out.with_name("whole")), unit_bytes=1)
-    commit = run.commit
+    whole = prepare(changed(config, out=config.out.with_name("whole")), unit_bytes=UNIT)
+    commit = FinishedTask.commit
     done: list[int] = []
 
-    def crash_after_commit(out: Path, index: int, *rest: Any) -> Any:
-        done.append(index)
-        commit(out, index, *rest)
+    def crash_after_commit(task: FinishedTask, folder: Any, number: int) -> Any:
+        done.append(number)
+        commit(task, folder, number)
         raise Crash
 
-    monkeypatch.setattr(run, "commit", crash_after_commit)
-    for _ in range(7):
+    monkeypatch.setattr(FinishedTask, "commit", crash_after_commit)
+    for _ in range(16):  # units tokenised, documents compared, units packed, rows compared
         with pytest.raises(Crash):
-            prepare(config, unit_bytes=1)
+            prepare(config, unit_bytes=UNIT)
         assert not (config.out / "corpus.json").exists()
-    resumed = prepare(config, unit_bytes=1)
-    assert done == list(range(7))
+    monkeypatch.undo()
+    resumed = prepare(config, unit_bytes=UNIT)
+    assert done == list(range(16))
     assert resumed.fingerprint == whole.fingerprint
     assert resumed.statistics == whole.statistics
     assert files_of(config.out) == files_of(config.out.with_name("whole"))
 
 
 def test_crash_inside_a_unit_redoes_that_unit(config: PrepareConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = prepare(changed(config, out=config.out.with_name("whole")), unit_bytes=1)
+    whole = prepare(changed(config, out=config.out.with_name("whole")), unit_bytes=UNIT)
     calls = 0
 
     def crash_after_three(*arguments: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls > 3:
-            (config.out / "partitions" / f"00003.arrow.somebody.1.{calls}.partial").write_bytes(b"torn")
+            owner = owner_name().rpartition(".")[0]
+            (config.out / "partitions" / f"00003-000.arrow.0123abcd.{owner}.999999999.partial").write_bytes(b"torn")
             raise Crash
         return write_partition(*arguments)
 
-    write_partition = run.write_partition
-    monkeypatch.setattr(run, "write_partition", crash_after_three)
+    write_partition = tasks.write_partition
+    monkeypatch.setattr(tasks, "write_partition", crash_after_three)
     with pytest.raises(Crash):
-        prepare(config, unit_bytes=1)
+        prepare(config, unit_bytes=UNIT)
     monkeypatch.undo()
-    assert prepare(config, unit_bytes=1).fingerprint == whole.fingerprint
+    assert prepare(config, unit_bytes=UNIT).fingerprint == whole.fingerprint
     assert files_of(config.out) == files_of(config.out.with_name("whole"))
 
 
-def test_killed_process_is_taken_over(config: PrepareConfig) -> None:
-    script = (
-        "import os, signal, sys; from pathlib import Path; import stages.prepare.run as run\n"
-        "from stages.prepare.settings import PrepareConfig; commit = run.commit\n"
-        "def kill(out, index, *rest):\n"
-        "    if index == 2: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    return commit(out, index, *rest)\n"
-        "run.commit = kill; i, t, o = map(Path, sys.argv[1:])\n"
-        "run.prepare(PrepareConfig(inputs=(i,), tokenizer=t, out=o, sequence_length=32, partition_tokens=1500), "
-        "unit_bytes=1)\n"
-    )
-    paths = [str(config.inputs[0]), str(config.tokenizer), str(config.out)]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
-    assert subprocess.run([sys.executable, "-c", script, *paths], env=environment).returncode == -signal.SIGKILL
-    assert sorted(path.name for path in (config.out / "units").glob("0*.json")) == ["00000.json", "00001.json"]
-    whole = prepare(changed(config, out=config.out.with_name("whole")), unit_bytes=1)
-    assert prepare(config, unit_bytes=1).fingerprint == whole.fingerprint
-
-
-def test_mended_input_keeps_the_units_before_it(config: PrepareConfig, inputs: Path) -> None:
+def test_mended_input_keeps_the_other_units(config: PrepareConfig, inputs: Path) -> None:
     path = inputs / "4.jsonl"
     good = path.read_bytes()
     path.write_bytes(good + b"{broken\n")
     with pytest.raises(CorpusError, match=r"4\.jsonl: line 33: not JSON"):
-        prepare(config, unit_bytes=1)
-    assert len(list((config.out / "units").glob("0*.json"))) == 4
+        prepare(config, unit_bytes=UNIT)
+    assert list_commits(config.out / "units") == {0, 1, 2, 3}
     path.write_bytes(good)
-    whole = prepare(changed(config, out=config.out.with_name("whole")), unit_bytes=1)
-    assert prepare(config, unit_bytes=1).fingerprint == whole.fingerprint
+    whole = prepare(changed(config, out=config.out.with_name("whole")), unit_bytes=UNIT)
+    assert prepare(config, unit_bytes=UNIT).fingerprint == whole.fingerprint
 
 
 def test_finished_corpus_is_returned_as_it_is(config: PrepareConfig) -> None:
@@ -212,7 +201,7 @@ def test_foreign_folder_is_left_alone(config: PrepareConfig) -> None:
 
 
 def test_second_process_is_turned_away(config: PrepareConfig) -> None:
-    with run.exclusive(config.out), pytest.raises(ConfigError, match="another `pipeline prepare` writes there"):
+    with run._alone(config), pytest.raises(ConfigError, match="another `pipeline prepare` writes there"):
         prepare(config)
 
 

@@ -14,7 +14,7 @@ import zstandard
 
 from pipeline.errors import ConfigError, CorpusError
 from pipeline.progress import KeptLines
-from stages.prepare.inputs import describe
+from stages.prepare.inputs import Piece, describe
 from stages.prepare.readers import read_records
 from stages.prepare.run import prepare
 from stages.prepare.settings import PrepareConfig
@@ -133,14 +133,14 @@ import resource, sys
 from pathlib import Path
 from pipeline.errors import CorpusError
 from stages.prepare import readers
-from stages.prepare.inputs import describe
+from stages.prepare.inputs import Piece, describe
 from pipeline.progress import Reporter
 readers.LONGEST_LINE = 32 << 20
 pages = int(Path("/proc/self/statm").read_text().split()[0])
 resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (300 << 20),) * 2)
 for name in sys.argv[1:]:
     try:
-        list(readers.read_records(describe(Path(name), name), "text", readers.BadLines(True, Reporter())))
+        list(readers.read_records(Piece.whole(describe(Path(name), name)), "text", readers.BadLines(True, Reporter())))
     except CorpusError as error:
         print(error)
 """
@@ -226,7 +226,9 @@ def test_json_file_is_an_array_or_objects(
 ) -> None:
     monkeypatch.setattr("stages.prepare.json_files.READ_BYTES", read_bytes)
     records = list(
-        read_records(describe(one_file(config, tmp_path, "a.json", content.encode()).inputs[0], "a"), "text", None)
+        read_records(
+            Piece.whole(describe(one_file(config, tmp_path, "a.json", content.encode()).inputs[0], "a")), "text", None
+        )
     )
     assert [record.fields for record in records] == [json.loads(each) for each in OBJECTS]
 

@@ -1,10 +1,14 @@
 """Targets that keep as many entries as reach a mass: which, what becomes of the others, and rows of any lengths."""
 
 import dataclasses
+import importlib
+import importlib.util
 import json
+import shutil
 import warnings
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
@@ -13,20 +17,29 @@ from pipeline.cache.commits import SHARDS
 from pipeline.cache.folder import CacheFolder
 from pipeline.cache.manifest import CacheManifest
 from pipeline.cache.verify import verify_cache
-from pipeline.corpus import TokenSequence
+from pipeline.corpus import Corpus, TokenSequence
 from pipeline.errors import CacheCorruptError, CacheMismatchError, ConfigError
 from pipeline.formats.containers import CONTAINERS
 from pipeline.formats.layout import ShardCounts, ShardLayout, checksum_of, decode, encode
+from pipeline.stores.local_store import LocalStore
+from pipeline.stores.places import store_of
+from pipeline.stores.sealed import write_json
 from pipeline.targets import TargetSpec, counts_to_mass, cut, kept, restricted
+from stages.cache_logits.audit import audit_cache
 from stages.cache_logits.comparison import difference_of_cuts, differences
-from stages.cache_logits.settings import TeacherConfig
+from stages.cache_logits.settings import AuditConfig, TeacherConfig
 from stages.train_student.dataset import Collate
+from stages.train_student.loss import fused_distillation_loss
 from stages.train_student.loss_settings import LossSettings
 from stages.train_student.targets import real_entries
 from tests.support.helpers import run
-from tests.support.small import make_cache, make_corpus, random_sequences
+from tests.support.oracle import assert_within, softmax
+from tests.support.rounding import prob_errors
+from tests.support.small import make_cache, make_corpus, random_sequences, rounding_of_logits, true_logits
+from tests.test_audit import captured, rewritten
 from tests.test_codec import TOP_K, VOCAB_SIZE, random_targets
 from tests.test_format import checksum, read_by_the_book
+from tests.test_fuzz import fuzz, read
 
 TEMPERATURES = (1.0, 2.0)
 
@@ -233,6 +246,14 @@ def test_reader_by_the_book_agrees(tmp_path, corpus, container, max_kl_error, to
             np.testing.assert_array_equal(row[name], getattr(targets, name), err_msg=name)
 
 
+@pytest.mark.parametrize("container", CONTAINERS)
+@pytest.mark.parametrize("max_kl_error", [0.0, 1e-4])
+def test_mass_of_a_single_entry(tmp_path, corpus, container, max_kl_error):
+    folder = make_cache(tmp_path / "cache", corpus, container=container, top_k=1, top_p=0.9, max_kl_error=max_kl_error)
+    assert verify_cache(folder).problems == []
+    assert all((item.targets.counts == 1).all() for item in open_cache(folder))
+
+
 def test_without_top_p_nothing_says_so(tmp_path, corpus):
     """A cache that keeps K entries of all is what version 2 of the format holds, to the entry."""
     folder = make_cache(tmp_path / "cache", corpus)
@@ -281,7 +302,8 @@ def test_life_of_such_a_cache(tmp_path, caches, name):
     assert run("inspect", caches[name], "--sequence", 0)[0] == 0
     code, output, errors = run("inspect", caches[name])
     assert code == 0, errors
-    assert "top 8 as far as 0.9 at T = 1, 2 at least" in output
+    count = np.concatenate([item.targets.counts for item in open_cache(caches[name])]).mean()
+    assert f"top 8 as far as 0.9 at T = 1, 2 at least, {count:.1f} in the mean, exact at T = 1, 2; rounded" in output
 
 
 def test_caches_of_another_mass_are_kept_apart(tmp_path, caches):
@@ -444,3 +466,184 @@ def test_flipped_bytes_of_such_a_shard_are_found(caches, container):
     finally:
         path.write_bytes(contents)
     assert verify_cache(folder).problems == []
+
+
+def test_other_libraries_read_rows_of_their_own_lengths(caches):
+    folder, wanted = caches["arrow"], [item.targets for item in open_cache(caches["arrow"])]
+    commit = open_cache(folder).commits[0]
+    path = folder / SHARDS / commit.file
+    shard = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+    readers = {"pyarrow": lambda: shard["ids"].to_pylist()}
+    if importlib.util.find_spec("polars"):
+        readers["polars"] = lambda: importlib.import_module("polars").read_ipc(str(path))["ids"].to_list()
+    if importlib.util.find_spec("duckdb"):
+        relation = importlib.import_module("duckdb").from_arrow(shard)
+        readers["duckdb"] = lambda: [ids for (ids,) in relation.project("ids").fetchall()]
+    for name, read_ids in readers.items():
+        for ids, targets in zip(read_ids(), wanted):
+            assert [list(row) for row in ids] == [
+                row[:count].tolist() for row, count in zip(targets.ids, targets.counts)
+            ], name
+
+
+def test_batches_end_before_their_offsets_overflow(tmp_path, caches, monkeypatch):
+    monkeypatch.setattr("pipeline.formats.arrow.BATCH_ENTRIES", 50)
+    folder = make_cache(tmp_path / "cache", caches["arrow"].parent / "corpus", top_p=0.9, min_k=2)
+    path = folder / SHARDS / open_cache(folder).commits[0].file
+    assert pa.ipc.open_file(pa.memory_map(str(path))).num_record_batches > 3
+    for ours, theirs in zip(open_cache(folder), open_cache(caches["arrow"]), strict=True):
+        assert checksum_of(vars(ours.targets)) == checksum_of(vars(theirs.targets))
+
+
+@pytest.fixture(scope="module")
+def captured_cache(tmp_path_factory, teacher, corpus):
+    """By a tiny teacher: mass 0.15 at T=2, where it is flat, 3 entries at least, 16 at most."""
+    folder = tmp_path_factory.mktemp("captured") / "cache"
+    return captured(folder, teacher, corpus, top_p=0.15, min_k=3, top_p_temperature=2.0, tail_samples=0)
+
+
+def test_capture_of_a_teacher_against_float64(captured_cache, teacher, corpus):
+    cache = open_cache(captured_cache)
+    vocab_size, off = cache.manifest.vocab_size, rounding_of_logits(teacher, corpus, cache.manifest.vocab_size)
+    assert verify_cache(captured_cache).problems == []
+    seen = set()
+    for cached, sequence, logit_error in zip(cache, Corpus(corpus).rows(), off, strict=True):
+        logits, targets = true_logits(teacher, sequence, vocab_size), cached.targets
+        probs = softmax(logits, 2.0)
+        held, near = np.cumsum(-np.sort(-probs, axis=1)[:, :16], axis=1), prob_errors(logits, 2.0, logit_error).sum(1)
+        expected = np.clip(1 + (held < 0.15).sum(axis=1), 3, 16)
+        is_clear = np.abs(held - 0.15).min(axis=1) > near
+        np.testing.assert_array_equal(targets.counts[is_clear], expected[is_clear])
+        assert is_clear.mean() > 0.9
+        seen |= set(targets.counts.tolist())
+        is_entry = np.arange(16) < targets.counts[:, None]
+        for temperature in (1.0, 2.0):
+            exact, errors = (
+                of(logits, temperature, *more) for of, more in ((softmax, ()), (prob_errors, (logit_error,)))
+            )
+            ids = targets.ids.astype(np.int64)
+            wanted, allowed = (np.take_along_axis(values, ids, 1) * is_entry for values in (exact, errors))
+            assert_within(targets.probs(temperature), wanted, allowed + 1e-3)
+            assert_within(targets.tail_mass(temperature), 1 - wanted.sum(1), errors.sum(1) + 1e-3)
+    assert len(seen) > 3
+
+
+def test_audit_of_such_a_cache(tmp_path, captured_cache, teacher):
+    config = AuditConfig(cache=captured_cache, teacher=teacher, fraction=1.0)
+    assert audit_cache(config).problems == []
+
+    def shortened(index, targets):
+        return cut(targets, np.maximum(targets.counts - 4 * (index == 0), 3))
+
+    folder = rewritten(captured_cache, tmp_path / "cache", shortened)
+    problems = audit_cache(dataclasses.replace(config, cache=LocalStore(folder))).problems
+    assert problems
+    assert all("mass at the end of the entries at T=2" in problem and "sequence 0 " in problem for problem in problems)
+
+
+@pytest.mark.parametrize(
+    ("tail", "divergence"),
+    [(tail, "forward") for tail in ("ghost", "uniform", "zero", "renormalise")]
+    + [("ghost", "reverse"), ("ghost", "js")],
+)
+def test_loss_of_such_targets_is_that_of_rows_without_places(tail, divergence):
+    """One target at a time, with as many columns as it has entries, against all of them side by side."""
+    exact, labels, _ = random_targets((2.0,), num_rows=24)
+    ragged = cut(exact, random_counts(24, "any"))
+    random = torch.Generator().manual_seed(0)
+    hidden, head = (torch.randn(rows, 16, generator=random, dtype=torch.float64) for rows in (24, VOCAB_SIZE))
+    options = {"alpha": 1.0, "temperature": 2.0, "tail": tail, "divergence": divergence, "ignore_index": -100}
+
+    def loss(rows, width):
+        some = ragged.take(rows)
+        ids, probs = (torch.from_numpy(values[:, :width]) for values in (some.ids, some.probs(2.0)))
+        inputs = hidden[rows].clone().requires_grad_()
+        given = (torch.from_numpy(labels[rows]).long(), ids.long(), probs, torch.from_numpy(some.tail_mass(2.0)))
+        out = fused_distillation_loss(inputs, head, *given, **options)
+        out.loss.backward()
+        return out.loss.detach(), inputs.grad
+
+    every = np.arange(24)
+    value, gradient = loss(every, TOP_K)
+    parts = [loss(every[row : row + 1], int(ragged.counts[row])) for row in every]
+    torch.testing.assert_close(value, torch.stack([part for part, _ in parts]).mean())
+    torch.testing.assert_close(gradient * 24, torch.cat([part for _, part in parts]))
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_damage_of_every_kind_is_found(caches, container):
+    folder = caches[container]
+    outcomes = fuzz((folder, read(folder)), 40, seed=1)
+    assert outcomes["refused"] > 25
+
+
+def test_estimate_and_announcement_say_that_they_are_bounds(tmp_path, teacher, corpus):
+    settings = tmp_path / "cache.yaml"
+    values = {"teacher": str(teacher), "corpus": str(corpus), "out": str(tmp_path / "cache"), "top_k": 16}
+    settings.write_text(json.dumps(values | {"engine": "transformers", "top_p": 0.9}))
+    code, output, errors = run("estimate", "--cache-logits", settings, "--device", "h100")
+    assert code == 0, errors
+    assert "if no target reached 0.9 before its top k: less" in output
+    code, _, errors = run("cache-logits", "--config", settings)
+    assert code == 0, errors
+    assert "takes at most" in errors
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"top_p": 1.5}, "top_p is 1.5"),
+        ({"top_p": 0}, "top_p is 0"),
+        ({"top_p_temperature": 7.0}, "top_p_temperature is none of the temperatures"),
+        ({"min_k": 9}, "min_k must lie between 1 and top_k"),
+        ({"min_k": None}, "min_k must lie between 1 and top_k"),
+        ({"tail_samples": 2, "draw_temperature": 1.0}, "top_p leaves no draws"),
+        ({"top_p": None}, "without top_p there is no min_k"),
+        ({"format_version": 2}, "format_version is 2, but top_p is of 3"),
+    ],
+)
+def test_manifest_that_contradicts_itself_is_refused(tmp_path, caches, changes, said):
+    document = {**json.loads((caches["zarr"] / "manifest.json").read_bytes()), **changes}
+    del document["checksum"]
+    write_json(store_of(tmp_path) / "manifest.json", document)
+    with pytest.raises(CacheCorruptError, match=said):
+        CacheManifest.read(tmp_path)
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_threads_make_the_same_shards(tmp_path, caches, container):
+    corpus, settings = caches[container].parent / "corpus", {"container": container, "top_p": 0.9, "min_k": 2}
+    folder = make_cache(tmp_path / "cache", corpus, encoding_threads=3, **settings)
+    ours, theirs = (open_cache(each).commits for each in (folder, caches[container]))
+    assert [commit.xxh3_128 for commit in ours] == [commit.xxh3_128 for commit in theirs]
+
+
+def test_reuse_copies_rows_as_they_are_and_only_of_the_same_cut(tmp_path, captured_cache, teacher, corpus):
+    settings = {"tail_samples": 0, "top_p": 0.15, "min_k": 3, "top_p_temperature": 2.0, "format": "zarr"}
+    reuse = (LocalStore(captured_cache),)
+    folder = captured(tmp_path / "cache", teacher, corpus, reuse=reuse, **settings)
+    for ours, theirs in zip(open_cache(folder), open_cache(captured_cache), strict=True):
+        assert checksum_of(vars(ours.targets)) == checksum_of(vars(theirs.targets))
+    for changes, reason in (
+        ({"top_p": 0.2}, "top_p is 0.15, now 0.2"),
+        ({"min_k": 1}, "min_k is 3, now 1"),
+        ({"top_p_temperature": 1.0}, "top_p_temperature is 2.0, now 1.0"),
+        ({"top_p": None, "min_k": None, "top_p_temperature": None}, "top_p is 0.15, now None"),
+    ):
+        with pytest.raises(CacheMismatchError, match=reason):
+            captured(tmp_path / "other", teacher, corpus, reuse=reuse, **settings | changes)
+
+
+def test_repair_drops_the_damaged_shard_alone(tmp_path, caches):
+    folder = tmp_path / "cache"
+    shutil.copytree(caches["zarr"], folder)
+    path = sorted((folder / SHARDS).iterdir())[0]
+    damaged = bytearray(path.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    path.write_bytes(damaged)
+    assert run("verify", folder, "--repair")[0] == 0
+    assert run("verify", folder)[0] == 1
+    make_cache(folder, caches["zarr"].parent / "corpus", container="zarr", top_p=0.9, min_k=2)
+    assert run("verify", folder)[0] == 0
+    for ours, theirs in zip(open_cache(folder), open_cache(caches["zarr"]), strict=True):
+        assert checksum_of(vars(ours.targets)) == checksum_of(vars(theirs.targets))

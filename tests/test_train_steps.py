@@ -159,8 +159,8 @@ def without_the_rest(grad_logits, targets):
 def kernel_with(mistake):
     """A kernel for the rows of a chunk that makes right values and a wrong gradient."""
 
-    def rows(logits, labels, targets, settings, weights, gradient):
-        values = distillation_rows_(logits, labels, targets, settings, weights, torch.empty_like(logits))
+    def rows(logits, labels, targets, settings, weights, gradient, tail):
+        values = distillation_rows_(logits, labels, targets, settings, weights, torch.empty_like(logits), tail)
         if weights is not None:
             mistake(gradient, targets)
         return values

@@ -5,6 +5,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from pipeline.files import PARTIAL, hash_file, naming, remove_partials
 from pipeline.formats.containers import CONTAINERS, structure_of
 from pipeline.formats.layout import ShardCounts
 from pipeline.processes import owner_is_dead
+from pipeline.sketch import SKETCH, FittedSketch, TailSketch, read_contents, sketch_name
 from pipeline.stores.places import store_of
 from pipeline.stores.sealed import write_json
 from pipeline.stores.store import Store
@@ -41,17 +43,24 @@ class CacheFolder:
         self.manifest = CacheManifest.read(self.folder)
 
     @classmethod
-    def begin(cls, folder: str | Path | Store, manifest: CacheManifest, tokenizer: Path | Store) -> "CacheFolder":
+    def begin(
+        cls,
+        folder: str | Path | Store,
+        manifest: CacheManifest,
+        tokenizer: Path | Store,
+        sketch: bytes | None = None,
+    ) -> "CacheFolder":
         """Make the cache's folder, or check that it holds this very cache; raises CacheError.
 
-        `tokenizer` is copied into it, again if `pipeline verify --repair` has dropped the copy.
+        `tokenizer` is copied into it, again if `pipeline verify --repair` has dropped the copy. `sketch` is the file
+        that the manifest names.
         """
         place = store_of(folder)
         with tempfile.TemporaryDirectory() as scratch:
             source = store_of(tokenizer).as_folder(Path(scratch) / TOKENIZER)
             if not (place / MANIFEST).is_file():
                 _require_free(place)
-                place.build(lambda new: _fill(new, manifest, source))
+                place.build(lambda new: _fill(new, manifest, source, sketch))
             found = cls(place)
             found.manifest.require_equal(manifest, place)
             for name in (SHARDS, COMMITS):  # also those that copying has lost while they were empty
@@ -59,6 +68,25 @@ class CacheFolder:
             if not (place / TOKENIZER).is_dir():
                 (place / TOKENIZER).build(lambda new: _copy(source, new))
         return found
+
+    def sketch_contents(self) -> bytes | None:
+        """The file of the tail sketch, checked against its hash; None without one."""
+        checksum = self.manifest.sketch
+        return None if checksum is None else read_contents(self.folder, checksum)
+
+    @cached_property
+    def sketch(self) -> TailSketch | None:
+        """What makes the teacher's tail of stored coefficients; None of a cache that has none."""
+        fitted = self.fitted_sketch()
+        return None if fitted is None else fitted.decoder
+
+    def fitted_sketch(self) -> FittedSketch | None:
+        """All of the tail sketch; None without one."""
+        contents = self.sketch_contents()
+        if contents is None or self.manifest.sketch is None:
+            return None
+        where = self.folder / sketch_name(self.manifest.sketch)
+        return FittedSketch.from_bytes(contents, where, self.manifest.vocab_size, self.manifest.tail_rank)
 
     def done(self) -> set[int]:
         """The partitions that are committed, from one listing."""
@@ -136,16 +164,19 @@ class CacheFolder:
 
 def _require_free(place: Store) -> None:
     """Raise CacheMismatchError if something else is there."""
-    foreign = [name for name in place.names() if name != TOKENIZER or place.path is not None]
+    of_ours = (TOKENIZER, SKETCH)  # left by a process that was killed before it wrote the manifest
+    foreign = [name for name in place.names() if not name.startswith(of_ours) or place.path is not None]
     if (foreign or place.is_file()) and not (place / MANIFEST).is_file():  # another process may just have made it
         what = f" but {short(foreign[0], quoted=False)}" if foreign else ""
         raise CacheMismatchError(f"{place}: exists and holds no cache{what}; choose another --out or empty it.")
 
 
-def _fill(folder: Store, manifest: CacheManifest, tokenizer: Path) -> None:
+def _fill(folder: Store, manifest: CacheManifest, tokenizer: Path, sketch: bytes | None) -> None:
     """What a cache must have to be one; its manifest declares it."""
     (folder / TOKENIZER).mkdir()
     _copy(tokenizer, folder / TOKENIZER)
+    if sketch is not None and manifest.sketch is not None:
+        (folder / sketch_name(manifest.sketch)).write(sketch)
     manifest.write(folder)
 
 

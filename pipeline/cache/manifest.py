@@ -17,10 +17,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
+import xxhash
 from msgspec import Meta
 
 from pipeline.documents import Count, FileName, Hash, Temperature, Text, Width, document_of, short
 from pipeline.errors import CacheCorruptError, CacheIncompleteError, CacheMismatchError
+from pipeline.files import canonical_json
 from pipeline.formats.containers import CONTAINERS
 from pipeline.formats.grid import WARMEST
 from pipeline.formats.layout import ALIGNMENT, ShardCounts, ShardLayout
@@ -39,8 +41,8 @@ COPY = "manifest.copy.json"
 TOKENIZER = "tokenizer"
 PROVENANCE = ("settings", "software", "chat_template", "tokenizer_files", "largest_token_id", "end_token_ids")
 """Entries that tell where a cache comes from and do not decide what is in it."""
-SINCE_3 = ("top_p", "top_p_temperature", "min_k")
-"""Entries that a cache of format version 2 does not have."""
+SINCE_3 = {"top_p": None, "top_p_temperature": None, "min_k": None, "tail_rank": 0, "sketch": None}
+"""Entries that a cache of format version 2 does not have, and what they are of one that could be one."""
 COLLECTION = ("container", "corpus", "packing", "sequence_length", "num_tokens", "num_targets", "partitions")
 """Entries that say which sequences a cache has and how they are kept; a sequence's targets do not depend on them."""
 
@@ -84,6 +86,10 @@ class CacheManifest:
     identity, since the tokens are."""
     tokenizer_files: dict[FileName, Hash] = field(default_factory=dict)
     """xxh3-128 of every file in tokenizer/; not part of the identity, which is `tokenizer`."""
+    tail_rank: Width = 0
+    """Coefficients of the tail sketch of each position; 0 without a sketch."""
+    sketch: Hash | None = None
+    """xxh3-128 of the file of the tail sketch (pipeline.sketch), whose name it is part of; None without one."""
     largest_token_id: Count | None = None
     """In any sequence; None if the cache was written before it was recorded."""
     end_token_ids: tuple[Count, ...] = ()
@@ -103,6 +109,8 @@ class CacheManifest:
         rules = {
             "partitions must rise from 0": starts[0] == 0 and all(one < other for one, other in pairwise(starts)),
             "vocab_size is above padded_vocab_size": self.vocab_size <= self.padded_vocab_size,
+            "tail_rank and sketch are there together": (self.tail_rank > 0) == (self.sketch is not None),
+            "a sketch stands beside stored entries": self.tail_rank == 0 or self.top_k > 0,
             "num_targets is above num_tokens": self.num_targets <= self.num_tokens,
             f"container is {short(self.container)}; this version knows {', '.join(CONTAINERS)}": self.container
             in CONTAINERS,
@@ -114,9 +122,8 @@ class CacheManifest:
 
     def _rules_of_top_p(self) -> dict[str, bool]:
         if self.top_p is None:
-            return {
-                "without top_p there is no min_k and top_p_temperature": self.min_k is self.top_p_temperature is None
-            }
+            none = (self.min_k, self.top_p_temperature) == (None, None)
+            return {"without top_p there is no min_k and top_p_temperature": none}
         return {
             "top_p_temperature is none of the temperatures": self.top_p_temperature in self.temperatures,
             "min_k must lie between 1 and top_k": self.min_k is not None and 1 <= self.min_k <= self.top_k,
@@ -136,6 +143,11 @@ class CacheManifest:
         """What the cache keeps of every position."""
         return TargetSpec(**{field.name: getattr(self, field.name) for field in fields(TargetSpec)})
 
+    @property
+    def format_version(self) -> int:
+        """Of the format in which the cache is written."""
+        return CONTAINERS[self.container].format_version(self.layout(ShardCounts.of(())))
+
     def layout(self, counts: ShardCounts) -> ShardLayout:
         """The layout of a shard of this cache."""
         return ShardLayout(counts=counts, spec=self.spec)
@@ -148,6 +160,11 @@ class CacheManifest:
             del document[name]
         document |= {f"{name}.{key}": value for name, entries in nested.items() for key, value in entries.items()}
         return document
+
+    def identity_hash(self) -> str:
+        """xxh3-128 of `identity`, as hex; of a cache that format version 2 holds as it was then."""
+        entries = self.identity()
+        return xxhash.xxh3_128_hexdigest(canonical_json(_without_new(entries)))
 
     def target_identity(self) -> dict[str, Any]:
         """The entries that decide the targets of a sequence, whatever else is in the cache and how it is kept."""
@@ -169,10 +186,12 @@ class CacheManifest:
     def write(self, folder: Store) -> bool:
         """Publish the manifest and then its copy; False if another process was first."""
         entries = asdict(self)
-        if self.top_p is None:
-            entries = {name: value for name, value in entries.items() if name not in SINCE_3}
-        version = CONTAINERS[self.container].format_version(self.layout(ShardCounts.of(())))
-        document = {"format": FORMAT, "format_version": version, "alignment": ALIGNMENT, **entries}
+        document = {
+            "format": FORMAT,
+            "format_version": self.format_version,
+            "alignment": ALIGNMENT,
+            **_without_new(entries),
+        }
         won = write_json(folder / MANIFEST, document, first_wins=True)
         return won and write_json(folder / COPY, document)
 
@@ -192,4 +211,15 @@ class CacheManifest:
                 f"{path}: format {short(found[:2])}, alignment {short(found[2])}; "
                 f"this version reads {FORMAT!r} of version {known}, {ALIGNMENT!r}."
             )
-        return document_of(cls, document, path, CacheCorruptError)
+        manifest = document_of(cls, document, path, CacheCorruptError)
+        needed = manifest.layout(ShardCounts.of(())).format_version
+        if needed > found[1]:
+            raise CacheCorruptError(
+                f"{path}: format_version is {found[1]}, but what it declares is of {needed}; the file is forged."
+            )
+        return manifest
+
+
+def _without_new(entries: dict[str, Any]) -> dict[str, Any]:
+    """Those that a version that knows none of SINCE_3 would have written, if the cache has nothing of it."""
+    return {name: value for name, value in entries.items() if name not in SINCE_3 or value != SINCE_3[name]}

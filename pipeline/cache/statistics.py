@@ -28,6 +28,8 @@ class SequenceStatistics:
     """float64 [temperatures]: the sum of what its stored form has lost; 0 for a copy."""
     largest: np.ndarray
     """float32 [temperatures]: the largest error of a probability; 0 for a copy."""
+    sketched: np.ndarray
+    """float64 [2, temperatures]: the sum of the errors of the tail sketch, and of how many targets."""
 
 
 def measured(sequences: Sequence[StoredSequence], layout: ShardLayout) -> list[SequenceStatistics]:
@@ -35,16 +37,21 @@ def measured(sequences: Sequence[StoredSequence], layout: ShardLayout) -> list[S
     fresh = [sequence for sequence in sequences if sequence.source is None]
     errors = iter(_errors(fresh, layout) if fresh else ())
     nothing = np.zeros(len(layout.spec.temperatures))
-    return [
-        SequenceStatistics(
-            len(sequence.targets),
-            len(sequence.columns.get("ids", ())),
-            _sums(sequence.targets, layout.spec.temperatures),
-            sequence.source,
-            *(next(errors) if sequence.source is None else (nothing, nothing)),
+    found = []
+    for sequence in sequences:
+        kl, largest = next(errors) if sequence.source is None else (nothing, nothing)
+        found.append(
+            SequenceStatistics(
+                num_targets=len(sequence.targets),
+                num_entries=len(sequence.columns.get("ids", ())),
+                sums=_sums(sequence.targets, layout.spec.temperatures),
+                source=sequence.source,
+                kl=kl,
+                largest=largest,
+                sketched=_sketch_errors(sequence, layout),
+            )
         )
-        for sequence in sequences
-    ]
+    return found
 
 
 def _sums(targets: SparseTargets, temperatures: tuple[float, ...]) -> np.ndarray:
@@ -53,6 +60,19 @@ def _sums(targets: SparseTargets, temperatures: tuple[float, ...]) -> np.ndarray
         values = (targets.entropy(temperature), targets.tail_mass(temperature), targets.label_logprobs(temperature))
         sums[:, index] = [value.sum(dtype=np.float64) for value in values]
     return sums
+
+
+def _sketch_errors(sequence: StoredSequence, layout: ShardLayout) -> np.ndarray:
+    """What was measured of a capture; of a copy, its shard's mean for as many targets as it has."""
+    count = len(layout.spec.temperatures)
+    if layout.spec.tail_rank == 0:
+        return np.zeros((2, count))
+    if sequence.source is not None:
+        mean = np.array(sequence.source.statistics.get(SKETCH_KL, np.nan), np.float64)
+        known = mean.shape == (count,) and bool(np.isfinite(mean).all())
+        return np.stack([mean, np.ones(count)]) * len(sequence.targets) if known else np.zeros((2, count))
+    errors_NT = sequence.targets.sketch_errors
+    return np.stack([np.nansum(errors_NT, axis=0, dtype=np.float64), np.isfinite(errors_NT).sum(axis=0)])
 
 
 def _errors(sequences: Sequence[StoredSequence], layout: ShardLayout) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -65,6 +85,10 @@ def _errors(sequences: Sequence[StoredSequence], layout: ShardLayout) -> Iterato
         yield kl[rows].sum(axis=0, dtype=np.float64), largest[rows].max(axis=0, initial=0)
 
 
+SKETCH_KL = "mean_sketch_kl"
+"""Name of the mean KL(p_T || what the tail sketch makes of it) in a commit record, nats a temperature."""
+
+
 class TargetStatistics:
     """Sums over the targets of a shard, and what rounding has cost, for its commit record."""
 
@@ -75,6 +99,7 @@ class TargetStatistics:
         self._kl = np.zeros(len(layout.spec.temperatures))
         self._num_entries = 0
         self._largest = np.zeros(len(layout.spec.temperatures))
+        self._sketched = np.zeros((2, len(layout.spec.temperatures)))
         self._copied: dict[str, int] = defaultdict(int)
         self._sources: dict[str, ShardCommit] = {}
 
@@ -83,6 +108,7 @@ class TargetStatistics:
         self._sums += sequence.sums
         self._num_entries += sequence.num_entries
         self._kl += sequence.kl
+        self._sketched += sequence.sketched
         self._largest = np.maximum(self._largest, sequence.largest)
         if (source := sequence.source) is not None:
             self._copied[source.xxh3_128] += sequence.num_targets
@@ -105,16 +131,14 @@ class TargetStatistics:
         if (kl > bound * 1.001 + 1e-9).any():
             raise RuntimeError(f"rounding cost {kl.tolist()} nats; the bound is {bound}: a bug of the codec")
         names = ("sum_entropy", "sum_tail_mass", "sum_label_logprob")
-        entries = {"num_entries": self._num_entries} if self._layout.spec.is_ragged else {}
-        return (
-            dict(zip(names, self._sums.tolist()))
-            | entries
-            | {
-                "mean_kl_error": kl.tolist(),
-                "max_probability_error": self._largest.tolist(),
-                "seconds": round(time.time() - self._started, 3),
-            }
-        )
+        errors, counts = self._sketched
+        said = dict(zip(names, self._sums.tolist())) | {
+            "mean_kl_error": kl.tolist(),
+            "max_probability_error": self._largest.tolist(),
+            "seconds": round(time.time() - self._started, 3),
+        }
+        said |= {"num_entries": self._num_entries} if self._layout.spec.is_ragged else {}
+        return said | ({SKETCH_KL: (errors / counts).tolist()} if counts.all() else {})
 
     def _recorded(self, statistics: dict[str, Any], name: str) -> np.ndarray:
         """float64 [temperatures]: errors as a record has them; of none, or of what cannot be, 1, which bounds both."""

@@ -78,6 +78,10 @@ def verify_cache(
         if hashes.get(name) != wanted:
             report.problems.append(f"{folder / TOKENIZER / name}: missing, or its checksum is not the manifest's.")
             report.tokenizer_damaged = True
+    try:
+        cache.fitted_sketch()
+    except CacheCorruptError as exc:
+        report.problems.append(f"{exc} Nothing makes it again: take it from a copy of the cache.")
     if not _equals_manifest(folder / COPY, folder / MANIFEST):
         report.problems.append(
             f"{folder / COPY}: is not the manifest's copy; `pipeline verify --repair` makes it again."
@@ -176,17 +180,13 @@ def _contradictions_of_counts(targets: SparseTargets, counts_N: np.ndarray, spec
 
 def _contradictions_of_rows(targets: SparseTargets, vocab_size: int) -> list[str]:
     ids, draws, logits = targets.ids, targets.draws, targets.logits
-    if (
-        targets.is_ragged
-    ):  # each place without entry gets an id of its own; the first id, which it repeats, is looked at
-        others = vocab_size + np.arange(ids.shape[1], dtype=np.int32)
-        ordered = np.sort(np.where(logits > -np.inf, ids, others), axis=1)
-    else:
-        ordered = np.sort(ids, axis=1)
+    own = ids
+    if targets.is_ragged:  # places without entry get an id each that no entry has
+        own = np.where(logits > -np.inf, ids, vocab_size + np.arange(ids.shape[1], dtype=np.int32))
+    ordered = np.sort(own, axis=1)
+    ends = ids if targets.is_ragged or not ids.size else ordered[:, [0, -1]]
     rules = {
-        "target ids outside the vocabulary": _within(
-            ids if targets.is_ragged or not ids.size else ordered[:, [0, -1]], vocab_size
-        ),
+        "target ids outside the vocabulary": _within(ends, vocab_size),
         "target ids that repeat in a row": bool((ordered[:, 1:] != ordered[:, :-1]).all()),
         "logits that are not in falling order from 0": bool(
             (logits[:, :1] == 0).all() and (logits[:, 1:] <= logits[:, :-1]).all()

@@ -21,6 +21,8 @@ from pipeline.ipc import file_batches
 from pipeline.parallel import ALONE, Threads
 
 BATCH_TARGETS = 65_536
+BATCH_ENTRIES = 1 << 27
+"""Of targets with different numbers of entries, whose offsets are 32 bits wide."""
 FORMAT = {"format": "sparse-target-shard"}
 
 
@@ -57,13 +59,14 @@ class ArrowShardWriter:
         self._file = pa.OSFile(str(path), "wb")
         self._writer = pa.ipc.new_file(self._file, self._schema)
         self._pending: list[dict[str, np.ndarray]] = []
-        self._pending_targets = 0
+        self._pending_targets = self._pending_entries = 0
 
     def append(self, columns: dict[str, np.ndarray]) -> None:
         """Add the stored columns of one sequence."""
         self._pending.append(columns)
         self._pending_targets += int(columns["num_targets"][0])
-        if self._pending_targets >= BATCH_TARGETS:
+        self._pending_entries += int(columns["num_entries"][0]) if "num_entries" in columns else 0
+        if self._pending_targets >= BATCH_TARGETS or self._pending_entries >= BATCH_ENTRIES:
             self._flush()
 
     def close(self, threads: Threads = ALONE) -> None:
@@ -80,7 +83,7 @@ class ArrowShardWriter:
     def _flush(self) -> None:
         if self._pending:
             self._writer.write_batch(_record_batch(self._pending, self._schema, self._counted))
-            self._pending, self._pending_targets = [], 0
+            self._pending, self._pending_targets, self._pending_entries = [], 0, 0
 
 
 class ArrowShard:

@@ -21,8 +21,8 @@ import xxhash
 from pipeline.corpus import TokenSequence, target_positions
 from pipeline.errors import CacheCorruptError
 from pipeline.formats.codec import is_lossless, round_targets
-from pipeline.formats.ragged import padded, starts_of
-from pipeline.targets import COLUMNS, SparseTargets, TargetSpec, concatenate, logsumexps_of
+from pipeline.formats.ragged import is_entry, padded, starts_of
+from pipeline.targets import COLUMNS, SparseTargets, TargetSpec, concatenate, logsumexps_of, logsumexps_of_rows
 
 ALIGNMENT = "targets[j] is the teacher's distribution of token target_positions[j] + 1"
 
@@ -39,6 +39,7 @@ RAGGED = {
     "entropies": "num_targets",
     "label_logits": "num_targets",
     "draws": "num_targets",
+    "coefficients": "num_targets",
 }
 """The columns of which a sequence has several rows, and the column that counts them, if all targets have K entries."""
 OF_ENTRIES = {"ids": "num_entries", "logits": "num_entries"}
@@ -118,6 +119,7 @@ class ShardLayout:
             "entropies": (counts.num_targets, temperatures),
             "label_logits": (counts.num_targets,),
             "draws": (counts.num_targets, spec.tail_samples),
+            "coefficients": (counts.num_targets, spec.tail_rank),
         }
         absent = {"logsumexps" if self.on_grid else "levels"}
         absent |= set() if spec.is_ragged else {"num_entries", "counts"}
@@ -144,13 +146,17 @@ class ShardLayout:
 
     @property
     def format_version(self) -> int:
-        """Version of the format that a shard needs: 3 where targets have different numbers of entries."""
-        return 3 if self.spec.is_ragged else 2
+        """Version of the format that a shard needs: 3 where targets have different numbers of entries, or a sketch."""
+        return 3 if self.spec.is_ragged or self.spec.tail_rank else 2
 
 
-_DTYPES = {"key": np.uint8, "checksum": np.uint64, "loss_mask": np.bool_, "levels": np.uint8} | dict.fromkeys(
-    ("logits", "logsumexps", "tail_logprobs", "entropies", "label_logits"), np.float32
-)
+_DTYPES = {
+    "key": np.uint8,
+    "checksum": np.uint64,
+    "loss_mask": np.bool_,
+    "levels": np.uint8,
+    "coefficients": np.int16,
+} | dict.fromkeys(("logits", "logsumexps", "tail_logprobs", "entropies", "label_logits"), np.float32)
 """Of the columns that are not int32."""
 
 
@@ -169,9 +175,10 @@ def encode_all(
     """
     spec = layout.spec
     for sequence, targets in captured:
-        expected = (len(sequence.target_positions), spec.top_k, spec.tail_samples, spec.temperatures)
-        found = (len(targets), targets.top_k, targets.draws.shape[1], targets.temperatures)
-        assert found == expected, f"targets of (N, K, D, temperatures) {found} for a sequence of {expected}"
+        expected = (len(sequence.target_positions), spec.top_k, spec.tail_samples, spec.tail_rank, spec.temperatures)
+        widths = (targets.top_k, targets.draws.shape[1], targets.coefficients.shape[1])
+        found = (len(targets), *widths, targets.temperatures)
+        assert found == expected, f"targets of (N, K, D, R, temperatures) {found} for a sequence of {expected}"
         assert spec.is_ragged or not targets.is_ragged, "rows of different lengths; the cache keeps K entries of all"
     rows = slices_of([len(targets) for _, targets in captured])
     labels = np.concatenate([sequence.token_ids[sequence.target_positions + 1] for sequence, _ in captured])
@@ -200,9 +207,9 @@ def _columns(
         **{name: getattr(targets, name) for name in COLUMNS},
     }
     if layout.spec.is_ragged:
-        is_entry = targets.logits > -np.inf
-        columns |= {"counts": is_entry.sum(axis=1), "num_entries": np.array([is_entry.sum()])}
-        columns |= {name: columns[name][is_entry] for name in OF_ENTRIES}
+        entries = targets.logits > -np.inf
+        columns |= {"counts": entries.sum(axis=1), "num_entries": np.array([entries.sum()])}
+        columns |= {name: columns[name][entries] for name in OF_ENTRIES}
     stored = {name: np.ascontiguousarray(columns[name], dtype) for name, (dtype, _) in _without_checksum(layout)}
     return stored | {"checksum": np.array([checksum_of(stored)], np.uint64)}
 
@@ -239,16 +246,24 @@ def decode(columns: dict[str, np.ndarray], layout: ShardLayout, where: str) -> C
 
 def targets_of(columns: dict[str, np.ndarray], layout: ShardLayout) -> SparseTargets:
     """The targets in stored columns of one or more sequences."""
-    num_targets, spec = len(columns["entropies"]), layout.spec
-    empty = {"ids": np.int32, "draws": np.int32, "logits": np.float32}
+    num_targets, spec, tails = len(columns["entropies"]), layout.spec, columns["tail_logprobs"]
+    empty = {
+        "ids": np.int32,
+        "draws": np.int32,
+        "logits": np.float32,
+        "coefficients": np.int16,
+        "sketch_errors": np.float32,
+    }
     values = {name: columns[name] for name in COLUMNS if name in columns}
     values |= {name: np.zeros((num_targets, 0), dtype) for name, dtype in empty.items() if name not in columns}
     if spec.is_ragged:
-        counts, ids = columns["counts"], columns["ids"]
-        values["ids"] = padded(ids, counts, spec.top_k, ids[starts_of(counts)])
-        values["logits"] = padded(columns["logits"], counts, spec.top_k, -np.inf)
-    if layout.on_grid:
-        values["logsumexps"] = logsumexps_of(values["logits"], values["tail_logprobs"], spec.temperatures)
+        ids, logits, starts = columns["ids"], columns["logits"], starts_of(columns["counts"])
+        if layout.on_grid:
+            values["logsumexps"] = logsumexps_of_rows(logits, starts, tails, spec.temperatures)
+        entries = is_entry(columns["counts"], spec.top_k)
+        values |= {"ids": padded(ids, entries, ids[starts][:, None]), "logits": padded(logits, entries, -np.inf)}
+    elif layout.on_grid:
+        values["logsumexps"] = logsumexps_of(values["logits"], tails, spec.temperatures)
     return SparseTargets(temperatures=spec.temperatures, **values)
 
 

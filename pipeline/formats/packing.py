@@ -132,8 +132,8 @@ class Packer:
             counts = whole["counts"]
             width = int(counts.max(initial=1))
             entries = is_entry(counts, width)
-            ids = padded(ids, counts, width, ids[starts_of(counts)])
-            steps = None if steps is None else padded(steps, counts - 1, width - 1, NO_RUN)
+            ids = padded(ids, entries, ids[starts_of(counts)][:, None])
+            steps = None if steps is None else padded(steps, entries[:, 1:], NO_RUN)
         model, topics = learn(ids, threads, entries)
 
         def block(rows: slice) -> np.ndarray:

@@ -19,11 +19,11 @@ def is_entry(counts_N: np.ndarray, width: int) -> np.ndarray:
     return np.arange(width, dtype=np.int32) < counts_N[:, None]
 
 
-def padded(values_E: np.ndarray, counts_N: np.ndarray, width: int, filling_N: np.ndarray | float) -> np.ndarray:
-    """[N, K]: the rows side by side, each filled up with its filling."""
-    filled = np.empty((len(counts_N), width), values_E.dtype)
-    filled[:] = filling_N[:, None] if isinstance(filling_N, np.ndarray) else filling_N
-    filled[is_entry(counts_N, width)] = values_E
+def padded(values_E: np.ndarray, is_entry_NK: np.ndarray, filling_N1: np.ndarray | float) -> np.ndarray:
+    """[N, K]: the rows side by side, and the filling of each where it has no entry."""
+    filled = np.empty(is_entry_NK.shape, values_E.dtype)
+    filled[:] = filling_N1
+    filled[is_entry_NK] = values_E
     return filled
 
 

@@ -28,7 +28,8 @@ from pipeline.parallel import ALONE, Threads
 CHUNK_VALUES = 32_768
 """Values in the chunks of a row block, the unit of reading."""
 MAX_CHUNK_ROWS = 4096
-FLAT_VALUES = 8192
+"""Of scalars; of coefficients too, each of which is a chunk of its own: they differ in their spread."""
+FLAT_VALUES = 16_384
 """Values of a chunk of a flat array, whose chunks do not begin where rows do: more of a larger one is read in vain."""
 STEP_COLUMNS = 16
 """Columns of a chunk of `steps`: ranks that are close to each other have like steps."""
@@ -124,9 +125,11 @@ class ZarrShard:
         self._counted = {name: ragged.get(name, "num_targets") for name in self._arrays if name not in self._heads}
 
     def _require_entries(self, counted: dict[str, str]) -> None:
-        """Raise ValueError unless the sequences have as many entries as are there, and each target has some."""
-        if (np.diff(self._offsets["num_steps"]) < 0).any():
-            raise ValueError("a sequence of fewer entries than targets")
+        """Raise ValueError unless the sequences have as many entries as are there, 1 to K of each target."""
+        most = (self._layout.spec.top_k - 1) * self._heads["num_targets"].astype(np.int64)
+        later = np.diff(self._offsets["num_steps"])
+        if (later < 0).any() or (later > most).any():
+            raise ValueError("a sequence of fewer entries than targets, or more than these can have")
         for name in FLAT:
             if name in self._arrays and len(self._arrays[name]) != self._offsets[counted[name]][-1]:
                 raise ValueError(f"array {name!r} has not as many values as its sequences have entries")
@@ -186,9 +189,11 @@ def chunk_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     width = int(np.prod(shape[1:], dtype=int))
     if name in FLAT and len(shape) == 1:
         return (FLAT_VALUES,)
-    if name != "steps":
-        return (_chunk_rows(width), *shape[1:])
-    return (_chunk_rows(width + 1), min(STEP_COLUMNS, width))
+    if name == "coefficients":
+        return (MAX_CHUNK_ROWS, 1)
+    if name == "steps":
+        return (_chunk_rows(width + 1), min(STEP_COLUMNS, width))
+    return (_chunk_rows(width), *shape[1:])
 
 
 def _chunk_rows(width: int) -> int:

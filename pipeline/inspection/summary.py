@@ -130,7 +130,7 @@ class Summary:
         if manifest.top_p is not None:
             mean = "" if self.mean_entries is None else f", {self.mean_entries:.1f} in the mean"
             what[0] += (
-                f" as far as {manifest.top_p:g} at T = {manifest.top_p_temperature:g}, {manifest.min_k} at least{mean},"
+                f" as far as {manifest.top_p:g} at T = {manifest.top_p_temperature:g}, {manifest.min_k} at least{mean}"
             )
         if manifest.tail_samples:
             what.append(f"{manifest.tail_samples} draws at T = {manifest.draw_temperature or math.nan:g}")

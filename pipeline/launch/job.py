@@ -9,6 +9,7 @@ from pipeline.documents import short
 from pipeline.errors import ConfigError
 from pipeline.launch.settings import LAUNCHERS, SubmitConfig
 from pipeline.progress import Reporter
+from pipeline.runs.outline import UNITS
 from pipeline.stores.store import Store
 
 PIPELINE, TORCHRUN = ("-P", "-m", "pipeline.cli"), ("-P", "-m", "torch.distributed.run")
@@ -17,17 +18,35 @@ PIPELINE, TORCHRUN = ("-P", "-m", "pipeline.cli"), ("-P", "-m", "torch.distribut
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be launched: any number of workers on one cache and, if the settings name one, a training after."""
+    """What is to be launched: any number of workers on one cache, and a training after if the settings name one; or on
+    one corpus."""
 
     submit: SubmitConfig
     cache: Store
-    """Where the capture writes to; raises ConfigError if no script could name it."""
+    """Where the workers write to; raises ConfigError if no script could name it."""
     devices_per_worker: int
     """GPUs of a worker, unless the submission says otherwise."""
 
     def __post_init__(self) -> None:
         if not str(self.cache).isprintable():  # it goes into scripts, a line of which must not become two
             raise ConfigError(f"out is {short(str(self.cache))}; a name with control characters cannot be launched.")
+
+    @property
+    def stage(self) -> str:
+        """What the workers do, in names of scripts and logs."""
+        return "prepare" if self.submit.prepare is not None else "capture"
+
+    @property
+    def settings(self) -> Path:
+        """The file with the workers' settings."""
+        path = self.submit.prepare or self.submit.cache_logits
+        assert path is not None
+        return path
+
+    @property
+    def commits(self) -> Store:
+        """The folder in which the workers' run has its commits."""
+        return self.cache / UNITS if self.stage == "prepare" else self.cache
 
     @property
     def launcher(self) -> "Launcher":
@@ -40,12 +59,16 @@ class Job:
             parent = Path.cwd()
         else:
             local = self.cache.path
-            parent = (self.submit.cache_logits.absolute() if local is None else local).parent
+            parent = (self.settings.absolute() if local is None else local).parent
         return parent / f"{self.name}.jobs"
 
     @property
     def logs(self) -> Path:
         return self.folder / "logs"
+
+    def worker_log(self, worker: int) -> Path:
+        """Where a worker's output goes."""
+        return self.logs / f"{self.stage}-{worker}.log"
 
     @property
     def name(self) -> str:
@@ -56,10 +79,15 @@ class Job:
         given = self.submit.gpus_per_worker
         return self.devices_per_worker if given is None else given
 
-    def capture_command(self, python: str = sys.executable, config: Path | None = None) -> list[str]:
+    def worker_command(self, python: str = sys.executable, config: Path | None = None) -> list[str]:
         """One worker; its rank comes from the environment."""
-        path = str(config or self.submit.cache_logits.absolute())
-        return [python, *PIPELINE, "cache-logits", "--config", path, "--worker-from-env"]
+        path = str(config or self.settings.absolute())
+        command = "prepare" if self.stage == "prepare" else "cache-logits"
+        return [python, *PIPELINE, command, "--config", path, "--worker-from-env"]
+
+    def gate_command(self, python: str = sys.executable) -> list[str]:
+        """What looks at all that the workers have written; a corpus is checked as it is read."""
+        return [python, *PIPELINE, *(("status",) if self.stage == "prepare" else ("verify",)), str(self.cache)]
 
     def student_command(self, python: str = sys.executable, config: Path | None = None) -> list[str]:
         """The training on one node, with a process a GPU."""

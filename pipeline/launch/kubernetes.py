@@ -1,8 +1,8 @@
 """Workers as a Kubernetes Indexed Job, and the training as a second, suspended Job.
 
-settings.yaml, capture.yaml, student.yaml and submit.sh are written into a folder of the working directory.
-Paths in the settings are those of the containers, absolute: teacher, corpus and cache lie on the volume. A cache
-may lie in an object store instead, whose credentials come from a secret or from the pods' identity.
+settings.yaml, capture.yaml (or prepare.yaml), student.yaml and submit.sh are written into a folder of the working
+directory. Paths in the settings are those of the containers, absolute: teacher, corpus and cache lie on the volume. A
+cache may lie in an object store instead, whose credentials come from a secret or from the pods' identity.
 The settings themselves travel as a ConfigMap.
 """
 
@@ -16,20 +16,20 @@ import yaml
 
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.exit_codes import AGAIN, MENDABLE
-from pipeline.launch.job import PIPELINE, Job, Launcher
+from pipeline.launch.job import Job, Launcher
 from pipeline.launch.scripts import write_script
 from pipeline.progress import Reporter
 from pipeline.stores.patience import patience_of_environment
 
 SETTINGS = Path("/settings")
-CAPTURE_SETTINGS, STUDENT_SETTINGS = "cache-logits.yaml", "train-student.yaml"
+STUDENT_SETTINGS = "train-student.yaml"
 """Where the containers find the settings."""
 
 SUBMIT = """#!/bin/bash
 # What `pipeline submit --on kubernetes` runs. Jobs of the same names must be gone: kubectl delete -f FILE
 set -euo pipefail
 cd "$(dirname "$0")"
-kubectl apply -f settings.yaml -f capture.yaml
+kubectl apply -f settings.yaml -f @stage.yaml
 """
 
 SUBMIT_STUDENT = """kubectl apply -f student.yaml    # suspended
@@ -56,37 +56,38 @@ def write_manifests(job: Job) -> None:
     """Write submit.sh and what it applies."""
     if (local := job.cache.path) is not None and not local.is_absolute():
         raise ConfigError(f"out is {job.cache}; give the absolute path that it has in the containers.")
-    for path in filter(None, (job.submit.cache_logits, job.submit.train_student)):
+    for path in filter(None, (job.settings, job.submit.train_student)):
         for name, value in yaml.safe_load(path.read_text(encoding="utf-8")).items():
             if str(value).startswith("~"):
                 raise ConfigError(f"{path}: {name} is {value}; give the absolute path that it has in the containers.")
     job.prepare_folder()
-    documents = {"settings.yaml": settings_manifest(job), "capture.yaml": capture_manifest(job)}
+    documents = {"settings.yaml": settings_manifest(job), f"{job.stage}.yaml": workers_manifest(job)}
     text = SUBMIT
     if job.submit.train_student is not None:
         documents["student.yaml"] = student_manifest(job)
         text += SUBMIT_STUDENT
     for name, document in documents.items():
         (job.folder / name).write_text(yaml.safe_dump(document, sort_keys=False), encoding="utf-8")
-    write_script(job.folder / "submit.sh", text, capture=_name(job, "capture"), student=_name(job, "student"))
+    names = {"capture": _name(job, "capture"), "student": _name(job, "student")}
+    write_script(job.folder / "submit.sh", text, stage=job.stage, **names)
 
 
 def settings_manifest(job: Job) -> dict[str, Any]:
     """The YAML files of the settings, as they are."""
-    files = {CAPTURE_SETTINGS: job.submit.cache_logits, STUDENT_SETTINGS: job.submit.train_student}
+    files = {_worker_settings(job): job.settings, STUDENT_SETTINGS: job.submit.train_student}
     data = {name: path.read_text(encoding="utf-8") for name, path in files.items() if path is not None}
     return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": _name(job, "settings")}, "data": data}
 
 
-def capture_manifest(job: Job) -> dict[str, Any]:
+def workers_manifest(job: Job) -> dict[str, Any]:
     """One pod a worker. Evicted and drained pods are replaced and not counted as failures."""
     submit = job.submit
     environment = [{"name": "PIPELINE_WORKERS", "value": str(submit.workers)}, *_patience()]
     container = _container(
-        job, "worker", job.capture_command("python", SETTINGS / CAPTURE_SETTINGS), job.gpus_per_worker, environment
+        job, "worker", job.worker_command("python", SETTINGS / _worker_settings(job)), job.gpus_per_worker, environment
     )
     return _job(
-        _name(job, "capture"),
+        _name(job, job.stage),
         _pod(job, [container]),
         completionMode="Indexed",
         completions=submit.workers,
@@ -105,7 +106,7 @@ def capture_manifest(job: Job) -> dict[str, Any]:
 
 def student_manifest(job: Job) -> dict[str, Any]:
     """The training on one node, behind a first container that verifies the cache."""
-    verify = _container(job, "gate", ["python", *PIPELINE, "verify", str(job.cache)], 0, _patience())
+    verify = _container(job, "gate", job.gate_command("python"), 0, _patience())
     container = _container(
         job, "student", job.student_command("python", SETTINGS / STUDENT_SETTINGS), job.submit.student_gpus, _patience()
     )
@@ -155,6 +156,10 @@ def _container(job: Job, name: str, command: list[str], gpus: int, environment: 
 
 def _patience() -> list[dict[str, str]]:
     return [{"name": name, "value": value} for name, value in patience_of_environment().items()]
+
+
+def _worker_settings(job: Job) -> str:
+    return "prepare.yaml" if job.stage == "prepare" else "cache-logits.yaml"
 
 
 def _name(job: Job, what: str) -> str:

@@ -19,7 +19,7 @@ SAY_INTERVAL_S = 60.0
 
 
 def launch(job: Job, reporter: Reporter) -> None:
-    """Run workers until the cache is whole, then the training. A signal drains them, a second one kills them."""
+    """Run workers until cache or corpus is whole, then the training. A signal drains them, a second one kills them."""
     job.prepare_folder()
     pool = _Pool(job, reporter)
     with contextlib.closing(pool), Drain(pool.kill) as drain:
@@ -30,7 +30,10 @@ def launch(job: Job, reporter: Reporter) -> None:
 
 
 def require_whole(job: Job, reporter: Reporter) -> None:
-    """The gate between the stages: every partition there, and every byte as it was written."""
+    """The gate between the stages: every partition there, and every byte as it was written.
+
+    Of a corpus its workers have checked what they read of each other, and who uses it checks the rest.
+    """
     from pipeline.cache.verify import verify_cache
 
     status = StatusReader(job.cache).read()
@@ -38,6 +41,8 @@ def require_whole(job: Job, reporter: Reporter) -> None:
         reporter.log(line)
     if status.state != "complete":
         raise PipelineError(f"{job.cache}: {status.state} after all workers have ended; their logs are in {job.logs}.")
+    if job.stage == "prepare":
+        return
     problems = verify_cache(job.cache).problems
     if problems:
         raise PipelineError(f"{job.cache}: {len(problems)} problems, the first: {problems[0]}; run `pipeline verify`.")
@@ -46,7 +51,7 @@ def require_whole(job: Job, reporter: Reporter) -> None:
 class _Pool:
     def __init__(self, job: Job, reporter: Reporter) -> None:
         self._job, self._reporter = job, reporter
-        self._hasty = job.cache.hasty(PATIENCE_S)
+        self._hasty, self._commits = job.cache.hasty(PATIENCE_S), job.commits.hasty(PATIENCE_S)
         self._num_done = 0
         self._children: dict[int, Child] = {}
         self._fruitless: dict[int, int] = {}
@@ -111,7 +116,7 @@ class _Pool:
         if job.gpus_per_worker:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(_devices(worker, job.gpus_per_worker))
         self._done_before[worker] = self._count_done()
-        self._children[worker] = Child(job.capture_command(), environment, job.logs / f"capture-{worker}.log")
+        self._children[worker] = Child(job.worker_command(), environment, job.worker_log(worker))
 
     def _ended(self, worker: int, child: Child, code: int, drained: bool) -> None:
         """Start a worker again, unless it is done, told to stop, or ends again and again with nothing new."""
@@ -137,7 +142,7 @@ class _Pool:
     def _count_done(self) -> int:
         """Partitions that are committed, as far as is known: workers are tended while a store does not answer."""
         with contextlib.suppress(StorageSilentError):
-            self._num_done = len(list_commits(self._hasty))
+            self._num_done = len(list_commits(self._commits))
         return self._num_done
 
 

@@ -15,7 +15,7 @@ from pipeline.stores.patience import patience_of_environment
 
 
 def launch(job: Job, reporter: Reporter) -> None:
-    """Run workers until the cache is whole, then the training, as tasks that Ray starts again if they end early."""
+    """Run workers until all is whole, then the training, as tasks that Ray starts again if they end early."""
     try:
         import ray
     except ImportError as exc:
@@ -28,7 +28,7 @@ def launch(job: Job, reporter: Reporter) -> None:
         reporter.log(f"ray: {job.submit.workers} workers with {job.gpus_per_worker} GPUs each; logs in {job.logs}")
         _wait_for(
             [
-                worker.remote(job.capture_command(), _environment(job, index), str(job.logs / f"capture-{index}.log"))
+                worker.remote(job.worker_command(), _environment(job, index), str(job.worker_log(index)))
                 for index in range(job.submit.workers)
             ]
         )

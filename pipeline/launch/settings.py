@@ -21,9 +21,10 @@ class LaunchSettings(Settings):
     launcher: str = required(
         "What starts the workers: this machine, or a cluster.", choices=LAUNCHERS.names, flag="--on"
     )
-    cache_logits: Path = required("YAML file with the settings of `pipeline cache-logits`.")
+    cache_logits: Path | None = setting(None, "YAML file with the settings of `pipeline cache-logits`.")
+    prepare: Path | None = setting(None, "YAML file with the settings of `pipeline prepare`, instead of a capture.")
     train_student: Path | None = setting(None, "YAML file with the settings of `pipeline train-student`, to follow.")
-    workers: int = setting(1, "Workers that share the cache.")
+    workers: int = setting(1, "Workers that share the cache or the corpus.")
     gpus_per_worker: int | None = setting(
         None, "GPUs of a worker; none takes tensor_parallel x pipeline_parallel, 0 is for a CPU."
     )
@@ -35,6 +36,14 @@ class LaunchSettings(Settings):
     )
 
     def check(self) -> None:
+        if (self.cache_logits is None) == (self.prepare is None):
+            raise ConfigError(
+                "--cache-logits is missing; give it, or --prepare: the file of a capture or of a preparation."
+            )
+        if self.prepare is not None and self.train_student is not None:
+            raise ConfigError(
+                f"train_student is {self.train_student}, which follows a capture; submit both once the corpus is there."
+            )
         for name in ("workers", "student_nodes", "attempts", "drain_s"):
             self.at_least(name, 1)
         for name in ("gpus_per_worker", "student_gpus"):

@@ -1,8 +1,8 @@
 """Workers as a Slurm job array, a gate that starts it again, and the training behind the gate.
 
 Four scripts are written next to the cache, or next to the settings of one in an object store: submit.sh,
-capture.sbatch, gate.sbatch, student.sbatch. What `pipeline submit` does is to run the first. Slurm's accounting is
-not needed.
+capture.sbatch (or prepare.sbatch), gate.sbatch, student.sbatch. What `pipeline submit` does is to run the first.
+Slurm's accounting is not needed.
 """
 
 import re
@@ -21,26 +21,26 @@ from pipeline.progress import Reporter
 EXIT_CODES = {"done": DONE, "mendable": MENDABLE, "incomplete": INCOMPLETE, "set_aside": SET_ASIDE, "again": AGAIN}
 """By the names that the scripts' templates have for them."""
 
-CAPTURE = """#!/bin/bash
-# Stage one: @workers workers on one cache. Safe to submit at any time and any number of times.
-#SBATCH --job-name=@name-capture
+WORKERS = """#!/bin/bash
+# @workers workers on one @thing. Safe to submit at any time and any number of times.
+#SBATCH --job-name=@name-@stage
 #SBATCH --array=0-@last
 #SBATCH --nodes=1
 #SBATCH --ntasks=1
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --signal=B:USR1@@@drain_s
-#SBATCH --output=@capture_log
+#SBATCH --output=@worker_log
 @directives
 cd @cwd
 @setup
 # exec: the warning before a time limit reaches the worker itself, which finishes its shard and exits with @again.
-exec @capture
+exec @worker
 """
 
 GATE = """#!/bin/bash
-# Runs when every task of stage one has ended, in whatever way. A whole cache opens the gate for the student.
-# An incomplete one starts stage one again, with a new gate, unless @attempts rounds in a row got nowhere.
+# Runs when every task of the array has ended, in whatever way. A whole @thing opens the gate for what follows.
+# An incomplete one starts the array again, with a new gate, unless @attempts rounds in a row got nowhere.
 #SBATCH --job-name=@name-gate
 #SBATCH --nodes=1
 #SBATCH --ntasks=1
@@ -57,7 +57,7 @@ before=${DONE:-0} attempt=${ATTEMPT:-1} student=${STUDENT:-}
 # @done complete, @incomplete incomplete, @set_aside all that is left was set aside, @again the store does not answer
 state=$?
 if [ $state -eq @done ]; then
-    @pipeline verify @cache    # with @done the student starts
+    @check    # with @done the student starts, if there is one
     state=$?
     if [ $state -ne @again ]; then exit $state; fi
 fi
@@ -75,11 +75,11 @@ if [ $state -ne @incomplete ] || [ $attempt -gt @attempts ]; then
     exit 1
 fi
 set -e
-capture=$(sbatch --parsable @folder/capture.sbatch)
-gate=$(sbatch --parsable --dependency=afterany:$capture \\
+workers=$(sbatch --parsable @folder/@stage.sbatch)
+gate=$(sbatch --parsable --dependency=afterany:$workers \\
     --export=ALL,DONE=$now,ATTEMPT=$attempt,STUDENT=$student @folder/gate.sbatch)
 if [ -n "$student" ]; then scontrol update jobid=$student dependency=afterok:$gate; fi
-echo "$now partitions are done; stage one runs again as job $capture, its gate as $gate"
+echo "$now partitions are done; the array runs again as job $workers, its gate as $gate"
 """
 
 STUDENT = """#!/bin/bash
@@ -119,26 +119,26 @@ SUBMIT = """#!/bin/bash
 # What `pipeline submit --on slurm` runs. Run it again at any time: what is done stays done.
 set -euo pipefail
 cd @folder
-capture=$(sbatch --parsable capture.sbatch)
+workers=$(sbatch --parsable @stage.sbatch)
 """
 
-SUBMIT_ALONE = """gate=$(sbatch --parsable --dependency=afterany:$capture gate.sbatch)
-echo "capture $capture, gate $gate; pipeline status" @cache
+SUBMIT_ALONE = """gate=$(sbatch --parsable --dependency=afterany:$workers gate.sbatch)
+echo "@stage $workers, gate $gate; pipeline status" @cache
 """
 
 SUBMIT_BOTH = """# Held until its dependency is set: it must not start, and not be given up, before there is a gate.
 student=$(sbatch --parsable --hold student.sbatch)
-gate=$(sbatch --parsable --dependency=afterany:$capture --export=ALL,STUDENT=$student gate.sbatch)
+gate=$(sbatch --parsable --dependency=afterany:$workers --export=ALL,STUDENT=$student gate.sbatch)
 scontrol update jobid=$student dependency=afterok:$gate
 scontrol release $student
-echo "capture $capture, gate $gate, student $student; pipeline status" @cache
+echo "@stage $workers, gate $gate, student $student; pipeline status" @cache
 """
 
 
 def launch(job: Job, reporter: Reporter) -> None:
     """Write the scripts and run submit.sh; it returns as soon as the jobs are queued."""
     write_scripts(job)
-    reporter.log(f"{job.folder}: wrote submit.sh, capture.sbatch, gate.sbatch" + _and_student(job))
+    reporter.log(f"{job.folder}: wrote submit.sh, {job.stage}.sbatch, gate.sbatch" + _and_student(job))
     if job.submit.write_only:
         return
     if shutil.which("sbatch") is None:
@@ -161,16 +161,21 @@ def write_scripts(job: Job) -> None:
         "drain_s": submit.drain_s,
         "nodes": submit.student_nodes,
         "folder": shlex.quote(str(job.folder)),
-        "capture_log": _quoted(job.logs, "capture-%a.log"),
+        "stage": job.stage,
+        "thing": "corpus" if job.stage == "prepare" else "cache",
+        "worker_log": _quoted(job.logs, f"{job.stage}-%a.log"),
         "gate_log": _quoted(job.logs, "gate.log"),
         "student_log": _quoted(job.logs, "student.log"),
         "cache": shlex.quote(str(job.cache)),
         "cwd": shlex.quote(str(Path.cwd())),
         "setup": "\n".join(submit.setup),
-        "capture": shlex.join(job.capture_command()),
+        "worker": shlex.join(job.worker_command()),
+        "check": shlex.join(job.gate_command()),
         "pipeline": shlex.join([sys.executable, *PIPELINE]),
     }
-    write_script(job.folder / "capture.sbatch", CAPTURE, directives=_directives(job, job.gpus_per_worker), **values)
+    write_script(
+        job.folder / f"{job.stage}.sbatch", WORKERS, directives=_directives(job, job.gpus_per_worker), **values
+    )
     write_script(job.folder / "gate.sbatch", GATE, directives=_directives(job, 0), **values)
     tail = SUBMIT_ALONE
     if submit.train_student is not None:

@@ -27,7 +27,7 @@ def convert_cache(config: ConvertConfig, reporter: Reporter | None = None) -> Ca
     if source.manifest.container == config.format:
         raise ConfigError(f"{config.cache}: is a cache of {config.format} shards already; there is nothing to convert.")
     manifest = dataclasses.replace(source.manifest, container=config.format)
-    new = CacheFolder.begin(config.out, manifest, config.cache / TOKENIZER)
+    new = CacheFolder.begin(config.out, manifest, config.cache / TOKENIZER, source.sketch_contents())
     new.remove_leftovers()
     todo = new.todo()
     reporter.log(f"{config.out}: {len(todo)} of {manifest.num_partitions} shards to convert to {config.format}.")

@@ -8,14 +8,13 @@ from collections.abc import Iterator
 from contextlib import closing
 
 import pyarrow.parquet as pq
-import xxhash
 
 from pipeline.cache.manifest import CacheManifest
 from pipeline.cache.reader import open_cache
 from pipeline.cache.shard import StoredShard
 from pipeline.cpu import available_cores
 from pipeline.errors import CacheMismatchError, ConfigError
-from pipeline.files import canonical_json, remove_partials, replacing
+from pipeline.files import remove_partials, replacing
 from pipeline.formats.layout import ALIGNMENT
 from pipeline.lifecycle.copying import sequences_of_shard
 from pipeline.lifecycle.export_layouts import ExportLayout, Row
@@ -54,8 +53,7 @@ def file_name(partition: int) -> str:
 
 
 def _open_folder(config: ExportConfig, manifest: CacheManifest) -> None:
-    identity = xxhash.xxh3_128_hexdigest(canonical_json(manifest.identity()))
-    record = {"cache": identity, "layout": config.layout, "temperature": config.temperature}
+    record = {"cache": manifest.identity_hash(), "layout": config.layout, "temperature": config.temperature}
     different = entries_that_differ(claim(config.out, RECORD, record, "export"), record, record)
     if different:
         raise CacheMismatchError(f"{config.out}: holds another export: {told(different)}; choose another --out.")

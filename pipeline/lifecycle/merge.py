@@ -53,7 +53,7 @@ def merge_caches(config: MergeConfig, reporter: Reporter | None = None) -> Cache
         _require_same_targets(caches[0], cache)
     pieces = _plan(caches)
     manifest = _manifest(config, caches, pieces)
-    new = CacheFolder.begin(config.out, manifest, config.caches[0] / TOKENIZER)
+    new = CacheFolder.begin(config.out, manifest, config.caches[0] / TOKENIZER, caches[0].sketch_contents())
     new.remove_leftovers()
     todo = new.todo()
     twice = sum(len(cache) for cache in caches) - manifest.num_sequences

@@ -38,6 +38,8 @@ REASONS = {
     "temperatures": "p_T needs the sum over the whole vocabulary at T, which was taken at those T alone",
     "tail_samples": "draws cannot be made from what is stored",
     "draw_temperature": "the draws were made from another distribution",
+    "tail_rank": "a sketch is made where the hidden states are",
+    "sketch": "its coefficients belong to another basis",
     "max_kl_error": "its values were rounded otherwise",
 }
 """Why nothing of a cache can be reused, by what differs in its identity."""

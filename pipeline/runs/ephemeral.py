@@ -6,9 +6,11 @@ clocks of the workers say.
 """
 
 import contextlib
+import time
 from dataclasses import dataclass
 
 from pipeline.errors import CacheCorruptError, StorageError
+from pipeline.processes import owner_name
 from pipeline.stores.numbered import list_names
 from pipeline.stores.store import Store, Version
 
@@ -18,6 +20,18 @@ LARGEST_FILE = 1 << 20
 """Bytes."""
 NOT_WRITTEN = (OSError, StorageError)
 """What `renew` and `replace` raise."""
+
+
+def server_time(folder: Store) -> float:
+    """The clock of the file server or the store; where nothing can be written, this machine's."""
+    files, probe = EphemeralFiles(folder), f".clock-{owner_name()}"
+    try:
+        files.replace(probe, "")
+        now = files.read(probe)
+        files.remove(probe)
+    except NOT_WRITTEN:
+        return time.time()
+    return now.time if now is not None else time.time()
 
 
 @dataclass(frozen=True)

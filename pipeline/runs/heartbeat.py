@@ -45,13 +45,13 @@ class WorkerRecord:
     host: Text
     pid: Count
     state: Text
-    """loading, capturing, draining or waiting; at its end done, drained or failed."""
+    """loading, capturing, preparing, draining or waiting; at its end done, drained or failed."""
     reason: Text
     held: list[Count]
     num_partitions: Count
     """Partitions that this worker has committed."""
     num_tokens: Count
-    """Scored by this worker, whether committed yet or not."""
+    """Scored by this worker, whether committed yet or not; of a preparation, bytes of input."""
     bytes: Count
     seconds: Finite
     """How long the worker has lived."""

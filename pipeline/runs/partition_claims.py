@@ -7,7 +7,7 @@ workers have vanished twice, is a suspect: it is done alone, so that a failure i
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from pipeline.cache.commits import is_committed, list_commits
@@ -41,24 +41,26 @@ class PartitionClaims:
     def __init__(
         self,
         folder: Store,
-        num_partitions: int,
+        partitions: Sequence[int],
         rank: Rank,
         heartbeat: Heartbeat,
         drain: Drain,
         *,
         max_failures: int,
     ) -> None:
-        self._folder, self._num_partitions, self._rank = folder, num_partitions, rank
+        """Of the partitions of a run, `partitions` are those that may be taken now."""
+        self._folder, self._partitions, self._planned = folder, partitions, frozenset(partitions)
         self._heartbeat, self._drain, self._max_failures = heartbeat, drain, max_failures
         self._leases, self._events = heartbeat.leases, heartbeat.events
-        self._own = rank.share(num_partitions)
+        self._order = [partitions[index] for index in rank.order(len(partitions))]
+        self._own = {partitions[index] for index in rank.share(len(partitions))}
         self._view = _View()
         self._free: deque[int] = deque()
         self._next: int | None = None
         self._alone = False
         self._taken_at: dict[int, float] = {}
-        # The tail of a run: idle workers look again now and then, all together a few times a second at most.
-        self._poll_s = min(heartbeat.lease_s / 4, 2 + rank.workers / 8, LONGEST_POLL_S)
+        # Seconds between two looks. In the tail of a run idle workers make a few looks a second at most, all together.
+        self.poll_s = min(heartbeat.lease_s / 4, 2 + rank.workers / 8, LONGEST_POLL_S)
 
     def wait(self) -> bool:
         """Take something to do, or wait for it; False once all is settled or a drain was asked for."""
@@ -72,7 +74,7 @@ class PartitionClaims:
             if not self.unsettled():
                 return False
             self._heartbeat.say("waiting")
-            self._drain.sleep(self._poll_s)
+            self._drain.sleep(self.poll_s)
             self._refresh()
         return False
 
@@ -103,7 +105,7 @@ class PartitionClaims:
 
     def unsettled(self) -> list[int]:
         """Partitions that are neither committed nor set aside, as of the last listing."""
-        return [part for part in range(self._num_partitions) if part not in self._view.done and not self._aside(part)]
+        return [part for part in self._partitions if part not in self._view.done and not self._aside(part)]
 
     def set_aside(self) -> dict[int, int]:
         """Partitions that are set aside, and how often each has failed."""
@@ -190,12 +192,15 @@ class PartitionClaims:
         self._leases.release(partition)
 
     def _refresh_if_old(self) -> None:
-        if time.monotonic() - self._view.read_at >= self._poll_s:
+        if time.monotonic() - self._view.read_at >= self.poll_s:
             self._refresh()
 
     def _refresh(self) -> None:
-        leases = list_leases(self._folder)  # before the commits: a lease that ends in between shows as committed
+        leases = self._of_these(list_leases(self._folder))  # before the commits: one that ends in between is committed
         done = list_commits(self._folder)
-        self._view = _View(done, leases, list_failures(self._folder), time.monotonic())
+        self._view = _View(done, leases, self._of_these(list_failures(self._folder)), time.monotonic())
         busy = done | leases.keys() | self._view.failures.keys()
-        self._free = deque(part for part in self._rank.order(self._num_partitions) if part not in busy)
+        self._free = deque(part for part in self._order if part not in busy)
+
+    def _of_these(self, found: dict[int, int]) -> dict[int, int]:
+        return {partition: number for partition, number in found.items() if partition in self._planned}

@@ -10,7 +10,7 @@ from pipeline.stores.store import Store
 class StatusConfig(Settings):
     """Settings of `pipeline status`."""
 
-    cache: Store = required("Folder or URL that `pipeline cache-logits` writes to.", argument=True)
+    cache: Store = required("Folder or URL that `cache-logits` or `prepare` writes to.", argument=True)
     watch: bool = setting(False, "Show it again and again until nothing is left to do.")
     json: bool = setting(False, "One JSON document instead of text.")
     events: int = setting(0, "The last so many events of all workers too.")

@@ -6,31 +6,34 @@ Partitions are counted from listings; commit records are read once each, several
 import contextlib
 import json
 import statistics
-import time
 from collections import Counter
+from collections.abc import Set as AbstractSet
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.cache.commits import commit_path, list_commits, read_commit
-from pipeline.cache.manifest import MANIFEST, CacheManifest
+from pipeline.cache.commits import commit_path, list_commits
 from pipeline.documents import document_of, parse_json, printable
 from pipeline.errors import CacheCorruptError
 from pipeline.exit_codes import DONE, INCOMPLETE, SET_ASIDE
 from pipeline.parallel import in_threads, map_in_threads
-from pipeline.processes import owner_is_dead, owner_name
+from pipeline.processes import owner_is_dead
 from pipeline.progress import duration
-from pipeline.runs.ephemeral import NOT_WRITTEN, EphemeralFile, EphemeralFiles
+from pipeline.runs.ephemeral import EphemeralFile, EphemeralFiles, server_time
 from pipeline.runs.events import describe_event, read_events
 from pipeline.runs.failures import list_failures, read_failure
 from pipeline.runs.heartbeat import BEATS_A_LEASE, ENDED, RECORD_NAME, WORKERS, WorkerRecord
 from pipeline.runs.leases import list_leases, read_lease
+from pipeline.runs.outline import outline_of
 from pipeline.runs.terms import read_terms
 from pipeline.stores.places import store_of
 from pipeline.stores.store import Store
 
 EXIT_CODES = {"complete": DONE, "incomplete": INCOMPLETE, "failed": SET_ASIDE}
 """Of `pipeline status`. Failed: all that is left was set aside, and waits for a person."""
+AT_WORK = ("capturing", "preparing")
+WORKING = (*AT_WORK, "draining")
+"""States of a worker that gets on."""
 SLOW = 0.5
 """A worker below this share of the median speed is called slow."""
 READERS = 16
@@ -55,6 +58,13 @@ class RunStatus:
     """A run at one moment."""
 
     cache: str
+    """Or the corpus."""
+    unit: str
+    """What the counts of tokens count: of a preparation, whose tokens nobody knows yet, bytes of its input."""
+    tasks: str
+    """What the partitions are called."""
+    phases: dict[str, list[int]]
+    """Of a preparation: how many tasks of every phase are done, and how many there are."""
     state: str
     """complete, incomplete or failed."""
     num_partitions: int
@@ -90,16 +100,17 @@ class StatusReader:
     """Reads the status of one run again and again; what cannot change is read once."""
 
     def __init__(self, folder: str | Path | Store) -> None:
-        self.folder = store_of(folder)
-        self.manifest = CacheManifest.read(self.folder)
+        self.place = store_of(folder)
+        self.outline = outline_of(self.place)
+        self.folder = self.outline.folder
         self._records = EphemeralFiles(self.folder / WORKERS)
         self._commits: dict[int, tuple[int, int, float]] = {}
 
     def read(self, num_events: int = 0) -> RunStatus:
         """The status now, with the last so many events. Raises CacheCorruptError if a record is damaged."""
-        manifest, now = self.manifest, self._server_time()
-        self._terms = read_terms(self.folder, manifest)
-        planned = set(range(manifest.num_partitions))
+        outline, now = self.outline, server_time(self.folder / WORKERS)
+        self._terms = read_terms(self.folder, outline.settings)
+        planned = outline.planned
         leases = {part: generation for part, generation in list_leases(self.folder).items() if part in planned}
         done = list_commits(self.folder) & planned
         commits = self._read_commits(done)
@@ -107,47 +118,39 @@ class StatusReader:
         aside = {part: count for part, count in failures.items() if count >= self._terms.max_failures}
         running, orphaned = self._leases({part: leases[part] for part in leases if part not in done}, now)
         workers = self._workers(now)
-        tokens = sum(commit[0] for commit in commits)
-        speed = sum(worker.record.tokens_per_s for worker in workers if worker.state in ("capturing", "draining"))
-        left = manifest.num_partitions - len(done) - len(aside)
+        tokens = outline.total if outline.is_finished else sum(commit[0] for commit in commits)
+        speed = sum(worker.record.tokens_per_s for worker in workers if worker.state in WORKING)
+        left = len(planned) - len(done) - len(aside)
         return RunStatus(
-            cache=str(self.folder),
+            cache=str(self.place),
+            unit=outline.unit,
+            tasks=outline.tasks,
+            phases={name: [len(done & {*range(*span)}), span[1] - span[0]] for name, span in outline.phases.items()},
             state="incomplete" if left else "failed" if aside else "complete",
-            num_partitions=manifest.num_partitions,
+            num_partitions=len(planned),
             num_done=len(done),
             running=running,
             orphaned=orphaned,
             retrying=self._reasons({part: failures[part] for part in failures if part not in aside}),
             failed=self._reasons(aside),
-            num_tokens=manifest.num_tokens,
+            num_tokens=outline.total,
             num_tokens_done=tokens,
             bytes=sum(commit[1] for commit in commits),
             tokens_per_s_now=round(speed, 1),
             tokens_per_s_so_far=round(self._speed_so_far(commits, now if running else None), 1),
-            eta_s=round((manifest.num_tokens - tokens) / speed, 1) if speed and left else None,
+            eta_s=round((outline.total - tokens) / speed, 1) if speed and left else None,
             workers=workers,
             events=read_events(self.folder, num_events) if num_events else [],
         )
 
-    def _server_time(self) -> float:
-        """The clock of the file server or the store; where nothing can be written, this machine's."""
-        probe = f".clock-{owner_name()}"
-        try:
-            self._records.replace(probe, "")
-            now = self._records.read(probe)
-            self._records.remove(probe)
-        except NOT_WRITTEN:
-            return time.time()
-        return now.time if now is not None else time.time()
-
-    def _read_commits(self, done: set[int]) -> list[tuple[int, int, float]]:
+    def _read_commits(self, done: AbstractSet[int]) -> list[tuple[int, int, float]]:
         """Tokens, bytes and time of the commits of the partitions; each is read once."""
 
         def read(partition: int) -> tuple[int, tuple[int, int, float]] | None:
             with contextlib.suppress(FileNotFoundError):  # `verify --repair` may take a record away
                 written = commit_path(self.folder, partition).changed_at()
-                commit = read_commit(self.folder, partition)
-                return None if commit is None else (partition, (commit.num_tokens, commit.bytes, written))
+                amounts = self.outline.amounts(partition)
+                return None if amounts is None else (partition, (amounts.done, amounts.bytes, written))
             return None
 
         self._commits.update(filter(None, in_threads(read, done - self._commits.keys(), READERS)))
@@ -156,7 +159,7 @@ class StatusReader:
     def _speed_so_far(self, commits: list[tuple[int, int, float]], now: float | None) -> float:
         """Tokens over the time since the plan was made, until the last commit or, if work goes on, until now."""
         end = now if now is not None else max((written for *_, written in commits), default=0.0)
-        seconds = end - (self.folder / MANIFEST).changed_at()
+        seconds = end - self.outline.began.changed_at()
         return sum(commit[0] for commit in commits) / seconds if commits and seconds > 0 else 0.0
 
     def _leases(self, leases: dict[int, int], now: float) -> tuple[dict[int, float], dict[int, float]]:
@@ -186,14 +189,14 @@ class StatusReader:
         files = filter(None, map_in_threads(self._records.read, names, READERS))
         found = [(self._record(file), max(now - file.time, 0.0)) for file in files]
         states = [_state(record, age) for record, age in found]
-        speeds = [record.tokens_per_s for (record, _), state in zip(found, states) if state == "capturing"]
+        speeds = [record.tokens_per_s for (record, _), state in zip(found, states) if state in AT_WORK]
         limit = SLOW * statistics.median(speeds) if speeds else 0.0
         return [
             WorkerStatus(
                 record=record,
                 age_s=round(age, 1),
                 state=state,
-                slow=state == "capturing" and record.tokens_per_s < limit,
+                slow=state in AT_WORK and record.tokens_per_s < limit,
             )
             for (record, age), state in zip(found, states)
         ]
@@ -214,29 +217,35 @@ def describe(status: RunStatus) -> list[str]:
     """The status as lines for a person."""
     counts = Counter(worker.state for worker in status.workers)
     lines = [
-        f"{status.cache}: {status.state}: {status.num_done:,} of {status.num_partitions:,} partitions, "
-        f"{status.num_tokens_done:,} of {status.num_tokens:,} tokens "
+        f"{status.cache}: {status.state}: {status.num_done:,} of {status.num_partitions:,} {status.tasks}, "
+        f"{status.num_tokens_done:,} of {status.num_tokens:,} {status.unit} "
         f"({status.num_tokens_done / max(status.num_tokens, 1):.1%}), {status.bytes / 1e9:,.2f} GB",
-        f"{status.tokens_per_s_now:,.0f} tokens/s now, {status.tokens_per_s_so_far:,.0f} since the run began"
+        f"{status.tokens_per_s_now:,.0f} {status.unit}/s now, {status.tokens_per_s_so_far:,.0f} since the run began"
         + (f"; {duration(status.eta_s)} left" if status.eta_s is not None else ""),
     ]
+    if status.phases:
+        lines.append(", ".join(f"{name} {done} of {count}" for name, (done, count) in status.phases.items() if count))
     if counts:
         lines.append("workers: " + ", ".join(f"{count} {state}" for state, count in sorted(counts.items())))
     if status.running:
         oldest = max(status.running.values())
-        lines.append(f"running: {len(status.running)} partitions, last heartbeat {oldest:.0f}s ago at most")
+        lines.append(f"running: {len(status.running)} {status.tasks}, last heartbeat {oldest:.0f}s ago at most")
     lines += _named(
-        "orphaned", {part: f"its worker was last heard of {duration(age)} ago" for part, age in status.orphaned.items()}
+        "orphaned",
+        status,
+        {part: f"its worker was last heard of {duration(age)} ago" for part, age in status.orphaned.items()},
     )
-    lines += _named("retrying", status.retrying)
-    lines += _named("failed", status.failed)
+    lines += _named("retrying", status, status.retrying)
+    lines += _named("failed", status, status.failed)
     lines += _workers_named(status)
     lines += map(describe_event, status.events)
     return list(map(printable, lines))
 
 
-def _named(what: str, partitions: dict[int, str]) -> list[str]:
-    lines = [f"{what}: partition {part}: {text}" for part, text in list(partitions.items())[:SHOWN]]
+def _named(what: str, status: RunStatus, partitions: dict[int, str]) -> list[str]:
+    lines = [
+        f"{what}: {status.tasks.removesuffix('s')} {part}: {text}" for part, text in list(partitions.items())[:SHOWN]
+    ]
     return lines + ([f"{what}: {len(partitions) - SHOWN} more"] if len(partitions) > SHOWN else [])
 
 
@@ -247,10 +256,10 @@ def _workers_named(status: RunStatus) -> list[str]:
         record = worker.record
         where = f"worker {record.worker} on {record.host} (pid {record.pid})"
         if worker.slow:
-            lines.append(f"slow: {where}: {record.tokens_per_s:,.0f} tokens/s")
+            lines.append(f"slow: {where}: {record.tokens_per_s:,.0f} {status.unit}/s")
         elif worker.state == "vanished":
             lines.append(
-                f"vanished: {where}: last heard of {duration(worker.age_s)} ago, {record.num_partitions} partitions"
+                f"vanished: {where}: last heard of {duration(worker.age_s)} ago, {record.num_partitions} {status.tasks}"
             )
         elif worker.state == "failed":
             lines.append(f"ended: {where}: {record.reason}")

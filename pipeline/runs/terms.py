@@ -7,11 +7,11 @@ holds for who reads it. A worker itself goes by its own settings.
 import contextlib
 import typing
 from dataclasses import asdict, dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 from msgspec import Meta
 
-from pipeline.cache.manifest import MANIFEST, CacheManifest
+from pipeline.cache.manifest import MANIFEST
 from pipeline.documents import entry_of
 from pipeline.errors import CacheCorruptError
 from pipeline.runs.events import EVENTS
@@ -45,7 +45,7 @@ def begin_run(folder: Store, terms: RunTerms) -> None:
         write_json(folder / RUN, asdict(terms))
 
 
-def read_terms(folder: Store, manifest: CacheManifest) -> RunTerms:
+def read_terms(folder: Store, settings: dict[str, Any]) -> RunTerms:
     """What the workers of the run in `folder` go by; raises CacheCorruptError.
 
     Runs that an earlier version has begun have no record: they go by the settings in the manifest.
@@ -56,7 +56,7 @@ def read_terms(folder: Store, manifest: CacheManifest) -> RunTerms:
     hints = typing.get_type_hints(RunTerms, include_extras=True)
     return RunTerms(
         **{
-            name: entry_of(manifest.settings, name, hints[name], default, where, CacheCorruptError)
+            name: entry_of(settings, name, hints[name], default, where, CacheCorruptError)
             for name, default in asdict(defaults).items()
         }
     )

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import io
 import math
 import os
 import shutil
@@ -46,6 +47,15 @@ class LocalStore(PosixPath, Store):
     def changed_at(self) -> float:
         """The time of the file's last change."""
         return self.stat().st_mtime
+
+    def size_and_time(self) -> tuple[int, int]:
+        """Bytes of the file, and its last change in nanoseconds."""
+        status = self.stat()
+        return status.st_size, status.st_mtime_ns
+
+    def reader(self) -> io.RawIOBase:
+        """The file itself."""
+        return self.open("rb", buffering=0)
 
     def read_dated(self, at_most: float = math.inf) -> tuple[bytes | None, float]:
         """The whole file, None if it is larger or no plain file (a pipe would be waited for), and its time."""

@@ -7,6 +7,7 @@ store's own tools read them. What fails is tried again as pipeline/stores/patien
 """
 
 import contextlib
+import io
 import json
 import math
 import os
@@ -123,6 +124,15 @@ class ObjectStore(Store):
     def changed_at(self) -> float:
         """The store's time of the object's last change; raises FileNotFoundError."""
         return self._head()["last_modified"].timestamp()
+
+    def size_and_time(self) -> tuple[int, int]:
+        """Bytes of the object, and its last change in nanoseconds."""
+        found = self._head()
+        return int(found["size"]), int(found["last_modified"].timestamp() * 1e9)
+
+    def reader(self) -> io.RawIOBase:
+        """The object's bytes, by a request for each read."""
+        return _Reader(self, self.size_and_time()[0])
 
     def read_dated(self, at_most: float = math.inf) -> tuple[bytes | None, float]:
         """The whole object, None if it is larger than that, and the store's time of its last change."""
@@ -280,6 +290,35 @@ class ObjectStore(Store):
 
         what = f"{self}: cannot {verb} it"
         return ask(self._root, ask_once, what, lambda reason: without_secrets(reason)[:400], self._patience_s)
+
+
+class _Reader(io.RawIOBase):
+    """An object as a file; whoever reads it in small parts puts a buffer of RANGE_BYTES before it."""
+
+    def __init__(self, place: ObjectStore, size: int) -> None:
+        self._place, self._size, self._at = place, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        stop = min(self._at + len(buffer), self._size)
+        if stop <= self._at:
+            return 0
+        content = self._place.read_range(self._at, stop)
+        buffer[: len(content)] = content
+        self._at += len(content)
+        return len(content)
 
 
 class _Objects:

@@ -5,6 +5,7 @@ paths at the same time. What the code above relies on stands here, and nothing e
 store to it.
 """
 
+import io
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -79,6 +80,14 @@ class Store(ABC):
     @abstractmethod
     def changed_at(self) -> float:
         """The store's time of the file's last change; raises FileNotFoundError."""
+
+    @abstractmethod
+    def size_and_time(self) -> tuple[int, int]:
+        """Bytes of the file, and its last change in nanoseconds; raises FileNotFoundError."""
+
+    @abstractmethod
+    def reader(self) -> io.RawIOBase:
+        """The file's bytes, unbuffered, from any place on; raises FileNotFoundError."""
 
     @abstractmethod
     def read_dated(self, at_most: float = math.inf) -> tuple[bytes | None, float]:

@@ -28,6 +28,8 @@ size or another engine sums in another order."""
 NOISE_QUANTISED = 0.1
 MEAN_NOISE = 0.2
 """The mean over a sequence's positions may be this share of what a single one may be."""
+LEVELS_OF_NOISE = 4
+"""How far two runs may put an integer of the tail sketch apart where the body is not float32."""
 ROUNDING_MARGIN = 2.0
 """What rounding costs is measured on the sample; an unlucky entry elsewhere may lose this much more."""
 
@@ -76,7 +78,7 @@ def audit_cache(config: AuditConfig, reporter: Reporter | None = None) -> AuditR
     for note in notes(teacher) if capture.engine == "vllm" else ():
         reporter.note(note)
     with reporter.waiting(f"loading {teacher.folder} with {capture.engine}"):
-        engine = ENGINES[capture.engine](teacher, capture, cache.manifest.sequence_length)
+        engine = ENGINES[capture.engine](teacher, capture, cache.manifest.sequence_length, cache.fitted_sketch())
     found: list[tuple[str, Difference]] = []
     with closing(engine), reporter.progress("audit", len(indexes), "sequences") as progress:
         waiting = iter(indexes)
@@ -114,6 +116,7 @@ def _compare(cache: Cache, index: int, row: ScoredRow, report: AuditReport) -> l
     where = f"{cache.folder}: sequence {index} ({cached.key.hex()})"
     if sequence.key != cached.key:
         report.problems.append(f"{where}: its key is not that of its tokens, mask and documents.")
+    report.problems += _sketch_problems(where, cached.targets.coefficients, wanted.coefficients, manifest)
     layout = manifest.layout(ShardCounts.of([sequence]))
     rounded = targets_of(encode(layout, sequence, wanted), layout)
     found = []
@@ -128,6 +131,15 @@ def _compare(cache: Cache, index: int, row: ScoredRow, report: AuditReport) -> l
     report.num_sequences += 1
     report.num_targets += len(wanted)
     return found
+
+
+def _sketch_problems(where: str, cached_NR: np.ndarray, wanted_NR: np.ndarray, manifest: CacheManifest) -> list[str]:
+    """Integers of the tail sketch that arithmetic alone does not explain, if there are any."""
+    apart_NR = np.abs(cached_NR.astype(np.int32) - wanted_NR)
+    allowed = 1 if manifest.teacher.get("dtype") == "float32" else LEVELS_OF_NOISE
+    if not apart_NR.size or (apart_NR.max() <= allowed and apart_NR.mean() <= MEAN_NOISE * allowed):
+        return []
+    return [f"{where}: coefficients of the tail sketch are up to {apart_NR.max()} apart; {allowed} is allowed."]
 
 
 def _capture_settings(config: AuditConfig, manifest: CacheManifest) -> TeacherConfig:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from stages.cache_logits.reduction import LANE, Reduction
+from stages.cache_logits.sketching import MEASURED, RowSketch, shared_errors
 
 NONE = -1
 """Stands for a draw that falls into another rank's columns, and for one from a row that has no tail."""
@@ -51,23 +52,48 @@ def reduce_rows(
     rank: int = 0,
     first_id: int = 0,
     gather: Callable[[Tensor], Tensor] = lambda columns: columns,
+    sketch: RowSketch | None = None,
+    hidden_NH: Tensor | None = None,
 ) -> Tensor:
     """int32 [N, Reduction.width]: the packed targets of rows of logits, which are overwritten.
 
     `logits_NV` are the columns from `first_id` on that this rank holds; `gather` puts the columns of all
-    ranks side by side. Every rank returns the same.
+    ranks side by side. Every rank returns the same. `sketch`, of these columns, encodes the rows' hidden states.
     """
+    measured_MV = None if sketch is None else logits_NV[MEASURED].float().clone()
     kernel = kernel_of(logits_NV.device) if reduction.num_candidates <= MOST_CANDIDATES else None
     reduce = _by_torch if kernel is None else functools.partial(_by_kernel, kernel)
     shard_NW, tail_of = reduce(reduction, logits_NV, labels_N, first_id)
     shards_NRW = gather(shard_NW).unflatten(1, (ranks, reduction.shard_width))
-    packed_NW = reduction.merge(shards_NRW)
-    if reduction.tail_samples == 0:
-        return packed_NW
-    tail = tail_of() if logits_NV.shape[1] else None
-    draws_ND = draw(reduction, tail, shards_NRW, uniforms_N, rank, first_id)
-    draws_ND = gather(draws_ND.contiguous()).unflatten(1, (ranks, reduction.tail_samples)).amax(1)
-    return torch.cat([packed_NW, draws_ND], dim=1)
+    parts = [reduction.merge(shards_NRW)]
+    if reduction.tail_samples:
+        tail = tail_of() if logits_NV.shape[1] else None
+        draws_ND = draw(reduction, tail, shards_NRW, uniforms_N, rank, first_id)
+        parts.append(gather(draws_ND.contiguous()).unflatten(1, (ranks, reduction.tail_samples)).amax(1))
+    if sketch is not None and hidden_NH is not None and measured_MV is not None:
+        parts += _sketched(reduction, sketch, hidden_NH, measured_MV, parts[0], first_id, gather)
+    return torch.cat(parts, dim=1)
+
+
+def _sketched(
+    reduction: Reduction,
+    sketch: RowSketch,
+    hidden_NH: Tensor,
+    measured_MV: Tensor,
+    merged_NW: Tensor,
+    first_id: int,
+    gather: Callable[[Tensor], Tensor],
+) -> list[Tensor]:
+    """int32 [N, R] coefficients, and [N, T] the bits of what they miss: nan where it is not measured."""
+    levels_NR, temperatures = sketch.levels(hidden_NH), reduction.temperatures
+    ids_MK, _, *scalars, _ = reduction.split_merged(merged_NW[MEASURED])
+    logsumexps_MT, tails_MT, _ = (part.contiguous().view(torch.float32) for part in scalars)
+    errors_NT = torch.full((len(levels_NR), len(temperatures)), torch.nan, device=levels_NR.device)
+    sketched_MV = sketch.logits(levels_NR[MEASURED])
+    errors_NT[MEASURED] = shared_errors(
+        measured_MV, sketched_MV, ids_MK, logsumexps_MT, tails_MT, temperatures, first_id, gather
+    )
+    return [levels_NR.to(torch.int32), errors_NT.view(torch.int32)]
 
 
 @functools.cache

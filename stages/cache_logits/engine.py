@@ -39,6 +39,16 @@ class Engine(Protocol):
         """Stop whatever the engine started."""
 
 
+class OpenEngine(Engine, Protocol):
+    """An engine that shows what its logits are made of: what a tail sketch is fitted to."""
+
+    def hidden_states(self, requests: Iterable[Request]) -> Iterator[tuple[Hashable, np.ndarray]]:
+        """float32 [N, H] of every request: what the head is given at its positions."""
+
+    def head(self) -> tuple[np.ndarray, np.ndarray]:
+        """float32 [V, H] and [V]: the logits are the first times hidden states plus the second, before a soft cap."""
+
+
 class NoEngine:
     """For a run in which nothing is left to score: takes what engines take, and loads nothing."""
 
@@ -57,14 +67,14 @@ class NoEngine:
 def reduction_of(config: TeacherConfig) -> Reduction:
     """What a run's settings keep of a row."""
     spec = config.spec
-    return Reduction(spec.top_k, spec.temperatures, spec.tail_samples, spec.draw_temperature)
+    return Reduction(spec.top_k, spec.temperatures, spec.tail_samples, spec.draw_temperature, spec.tail_rank)
 
 
 def unpack(rows_NW: np.ndarray, reduction: Reduction) -> SparseTargets:
     """The targets in int32 [N, width] rows that `Reduction.merge` packed; equal logits by ascending id."""
     k, count = reduction.top_k, len(reduction.temperatures)
-    ends = np.cumsum([k, k, count, count, count, 1])
-    ids, *floats, draws = np.split(rows_NW, ends, axis=1)
+    ends = np.cumsum([k, k, count, count, count, 1, reduction.tail_samples, reduction.tail_rank])
+    ids, *floats, draws, coefficients, errors = np.split(rows_NW, ends, axis=1)
     logits, logsumexps, tails, entropies, labels = (np.ascontiguousarray(part).view(np.float32) for part in floats)
     ids = np.ascontiguousarray(ids)
     tied = np.flatnonzero((logits[:, 1:] == logits[:, :-1]).any(axis=1))
@@ -80,4 +90,6 @@ def unpack(rows_NW: np.ndarray, reduction: Reduction) -> SparseTargets:
         entropies=entropies,
         label_logits=labels[:, 0],
         draws=np.ascontiguousarray(draws),
+        coefficients=coefficients.astype(np.int16),
+        sketch_errors=np.ascontiguousarray(errors).view(np.float32),
     )

@@ -5,7 +5,7 @@ from collections.abc import Hashable, Iterable, Iterator
 import numpy as np
 
 from pipeline.cache.manifest import CacheManifest
-from pipeline.targets import SparseTargets
+from pipeline.targets import SparseTargets, unsketched
 from stages.cache_logits.engine import Request
 
 
@@ -32,7 +32,13 @@ def fake_targets(
     }
     floats = {name: values.astype(np.float32) for name, values in columns.items()}
     draws = (token_ids[:, None] + top_k + np.arange(num_draws) // 2) % vocab_size
-    return SparseTargets(temperatures=temperatures, ids=ids.astype(np.int32), draws=draws.astype(np.int32), **floats)
+    return SparseTargets(
+        temperatures=temperatures,
+        ids=ids.astype(np.int32),
+        draws=draws.astype(np.int32),
+        **floats,
+        **unsketched(len(ids)),
+    )
 
 
 class FakeEngine:

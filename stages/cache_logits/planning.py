@@ -11,12 +11,13 @@ from pipeline.cache.partitions import plan_partitions
 from pipeline.corpus import END_TOKEN_IDS, TOKENIZER, Corpus
 from pipeline.corpus import MANIFEST as CORPUS_MANIFEST
 from pipeline.documents import Count, entry_of
-from pipeline.errors import CorpusError
+from pipeline.errors import CacheMismatchError, ConfigError, CorpusError
 from pipeline.formats.containers import CONTAINERS
 from pipeline.formats.layout import ShardCounts
 from pipeline.hub import name_of
 from pipeline.lifecycle.reuse import KnownTargets
 from pipeline.settings import resolved
+from pipeline.sketch import checksum_of
 from pipeline.stores.places import store_of
 from stages.cache_logits.settings import CacheConfig
 from stages.cache_logits.teacher import Teacher, read_teacher
@@ -37,11 +38,16 @@ class Plan:
     """Tokens of sequences that are copied from them."""
 
 
-def plan_cache(config: CacheConfig, check: Callable[[Teacher], None] = lambda teacher: None) -> Plan:
+def plan_cache(
+    config: CacheConfig,
+    check: Callable[[Teacher], None] = lambda teacher: None,
+    make_sketch: Callable[[Teacher, Corpus], bytes] | None = None,
+) -> Plan:
     """Write the manifest of the cache in `config.out`, or check that the one there has the same settings.
 
     Any number of workers may call this at once. Reads the whole corpus only if no plan is there yet.
-    `check` may refuse the teacher before anything is written.
+    `check` may refuse the teacher before anything is written. `make_sketch` makes the file of the tail sketch, if one
+    is wanted and no plan is there yet; of several workers that make one, the first to write the plan decides for all.
     """
     corpus = Corpus(config.corpus)
     if len(corpus) == 0:
@@ -52,11 +58,40 @@ def plan_cache(config: CacheConfig, check: Callable[[Teacher], None] = lambda te
     teacher = read_teacher(config, corpus.manifest, config.corpus, largest_id)
     check(teacher)
     partitions = planned.partitions if planned else plan_partitions(corpus.lengths()[0], config.shard_tokens)
-    manifest = _manifest(config, corpus, teacher, partitions, recorded if planned else largest_id())
+    largest = recorded if planned else largest_id()
+    sketch = _sketch_of(config, teacher, corpus, planned, make_sketch)
+    manifest = _manifest(config, corpus, teacher, partitions, largest, sketch)
     known = KnownTargets(config.reuse, manifest) if config.reuse else None
     num_known_tokens = known.num_tokens_of(corpus) if known is not None else 0
-    cache = CacheFolder.begin(config.out, manifest, config.corpus / TOKENIZER)
+    try:
+        cache = CacheFolder.begin(config.out, manifest, config.corpus / TOKENIZER, sketch)
+    except CacheMismatchError:
+        theirs = _planned(config, corpus)
+        if sketch is None or planned is not None or theirs is None or theirs.sketch is None:
+            raise
+        sketch = CacheFolder(config.out).sketch_contents()  # another worker was faster
+        manifest = _manifest(config, corpus, teacher, partitions, largest, sketch)
+        cache = CacheFolder.begin(config.out, manifest, config.corpus / TOKENIZER, sketch)
     return Plan(corpus, teacher, cache, known, num_known_tokens)
+
+
+def _sketch_of(
+    config: CacheConfig,
+    teacher: Teacher,
+    corpus: Corpus,
+    planned: CacheManifest | None,
+    make_sketch: Callable[[Teacher, Corpus], bytes] | None,
+) -> bytes | None:
+    """The file of the sketch that the plan names, or of a new one; None if none is wanted."""
+    if not config.tail_rank:
+        return None
+    if planned is not None and planned.sketch is not None:
+        return CacheFolder(config.out).sketch_contents()
+    if make_sketch is None:
+        raise ConfigError(f"tail_rank is {config.tail_rank}; nothing here can fit a sketch.")
+    made = make_sketch(teacher, corpus)
+    there = _planned(config, corpus)
+    return made if there is None or there.sketch is None else CacheFolder(config.out).sketch_contents()
 
 
 def announcement(config: CacheConfig, manifest: CacheManifest, num_todo: int) -> str:
@@ -90,7 +125,12 @@ def _planned(config: CacheConfig, corpus: Corpus) -> CacheManifest | None:
 
 
 def _manifest(
-    config: CacheConfig, corpus: Corpus, teacher: Teacher, partitions: tuple[int, ...], largest_token_id: int | None
+    config: CacheConfig,
+    corpus: Corpus,
+    teacher: Teacher,
+    partitions: tuple[int, ...],
+    largest_token_id: int | None,
+    sketch: bytes | None,
 ) -> CacheManifest:
     return CacheManifest(
         teacher=teacher.identity() | {"engine": config.engine},
@@ -109,6 +149,7 @@ def _manifest(
         software=_versions(),
         chat_template=corpus.manifest.settings.get("chat_template"),
         tokenizer_files=store_of(config.corpus / TOKENIZER).hashes(),
+        sketch=None if sketch is None else checksum_of(sketch),
         largest_token_id=largest_token_id,
         end_token_ids=_end_token_ids(corpus),
     )

@@ -42,6 +42,8 @@ class Reduction:
     tail_samples: int = 0
     """Draws from what is left of p_T when the top k are taken out, at `draw_temperature`."""
     draw_temperature: float | None = None
+    tail_rank: int = 0
+    """Coefficients of the tail sketch."""
 
     @property
     def num_candidates(self) -> int:
@@ -56,7 +58,8 @@ class Reduction:
     @property
     def width(self) -> int:
         """Columns of the packed final result."""
-        return 2 * self.top_k + 3 * len(self.temperatures) + 1 + self.tail_samples
+        sketched = self.tail_rank + len(self.temperatures) if self.tail_rank else 0
+        return 2 * self.top_k + 3 * len(self.temperatures) + 1 + self.tail_samples + sketched
 
     def reduce_shard(self, logits_NV: Tensor, labels_N: Tensor, first_id: int = 0) -> Tensor:
         """float32 [N, shard_width]: values | ids | rest | moment | label's logit, of columns from `first_id` on.
@@ -114,7 +117,7 @@ class Reduction:
         return [(index, self.temperatures[order[i - 1]] if i else None) for i, index in enumerate(order)]
 
     def merge(self, shards_NRW: Tensor) -> Tensor:
-        """int32 [N, width - tail_samples]: bits of ids | logits | logsumexps | log tails | entropies | label's logit.
+        """int32 [N, 2 K + 3 T + 1]: bits of ids | logits | logsumexps | log tails | entropies | label's logit.
 
         `shards_NRW` is float32 [N, ranks, shard_width]: what `reduce_shard` gave on every rank.
         """
@@ -162,6 +165,11 @@ class Reduction:
         """Views of a packed partial result: values, ids, rest, moment, label's logit."""
         count = len(self.temperatures)
         return packed.split([self.num_candidates, self.num_candidates, count, count, 1], dim=-1)
+
+    def split_merged(self, merged_NW: Tensor) -> tuple[Tensor, ...]:
+        """Views of what `merge` gives: ids, and the bits of logits, logsumexps, log tails, entropies, label's logit."""
+        count = len(self.temperatures)
+        return merged_NW.split([self.top_k, self.top_k, count, count, count, 1], dim=1)
 
 
 @functools.cache

@@ -29,7 +29,7 @@ class TeacherConfig(Settings):
     engine: str = setting("vllm", "What runs the teacher.", choices=ENGINES.names)
     top_k: int = setting(64, "Largest probabilities kept for each position; with --top-p at most.")
     top_p: float | None = setting(
-        None, "Keep as few of the top k as reach this probability, 0 to 1; none keeps all of them.  Draws need all."
+        None, "Keep as few of the top k as reach this probability, 0 to 1; none keeps all of them. Not with draws."
     )
     top_p_temperature: float | None = setting(
         None, "Captured temperature T at which --top-p counts; none takes the smallest."
@@ -39,6 +39,11 @@ class TeacherConfig(Settings):
         (1.0, 2.0), "A temperature T at which targets are exact; repeatable.", flag="--temperature"
     )
     tail_samples: int = setting(0, "Draws from the teacher's tail, outside the top k, kept for each position.")
+    tail_rank: int = setting(
+        0,
+        "Integers of a tail sketch kept for each position, from which the teacher's other logits nearly follow; train "
+        "with --tail sketch.",
+    )
     draw_temperature: float | None = setting(
         None, "Captured temperature T of the draws; none takes the largest.  Train with --tail hybrid at this T."
     )
@@ -71,8 +76,11 @@ class TeacherConfig(Settings):
     def check(self) -> None:
         self.at_least("top_k", 0)
         self.at_least("tail_samples", 0)
+        self.at_least("tail_rank", 0)
         if self.top_k + self.tail_samples == 0:
             raise ConfigError("top_k is 0 and tail_samples is 0; keep at least one entry of a position.")
+        if self.tail_rank and not self.top_k:
+            raise ConfigError(f"tail_rank is {self.tail_rank} and top_k is 0; a sketch stands beside stored entries.")
         self._check_top_p()
         for name in ("tensor_parallel", "pipeline_parallel", "batch_tokens", "logits_bytes", "row_chunk"):
             self.at_least(name, 1)
@@ -121,6 +129,7 @@ class TeacherConfig(Settings):
             temperatures=self.temperatures,
             tail_samples=self.tail_samples,
             draw_temperature=warmest if self.tail_samples else None,
+            tail_rank=self.tail_rank,
             max_kl_error=self.max_kl_error,
             top_p=self.top_p,
             top_p_temperature=None if self.top_p is None else coldest,
@@ -141,6 +150,10 @@ class CacheConfig(TeacherConfig):
     out: Store = required("Folder or URL to write the cache to.")
     format: str = setting("arrow", "Container of the shards.", choices=CONTAINERS.names)
     shard_tokens: int = setting(1_048_576, "Tokens in one shard: the work that a crash can lose.")
+    sketch_tokens: int = setting(8192, "Positions of the corpus to which a tail sketch is fitted, before the capture.")
+    max_sketch_error: float = setting(
+        0.01, "Bound on what rounding a sketch's integers adds to the KL of its tails, nats, at every temperature."
+    )
     reuse: tuple[Store, ...] = setting(
         (),
         "A cache by the same teacher and settings, finished or not: sequences that it holds are copied instead of "
@@ -173,6 +186,8 @@ class CacheConfig(TeacherConfig):
         self.at_least("shard_tokens", 1)
         self.at_least("encoding_threads", 1)
         self.at_least("max_failures", 1)
+        self.at_least("sketch_tokens", 2 * self.tail_rank + 2)
+        self.positive("max_sketch_error", (self.max_sketch_error,))
         self.positive("lease_s", (self.lease_s,))
         self.positive("stall_s", (self.stall_s,))
         if not 0 <= self.worker < self.workers:

@@ -14,10 +14,12 @@ from pipeline.cpu import has_products
 from pipeline.errors import ConfigError, EngineError
 from pipeline.hidden import ALLOWED, first_forward, mean_difference, perturbed_embeddings
 from pipeline.models import text_body
+from pipeline.sketch import FittedSketch
 from pipeline.targets import SparseTargets
 from stages.cache_logits.draws import reduce_rows
 from stages.cache_logits.engine import Request, reduction_of, unpack
 from stages.cache_logits.settings import TeacherConfig
+from stages.cache_logits.sketching import RowSketch
 from stages.cache_logits.teacher import Teacher
 from stages.cache_logits.wide_products import WideProducts
 
@@ -32,7 +34,9 @@ SORTED_BATCHES = 16
 class TransformersEngine:
     """A teacher in transformers, on the first CUDA device if there is one."""
 
-    def __init__(self, teacher: Teacher, config: TeacherConfig, longest_request: int) -> None:
+    def __init__(
+        self, teacher: Teacher, config: TeacherConfig, longest_request: int, sketch: FittedSketch | None = None
+    ) -> None:
         if config.tensor_parallel > 1 or config.pipeline_parallel > 1 or teacher.quantization != "none":
             raise ConfigError("--engine transformers runs on one device, unquantised; take --engine vllm for more.")
         self._reduction = reduction_of(config)
@@ -50,6 +54,7 @@ class TransformersEngine:
         # A CPU cannot write float32 from factors in bfloat16: there the head is widened once.
         self._head_VH = weight_VH.float() if self._device.type == "cpu" else weight_VH
         self._bias_V = head.bias[: self._vocab_size].float() if getattr(head, "bias", None) is not None else None
+        self._sketch = None if sketch is None else RowSketch.of(sketch, self._device)
         self._scale, self._soft_cap = teacher.model.logit_scale, teacher.model.logit_softcap
         with first_forward(type(model).__name__):
             self._check_padding()
@@ -73,6 +78,20 @@ class TransformersEngine:
             ends = np.cumsum([len(request.positions) for request in batch]).tolist()
             for request, start, end in zip(batch, [0, *ends], ends):
                 yield request.key, targets[start:end]
+
+    @torch.inference_mode()
+    def hidden_states(self, requests: Iterable[Request]) -> Iterator[tuple[Hashable, np.ndarray]]:
+        """float32 [N, H] of every request."""
+        for batch in _batches(requests, self._batch_tokens):
+            hidden_BSH = self._hidden([torch.tensor(request.token_ids, dtype=torch.long) for request in batch])
+            for request, hidden_SH in zip(batch, hidden_BSH):
+                yield request.key, hidden_SH[torch.from_numpy(request.positions).long()].float().cpu().numpy()
+
+    def head(self) -> tuple[np.ndarray, np.ndarray]:
+        """float32 [V, H] and [V]: weight and bias, scaled as the logits are."""
+        weight_VH = self._head_VH.detach().float().cpu().numpy() * np.float32(self._scale)
+        bias_V = np.zeros(len(weight_VH), np.float32) if self._bias_V is None else self._bias_V.detach().cpu().numpy()
+        return weight_VH, bias_V * np.float32(self._scale)
 
     def close(self) -> None:
         """Let go of the model."""
@@ -106,7 +125,8 @@ class TransformersEngine:
         for hidden, labels, uniforms in zip(
             *(part.split(self._row_chunk) for part in (hidden_NH, labels_N, uniforms_N))
         ):
-            rows.append(reduce_rows(self._reduction, self._logits(hidden), labels, uniforms))
+            logits = self._logits(hidden)
+            rows.append(reduce_rows(self._reduction, logits, labels, uniforms, sketch=self._sketch, hidden_NH=hidden))
         return unpack(torch.cat(rows).cpu().numpy(), self._reduction)
 
     @torch.inference_mode()

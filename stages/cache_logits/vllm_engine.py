@@ -17,6 +17,7 @@ import numpy as np
 from pipeline.cpu import slow_products
 from pipeline.errors import EngineError
 from pipeline.processes import owner_name
+from pipeline.sketch import FittedSketch
 from pipeline.targets import SparseTargets
 from stages.cache_logits.comparison import disagreement
 from stages.cache_logits.engine import Request, reduction_of, unpack
@@ -25,8 +26,11 @@ from stages.cache_logits.teacher import LLAMA4_TUNED, Teacher, is_llama4, origin
 from stages.cache_logits.vllm_plugin import (
     FAILURES,
     FRONT_END,
+    HEAD,
+    HIDDEN,
     OPTIONS,
     PROBE,
+    UNIT,
     WATCH_INTERVAL_S,
     as_text_model,
     register,
@@ -44,6 +48,8 @@ WAITING = 2
 """Requests are handed over until so many times as many tokens wait or run as fit into the steps that run at a time."""
 QUIET = "ERROR"
 """vLLM's logging level unless the user has set one."""
+HEAD_ROWS = 64
+"""Rows of the head that are asked for at a time: 26 MB at a vocabulary of 102,400."""
 PROBE_TOKENS = 8
 """Tokens on which the pooler's targets are compared with vLLM's own logits at start."""
 MAX_REQUESTS = 1024
@@ -53,14 +59,17 @@ MAX_REQUESTS = 1024
 class VllmEngine:
     """A teacher in vLLM. Construction loads the model and takes 10 s to minutes."""
 
-    def __init__(self, teacher: Teacher, config: TeacherConfig, longest_request: int) -> None:
+    def __init__(
+        self, teacher: Teacher, config: TeacherConfig, longest_request: int, sketch: FittedSketch | None = None
+    ) -> None:
         _prepare_environment(config)
+        self._vocab_size, self._longest = teacher.vocab_size, longest_request
         self._reduction = reduction_of(config)
         self._closed = threading.Event()
         with warnings.catch_warnings(), _one_line_failures(teacher):
             warnings.simplefilter("ignore")  # vLLM's imports use what torch has deprecated
-            with _marked(), serving(teacher.model.text_architecture) as twin:
-                self._llm = _load(teacher, config, longest_request, twin)
+            with _marked(), serving(teacher.model.text_architecture) as twin, _as_file(sketch) as path:
+                self._llm = _load(teacher, config, longest_request, twin, path)
             concurrent_batches = self._llm.llm_engine.vllm_config.max_concurrent_batches
             self._budget_tokens = _tokens_in_flight(config.batch_tokens, concurrent_batches)
             threading.Thread(target=self._watch_core, name="engine-watch", daemon=True).start()
@@ -101,6 +110,26 @@ class VllmEngine:
                     request = waiting.pop(output.request_id)
                     tokens -= len(request.token_ids)
                     yield request, output.outputs.data.numpy()
+
+    def hidden_states(self, requests: Iterable[Request]) -> Iterator[tuple[Hashable, np.ndarray]]:
+        """float32 [N, H] of every request."""
+        for request, rows_NW in self._run(requests, **{HIDDEN: b""}):
+            yield request.key, self._beside_targets(rows_NW)
+
+    def head(self) -> tuple[np.ndarray, np.ndarray]:
+        """float32 [V, H] and [V], from the logits that the engine gives to unit vectors, whatever it calls its head."""
+        rows = min(HEAD_ROWS, self._longest - 1)
+        request = Request("head", np.zeros(rows + 1, np.int32), np.arange(rows, dtype=np.int32), np.zeros(rows, "f4"))
+        width = self._llm.llm_engine.vllm_config.model_config.get_hidden_size()
+        parts = []
+        for first in range(0, width + 1, rows):
+            ((_, rows_NW),) = self._run([request], **{HEAD: str(first).encode()})
+            parts.append(self._beside_targets(rows_NW))
+        logits_UV = np.concatenate(parts)[: width + 1]
+        return np.ascontiguousarray((logits_UV[1:] - logits_UV[0]).T) / np.float32(UNIT), logits_UV[0]
+
+    def _beside_targets(self, rows_NW: np.ndarray) -> np.ndarray:
+        return np.ascontiguousarray(rows_NW[:, self._reduction.width :]).view(np.float32)
 
     def close(self) -> None:
         """Stop the engine core and its workers, by SIGKILL: they have nothing to save, and get no SIGTERM."""
@@ -181,7 +210,25 @@ def _marked() -> Iterator[None]:
         del os.environ[FRONT_END]
 
 
-def _load(teacher: Teacher, config: TeacherConfig, longest_request: int, model_classes: dict[str, str]) -> Any:
+@contextmanager
+def _as_file(sketch: FittedSketch | None) -> Iterator[str | None]:
+    """A file from which the engine's processes on this machine read the sketch when they start."""
+    if sketch is None:
+        yield None
+        return
+    with tempfile.NamedTemporaryFile(prefix="pipeline-sketch-") as file:
+        file.write(sketch.to_bytes())
+        file.flush()
+        yield file.name
+
+
+def _load(
+    teacher: Teacher,
+    config: TeacherConfig,
+    longest_request: int,
+    model_classes: dict[str, str],
+    sketch: str | None,
+) -> Any:
     from vllm import LLM
 
     model, architecture, version = teacher.model, teacher.model.text_architecture, version_of(installed())
@@ -189,6 +236,7 @@ def _load(teacher: Teacher, config: TeacherConfig, longest_request: int, model_c
         "reduction": dataclasses.asdict(reduction_of(config)),
         "row_chunk": config.rows_at_once(teacher.vocab_size),
         "vocab_size": teacher.vocab_size,
+        "sketch": sketch,
         "files": teacher.weight_pattern,
         "left_out": teacher.left_out,
         "is_part": model.text is not model.config,

@@ -53,7 +53,7 @@ def work(
     begin_run(folder, terms)
     with Heartbeat(folder, rank, terms.lease_s) as heartbeat, Drain(heartbeat.leases.release_all) as drain:
         claims = PartitionClaims(
-            folder, manifest.num_partitions, rank, heartbeat, drain, max_failures=terms.max_failures
+            folder, range(manifest.num_partitions), rank, heartbeat, drain, max_failures=terms.max_failures
         )
         todo = manifest.num_partitions - len(cache.done())
         share = manifest.num_tokens * todo // manifest.num_partitions // rank.workers
@@ -74,8 +74,8 @@ def work(
 class _Tally:
     """What a person wants to know of the targets so far, beside the rate."""
 
-    def __init__(self, temperature: float) -> None:
-        self._temperature = temperature
+    def __init__(self, temperature: float, tail: str = "tail mass") -> None:
+        self._temperature, self._tail = temperature, tail
         self._sums = np.zeros(3)
 
     def note(self, targets: SparseTargets, num_bytes: int) -> str:
@@ -83,7 +83,7 @@ class _Tally:
         temperature = self._temperature
         self._sums += targets.entropy(temperature).sum(), targets.tail_mass(temperature).sum(), len(targets)
         entropy, tail = self._sums[:2] / self._sums[2]
-        return f"{num_bytes / 1e9:.2f} GB, at T={temperature:g}: entropy {entropy:.2f} nats, tail mass {tail:.3f}"
+        return f"{num_bytes / 1e9:.2f} GB, at T={temperature:g}: entropy {entropy:.2f} nats, {self._tail} {tail:.3f}"
 
 
 class _Worker:
@@ -102,7 +102,8 @@ class _Worker:
         self._cache, self._corpus, self._known = cache, corpus, known
         self._claims, self._heartbeat, self._drain = claims, heartbeat, drain
         self._encoding_threads, self._reporter, self._progress = encoding_threads, reporter, progress
-        self._tally = _Tally(cache.manifest.temperatures[-1])
+        tail = "mass outside the top k" if cache.manifest.spec.is_ragged else "tail mass"  # before anything is cut
+        self._tally = _Tally(cache.manifest.temperatures[-1], tail)
         self._bytes = 0
         self._rate = Rate()
         self._start = contextlib.ExitStack()

@@ -62,7 +62,7 @@ class ChatTemplate:
     template, or if it fails with whatever conversation.
     """
 
-    def __init__(self, tokenizer: Any, folder: Path, where: str, *, with_tools: bool = False) -> None:
+    def __init__(self, tokenizer: Any, folder: Path, where: object, *, with_tools: bool = False) -> None:
         try:
             self.template = tokenizer.get_chat_template(tools=[] if with_tools else None)
         except ValueError as exc:

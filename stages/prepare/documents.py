@@ -114,19 +114,21 @@ class DocumentEncoder:
             )
             return None
         if isinstance(content, str):
-            return Text(content, where=record.where)
+            return Text(content, where=record.where, source=record.source)
         if isinstance(content, Completion):
             whole = content.prompt + content.completion
-            return Text(whole, [(len(content.prompt), len(whole))], "completion", where=record.where)
+            return Text(
+                whole, [(len(content.prompt), len(whole))], "completion", where=record.where, source=record.source
+            )
         if self._config.last_turn_only:
             content = content.last_turn_only()
         rendered = self._template(content, record.where).render(content)
         self._counts["inserted_thoughts"] += rendered.inserted_thoughts
         self._counts["messages_not_written"] += rendered.unwritten
         self._counts["thoughts_not_written"] += rendered.unwritten_thoughts
-        return _chat(rendered, content, record.where)
+        return _chat(rendered, content, record.where, record.source)
 
-    def _template(self, conversation: Conversation, where: str) -> ChatTemplate:
+    def _template(self, conversation: Conversation, where: object) -> ChatTemplate:
         has_tools = conversation.tools is not None
         if has_tools not in self._templates:
             template = ChatTemplate(self._tokenizer, self._config.tokenizer, where, with_tools=has_tools)
@@ -149,18 +151,19 @@ class DocumentEncoder:
         if text.conversation is None:
             return self._without_begin_of_prompt(document)
         try:
-            return self._without_oldest(text.conversation, document, text.where)
+            return self._without_oldest(text.conversation, document, text)
         except Refused as exc:
             return exc
 
-    def _without_oldest(self, conversation: Conversation, document: Document, where: str) -> Document:
+    def _without_oldest(self, conversation: Conversation, document: Document, text: Text) -> Document:
         """The longest rest of the conversation that fits; `document`, which is the whole, if none does."""
         fewest, most, dropped = 1, conversation.num_groups, 0
         counts = self._texts.counts.copy()
         while fewest < most:
             middle = (fewest + most) // 2
             rest = conversation.without(middle)
-            (shorter,) = self._texts.documents([_chat(self._template(rest, where).render(rest), rest, where)])
+            rendered = self._template(rest, text.where).render(rest)
+            (shorter,) = self._texts.documents([_chat(rendered, rest, text.where, text.source)])
             if isinstance(shorter, Refused):
                 raise shorter
             if len(shorter.token_ids) <= self._config.sequence_length:
@@ -180,7 +183,7 @@ class DocumentEncoder:
             return document
         self._counts["truncated_completions"] += 1
         kept = np.r_[:front, start : len(document.token_ids)]
-        return Document(document.token_ids[kept], document.loss_mask[kept], document.kind)
+        return Document(document.token_ids[kept], document.loss_mask[kept], document.kind, document.source)
 
 
 def is_overlong(document: Document, config: TextConfig, counts: Counter[str]) -> bool:
@@ -191,5 +194,5 @@ def is_overlong(document: Document, config: TextConfig, counts: Counter[str]) ->
     return True
 
 
-def _chat(rendered: Rendered, conversation: Conversation, where: str) -> Text:
-    return Text(rendered.text, rendered.labels, "chat", rendered.ends_with_label, conversation, where)
+def _chat(rendered: Rendered, conversation: Conversation, where: object, source: str) -> Text:
+    return Text(rendered.text, rendered.labels, "chat", rendered.ends_with_label, conversation, where, source)

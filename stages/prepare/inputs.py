@@ -7,6 +7,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from pipeline.errors import ConfigError, CorpusError
+from pipeline.stores.places import store_of
+from pipeline.stores.store import Store
 
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".json", ".md")
 NO_TEXT = (
@@ -21,7 +23,9 @@ NO_TEXT = (
 )
 """Names of files that lie in folders of text and are none; read only if they are given themselves."""
 UNIT_BYTES = 64 << 20
-"""Input that a crash can make us read again; a larger file is a unit of its own."""
+"""Input that one worker takes at a time, and that a crash can make us read again."""
+DIVISIBLE = (".jsonl", ".parquet")
+"""Types of which a part can be read without what stands before it; other files are read as a whole."""
 
 
 SHOWN = 8
@@ -33,7 +37,7 @@ class InputFile:
     """One file to read. Its contents are known by path, size and time of change, as by `make` and rsync:
     hashing the contents would read terabytes once more to learn that nothing has changed."""
 
-    path: Path
+    path: Store
     name: str
     """Path below the folder that was given, with that folder's name: free of where the folder lies."""
     size: int
@@ -43,6 +47,11 @@ class InputFile:
     def identity(self) -> tuple[str, int, int]:
         """JSON values that change with the file."""
         return self.name, self.size, self.mtime_ns
+
+    @property
+    def is_divisible(self) -> bool:
+        """Whether several workers may each read a part of it."""
+        return suffix_of(self.path) in DIVISIBLE
 
     def is_known_as(self, identity: Sequence[str | int]) -> bool:
         """Whether that is this file's identity, but for the name of the folder that was given, which may change."""
@@ -72,7 +81,7 @@ def same_files(files: Sequence[InputFile], identities: Sequence[Sequence[str | i
     )
 
 
-def suffix_of(path: Path) -> str:
+def suffix_of(path: Path | Store) -> str:
     """The input suffix that `path` ends with; empty if it is of another type."""
     name = path.name.lower()
     return next((suffix for suffix in SUFFIXES if name.endswith(suffix)), "")
@@ -157,22 +166,53 @@ def _files_in(given: Path, left: _LeftOut) -> Iterator[Path]:
                 yield path
 
 
-def describe(path: Path, name: str) -> InputFile:
-    """The file at `path` as it is now."""
-    status = path.stat()
-    return InputFile(path=path, name=name, size=status.st_size, mtime_ns=status.st_mtime_ns)
+def describe(path: Path | Store, name: str) -> InputFile:
+    """The file at `path` as it is now; raises FileNotFoundError."""
+    place = store_of(path)
+    size, mtime_ns = place.size_and_time()
+    return InputFile(path=place, name=name, size=size, mtime_ns=mtime_ns)
 
 
-def divide(files: Sequence[InputFile], unit_bytes: int) -> list[tuple[InputFile, ...]]:
-    """Consecutive groups of files, each of at most `unit_bytes` or one larger file."""
-    units: list[list[InputFile]] = []
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """The records of a file that begin in a range of its bytes."""
+
+    file: InputFile
+    start: int
+    stop: int
+
+    @classmethod
+    def whole(cls, file: InputFile) -> "Piece":
+        """All of a file."""
+        return cls(file, 0, file.size)
+
+    @property
+    def size(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def identity(self) -> tuple[str, int, int, int, int]:
+        """JSON values that change with the file or the range."""
+        return *self.file.identity, self.start, self.stop
+
+
+def divide(files: Sequence[InputFile], unit_bytes: int) -> list[tuple[Piece, ...]]:
+    """Units of work: consecutive pieces, of at most `unit_bytes` or one larger file that is indivisible.
+
+    What stands before a byte decides how it is divided, and nothing behind it: files that are added at the end, and
+    bytes that a divisible file grows by, leave the units before them as they were.
+    """
+    units: list[list[Piece]] = []
     used = 0
     for file in files:
-        if not units or used + file.size > unit_bytes:
-            units.append([])
-            used = 0
-        units[-1].append(file)
-        used += file.size
+        step = unit_bytes if file.is_divisible else max(file.size, 1)
+        for start in range(0, max(file.size, 1), step):
+            piece = Piece(file, start, min(start + step, file.size))
+            if not units or used + piece.size > unit_bytes:
+                units.append([])
+                used = 0
+            units[-1].append(piece)
+            used += piece.size
     return [tuple(unit) for unit in units]
 
 

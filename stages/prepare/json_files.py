@@ -1,6 +1,7 @@
 """A .json file as records, streamed: the elements of an array, or one object after the other."""
 
 import codecs
+import io
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -17,7 +18,7 @@ def json_values(file: InputFile, longest: int) -> Iterator[tuple[Any, int]]:
 
     Raises CorpusError where the file is not JSON: nobody can tell where the next record would begin.
     """
-    with file.path.open("rb") as stream:
+    with file.path.reader() as raw, io.BufferedReader(raw, READ_BYTES) as stream:
         source = _Source(file, stream, longest)
         is_array = source.peek() == "["
         if is_array:

@@ -16,7 +16,7 @@ from pipeline.progress import KeptLines, Reporter
 from pipeline.spelling import units
 from pipeline.tokenizer import load_tokenizer
 from stages.prepare.documents import DocumentEncoder, is_overlong
-from stages.prepare.inputs import InputFile, find_inputs
+from stages.prepare.inputs import InputFile, Piece, find_inputs
 from stages.prepare.readers import BadLines, Record, read_records
 from stages.prepare.settings import PACKINGS, PreviewConfig
 from stages.prepare.tokens import spoken
@@ -125,7 +125,7 @@ def _first_rows(config: PreviewConfig, tokenizer: Any, said: Reporter) -> tuple[
 
 def _records(files: Sequence[InputFile], text_field: str, bad_lines: BadLines) -> Generator[Record, None, None]:
     for file in files:
-        with closing(read_records(file, text_field, bad_lines)) as records:
+        with closing(read_records(Piece.whole(file), text_field, bad_lines)) as records:
             yield from records
 
 

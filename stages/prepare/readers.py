@@ -7,6 +7,7 @@ import codecs
 import gzip
 import io
 import json
+import math
 import zlib
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
@@ -20,13 +21,15 @@ import zstandard
 from pipeline.errors import CorpusError
 from pipeline.progress import Reporter
 from stages.prepare.forms import field_names, forms_in
-from stages.prepare.inputs import InputFile, suffix_of
+from stages.prepare.inputs import InputFile, Piece, suffix_of
 from stages.prepare.json_files import json_values
 
 EXAMPLES = 3
 """Skipped records that are shown."""
 PARQUET_ROWS = 1024
 READ_BYTES = 1 << 20
+REMOTE_BYTES = 8 << 20
+"""Bytes that an object store is asked for at a time."""
 LONGEST_LINE = 256 << 20
 """Bytes. A compressed file of a few kilobytes may hold one line of gigabytes."""
 ZSTD_BYTES = 2048
@@ -38,11 +41,37 @@ LARGEST_ZSTD_WINDOW = 1 << 31
 class Record:
     """One document as its file holds it."""
 
-    where: str
-    """File, and line or row from 1."""
+    where: object
+    """File, and line or row from 1, once it is asked for as a string."""
     fields: dict[str, Any]
     offset: int
-    """Bytes of the file that have been read so far."""
+    """Bytes of the piece that have been read so far."""
+    source: str = ""
+    """Name of what it came from: its file."""
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """A line of a piece; which of the file it is, is counted when somebody asks."""
+
+    piece: Piece
+    number: int
+    """From 1 in the piece."""
+
+    def __str__(self) -> str:
+        return f"{self.piece.file.path}: line {self.number + self._before()}"
+
+    def _before(self) -> int:
+        """Lines of the file that stand before the piece."""
+        left, lines = self.piece.start, 0
+        with self.piece.file.path.reader() as raw, io.BufferedReader(raw, READ_BYTES) as file:
+            while left and (block := file.read(min(left, READ_BYTES))):
+                lines += block.count(b"\n")
+                left -= len(block)
+            if self.piece.start:  # the piece begins inside a line, which belongs to the one before
+                file.seek(self.piece.start - 1)
+                lines += file.read(1) != b"\n"
+        return lines
 
 
 class BadLines:
@@ -62,30 +91,41 @@ class BadLines:
             self._reporter.note(f"skipped: {problem}")
 
 
-def read_records(file: InputFile, text_field: str, bad_lines: BadLines) -> Generator[Record, None, None]:
-    """The records of `file` in order; a .txt or .md file is one record with its contents in `text_field`."""
-    suffix = suffix_of(file.path)
+def read_records(
+    piece: Piece, text_field: str, bad_lines: BadLines, more_fields: tuple[str, ...] = ()
+) -> Generator[Record, None, None]:
+    """The records of a piece in order; a .txt or .md file is one record with its contents in `text_field`.
+
+    `more_fields` of a Parquet file are read beside those that hold text.
+    """
+    file, suffix = piece.file, suffix_of(piece.file.path)
     if suffix in (".txt", ".md"):
         return _read_text(file, text_field, bad_lines)
     if suffix == ".parquet":
-        return _read_parquet(file, text_field)
+        return _read_parquet(piece, text_field, more_fields)
     if suffix == ".json":
         return _read_json(file, bad_lines)
-    return _read_lines(file, DECOMPRESSORS[suffix], bad_lines)
+    return _read_lines(piece, DECOMPRESSORS[suffix], bad_lines)
+
+
+def _source(file: InputFile) -> Any:
+    """The file's bytes; of one in an object store many at a time."""
+    raw = file.path.reader()
+    return raw if file.path.path is not None else io.BufferedReader(raw, REMOTE_BYTES)
 
 
 def _read_text(file: InputFile, text_field: str, bad_lines: BadLines) -> Generator[Record, None, None]:
-    contents = file.path.read_bytes()
+    contents = file.path.read() or b""
     text = _decode(contents.removeprefix(codecs.BOM_UTF8), str(file.path), bad_lines)
     if text is not None:
-        yield Record(str(file.path), {text_field: text}, file.size)
+        yield Record(str(file.path), {text_field: text}, file.size, file.name)
 
 
 def _read_json(file: InputFile, bad_lines: BadLines) -> Generator[Record, None, None]:
     for number, (fields, offset) in enumerate(json_values(file, LONGEST_LINE), start=1):
         where = f"{file.path}: record {number}"
         if isinstance(fields, dict):
-            yield Record(where, fields, offset)
+            yield Record(where, fields, offset, file.name)
         else:
             bad_lines.reject(
                 f"{where}: found a JSON {type(fields).__name__}; expected an object with the text in a field"
@@ -93,26 +133,34 @@ def _read_json(file: InputFile, bad_lines: BadLines) -> Generator[Record, None, 
 
 
 def _read_lines(
-    file: InputFile, decompress: Callable[[BinaryIO], Any], bad_lines: BadLines
+    piece: Piece, decompress: Callable[[BinaryIO], Any], bad_lines: BadLines
 ) -> Generator[Record, None, None]:
-    with file.path.open("rb", buffering=0) as raw, io.BufferedReader(decompress(raw), READ_BYTES) as stream:
-        for number, line in enumerate(_whole_lines(file, stream), start=1):
-            content = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+    file = piece.file
+    with _source(file) as raw, io.BufferedReader(decompress(raw), READ_BYTES) as stream:
+        for number, line in enumerate(_whole_lines(piece, stream), start=1):
+            content = line.removeprefix(codecs.BOM_UTF8) if number == 1 and piece.start == 0 else line
             if content.isspace() or not content:
                 continue
-            where = f"{file.path}: line {number}"
+            where = Line(piece, number)
             fields = _parse(content, where, bad_lines)
             if fields is not None:
-                yield Record(where, fields, raw.tell())
+                yield Record(where, fields, min(raw.tell() - piece.start, piece.size), file.name)
 
 
-def _whole_lines(file: InputFile, stream: io.BufferedReader) -> Iterator[bytes]:
-    number = 0
+def _whole_lines(piece: Piece, stream: io.BufferedReader) -> Iterator[bytes]:
+    """The lines that begin in the piece; the last may end behind it."""
+    file, number, left = piece.file, 0, math.inf
+    if file.is_divisible:
+        left = piece.size
+        if piece.start:
+            stream.seek(piece.start - 1)
+            left -= len(_rest_of_line(stream)) - 1
     try:
-        while line := stream.readline(LONGEST_LINE + 1):
+        while left > 0 and (line := stream.readline(LONGEST_LINE + 1)):
             number += 1
+            left -= len(line)
             if len(line) > LONGEST_LINE:
-                raise CorpusError(f"{file.path}: line {number} has more than {LONGEST_LINE:,} bytes; cut the record.")
+                raise CorpusError(f"{Line(piece, number)} has more than {LONGEST_LINE:,} bytes; cut the record.")
             yield line
     except (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as exc:
         reason = " ".join(str(exc).split())
@@ -122,7 +170,12 @@ def _whole_lines(file: InputFile, stream: io.BufferedReader) -> Iterator[bytes]:
         ) from exc
 
 
-def _parse(content: bytes, where: str, bad_lines: BadLines) -> dict[str, Any] | None:
+def _rest_of_line(stream: io.BufferedReader) -> bytes:
+    """What a line has left; of one that no reader would take, as much as shows it."""
+    return stream.readline(LONGEST_LINE + 1)
+
+
+def _parse(content: bytes, where: object, bad_lines: BadLines) -> dict[str, Any] | None:
     text = _decode(content, where, bad_lines)
     if text is None:
         return None
@@ -137,7 +190,7 @@ def _parse(content: bytes, where: str, bad_lines: BadLines) -> dict[str, Any] | 
     return fields
 
 
-def _decode(content: bytes, where: str, bad_lines: BadLines) -> str | None:
+def _decode(content: bytes, where: object, bad_lines: BadLines) -> str | None:
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as exc:
@@ -147,23 +200,43 @@ def _decode(content: bytes, where: str, bad_lines: BadLines) -> str | None:
         return None
 
 
-def _read_parquet(file: InputFile, text_field: str) -> Generator[Record, None, None]:
-    with _readable_parquet(file), pq.ParquetFile(file.path, memory_map=True) as parquet:
-        columns = _columns(file, parquet.schema_arrow.names, text_field)
-        row, rows = 0, max(parquet.metadata.num_rows, 1)
-        for batch in parquet.iter_batches(PARQUET_ROWS, columns=columns):
+def _read_parquet(piece: Piece, text_field: str, more_fields: tuple[str, ...]) -> Generator[Record, None, None]:
+    """The rows of the groups that begin in the piece."""
+    file = piece.file
+    source = file.path.path or _source(file)
+    with _readable_parquet(file), pq.ParquetFile(source, memory_map=True) as parquet:
+        columns = _columns(file, parquet.schema_arrow.names, text_field, more_fields)
+        groups, row, rows = _row_groups(parquet.metadata, piece)
+        done = 0
+        for batch in parquet.iter_batches(PARQUET_ROWS, row_groups=groups, columns=columns):
             for fields in batch.to_pylist():
-                row += 1
-                yield Record(f"{file.path}: row {row}", fields, file.size * row // rows)
+                row, done = row + 1, done + 1
+                yield Record(f"{file.path}: row {row}", fields, piece.size * done // rows, file.name)
 
 
-def _columns(file: InputFile, names: list[str], text_field: str) -> list[str]:
+def _row_groups(metadata: Any, piece: Piece) -> tuple[list[int], int, int]:
+    """The row groups that begin in the piece, rows before them, and rows in them, at least 1."""
+    groups, before, rows = [], 0, 0
+    for index in range(metadata.num_row_groups):
+        group = metadata.row_group(index)
+        first = group.column(0) if group.num_columns else None
+        place = 0 if first is None else first.dictionary_page_offset or first.data_page_offset
+        place = min(max(place, 0), max(piece.file.size - 1, 0))
+        if place < piece.start:
+            before += group.num_rows
+        elif place < piece.stop:
+            groups.append(index)
+            rows += group.num_rows
+    return groups, before, max(rows, 1)
+
+
+def _columns(file: InputFile, names: list[str], text_field: str, more_fields: tuple[str, ...]) -> list[str]:
     if not forms_in(names, text_field):
         raise CorpusError(
             f"{file.path}: no column {text_field!r}, `messages`, or `prompt` with `completion`; "
             f"its columns are: {', '.join(names)}; name the one that holds the text with --text-field."
         )
-    wanted = field_names(text_field)
+    wanted = {*field_names(text_field), *more_fields}
     return [name for name in names if name in wanted]
 
 

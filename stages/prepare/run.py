@@ -1,54 +1,46 @@
-"""The command `pipeline prepare`: unit after unit, each committed before the next, so that a killed one goes on there.
+"""The command `pipeline prepare`: a plan, workers that do its tasks, a finished corpus.
 
-The same inputs, settings and tokenizer give the same files, interrupted or not.
+The same inputs, settings and tokenizer give the same files, whatever the number of workers, and however often they were
+killed: a task is done as a whole or not at all.
 """
 
-import shutil
-import time
-from collections import Counter
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import closing
+import functools
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
-import pyarrow as pa
 import xxhash
 
-from pipeline.corpus import (
-    END_TOKEN_IDS,
-    MANIFEST,
-    TOKENIZER,
-    CorpusManifest,
-    CorpusPartition,
-    TokenSequence,
-    read_partition,
-    write_partition,
-)
+from pipeline.cache.commits import list_commits
+from pipeline.corpus import MANIFEST, PARTITIONS, TOKENIZER, CorpusManifest
+from pipeline.cpu import available_cores
 from pipeline.documents import entry_of, printable
 from pipeline.errors import ConfigError, CorpusError
-from pipeline.files import replacing
+from pipeline.files import held, remove_partials
 from pipeline.hub import located
-from pipeline.progress import Progress, Reporter
+from pipeline.parallel import crew
+from pipeline.progress import Reporter
+from pipeline.runs.failures import forget_failures
+from pipeline.runs.outline import UNITS
+from pipeline.runs.rank import Rank, rank_from_environment
+from pipeline.runs.terms import RunTerms
 from pipeline.settings import resolved
-from pipeline.tokenizer import TokenizerIdentity, identify, load_tokenizer, save_tokenizer
-from stages.prepare.documents import DocumentEncoder, is_overlong
-from stages.prepare.inputs import UNIT_BYTES, InputFile, InputFiles, describe, divide, find_inputs, same_files
-from stages.prepare.packing import Packer
-from stages.prepare.readers import BadLines, Record, read_records
-from stages.prepare.settings import PACKINGS, PrepareConfig
-from stages.prepare.tokens import ENDED_BY, Document, spoken
-from stages.prepare.units import (
-    FinishedUnit,
-    check_folder,
-    check_same,
-    commit,
-    document_keys_of,
-    exclusive,
-    remove_units,
-    resume,
-    start,
-)
+from pipeline.stores.store import Store
+from pipeline.tokenizer import TokenizerIdentity, identify, load_tokenizer
+from stages.prepare.inputs import UNIT_BYTES, InputFiles, find_inputs, same_files
+from stages.prepare.plan import LOCK, Plan, begin, check_folder, check_same, remove_run
+from stages.prepare.settings import PrepareConfig
+from stages.prepare.staging import STAGED
+from stages.prepare.tasks import Speed, Tasks, counts_of
+from stages.prepare.worker import Manners, work
 
-PROGRESS_BYTES = 1 << 20
+OF_THE_RUN = ("workers", "worker_from_env", "lease_s", "max_failures", "retry_failed")
+"""Settings that have no say in what the corpus is."""
+LOCAL_POLL_S = 0.2
+"""Seconds between two looks of a process that waits for others of its machine."""
 
 
 def prepare(config: PrepareConfig, reporter: Reporter | None = None, *, unit_bytes: int = UNIT_BYTES) -> CorpusManifest:
@@ -59,172 +51,176 @@ def prepare(config: PrepareConfig, reporter: Reporter | None = None, *, unit_byt
     reporter = reporter or Reporter()
     config = located(config, "tokenizer", reporter, with_weights=False)
     check_folder(config.out)
-    inputs = find_inputs(config.inputs, config.out)
-    if inputs.note:
-        reporter.note(f"{', '.join(map(str, config.inputs))}: not read: {inputs.note}")
     tokenizer = load_tokenizer(config.tokenizer, trust_remote_code=config.trust_remote_code, note=reporter.note)
-    identity = identify(tokenizer)
-    settings = _compared_settings(config, tokenizer, identity)
-    if manifest := _finished(config, settings, inputs, reporter):
-        return manifest
-    with exclusive(config.out):
-        if manifest := _finished(config, settings, inputs, reporter):  # by the process that held the lock
-            return manifest
-        start(config.out, settings)
-        _save_tokenizer(tokenizer, config)
-        units = _run(config, tokenizer, divide(inputs.files, unit_bytes), reporter)
-        statistics = sum((Counter(unit.statistics) for unit in units), Counter())
-        names = [*dict.fromkeys(name for unit in units for name in unit.statistics), *inputs.counts]
-        statistics.update(inputs.counts)
-        manifest = CorpusManifest(
-            sequence_length=config.sequence_length,
-            packing=config.packing,
-            tokenizer=identity,
-            partitions=tuple(partition for unit in units for partition in unit.partitions),
-            settings={
-                **resolved(config),
-                **settings,
-                END_TOKEN_IDS: _end_token_ids(tokenizer, statistics),
-                "input_files": [list(file.identity) for file in inputs.files],
-            },
-            statistics={name: statistics[name] for name in names},
-        )
-        if not manifest.partitions:
-            raise CorpusError(
-                f"{', '.join(map(str, config.inputs))}: nothing to train on is left ({_counts(manifest)}); "
-                "give more text, or look at the loss masks."
-            )
-        manifest.write(config.out)
-        remove_units(config.out)
+    settings = _compared_settings(config, tokenizer, identify(tokenizer))
+    if config.worker_from_env and (plan := _plan_there(config.out)) is not None:
+        check_same(config.out, plan.settings, settings)
+        if (config.out / MANIFEST).is_file():
+            return CorpusManifest.read(config.out)
+    else:
+        found = _planned(config, settings, tokenizer, reporter, unit_bytes)
+        if isinstance(found, CorpusManifest):
+            return found
+        plan = found
+    if config.retry_failed:
+        forget_failures(config.out / UNITS)
+    if (local := config.out.path) is not None:
+        for name in ("", PARTITIONS, TOKENIZER, UNITS):
+            remove_partials(local / name)
+    if tokenizer.eos_token_id is None:
+        reporter.note(f"{config.tokenizer}: has no end-of-sequence token; what does not end with one stays without.")
+    with _alone(config):
+        _do(config, plan, tokenizer, reporter)
+        manifest = CorpusManifest.read(config.out)
+        _tidy(config)
     reporter.log(f"{config.out}: {_summary(manifest)}")
     return manifest
 
 
-def _run(
-    config: PrepareConfig, tokenizer: Any, groups: Sequence[Sequence[InputFile]], reporter: Reporter
-) -> list[FinishedUnit]:
-    units = resume(config.out, groups, config.skip_bad_lines)
-    with reporter.progress("prepare", sum(file.size for files in groups for file in files), "bytes") as progress:
-        if tokenizer.eos_token_id is None:
-            reporter.note(
-                f"{config.tokenizer}: has no end-of-sequence token; what does not end with one stays without."
-            )
-        work = _Work(config, tokenizer, reporter, progress)
-        for index, unit in enumerate(units):
-            work.recall(index, unit)
-        for index in range(len(units), len(groups)):
-            units.append(work.do(index, groups[index]))
-    return units
+def plan_corpus(config: PrepareConfig, reporter: Reporter | None = None) -> None:
+    """Check everything that can be checked and write the plan, for workers that are started then."""
+    reporter = reporter or Reporter()
+    config = located(config, "tokenizer", reporter, with_weights=False)
+    check_folder(config.out)
+    tokenizer = load_tokenizer(config.tokenizer, trust_remote_code=config.trust_remote_code, note=reporter.note)
+    _planned(config, _compared_settings(config, tokenizer, identify(tokenizer)), tokenizer, reporter, UNIT_BYTES)
 
 
-class _Work:
-    """Does one unit after the other; remembers every key, about 90 bytes of memory a document and a row."""
+def _planned(
+    config: PrepareConfig, settings: dict[str, Any], tokenizer: Any, reporter: Reporter, unit_bytes: int
+) -> Plan | CorpusManifest:
+    """The plan, written if need be; the manifest of a corpus that is finished."""
+    inputs = find_inputs(config.inputs, config.out.path)
+    if inputs.note:
+        reporter.note(f"{', '.join(map(str, config.inputs))}: not read: {inputs.note}")
+    if manifest := _finished(config, settings, inputs, reporter):
+        return manifest
+    with _alone(config):
+        if manifest := _finished(config, settings, inputs, reporter):  # by the process that held the lock
+            return manifest
+        about = {name: value for name, value in resolved(config).items() if name not in OF_THE_RUN}
+        plan = Plan.of(inputs.files, unit_bytes, settings, about, config.skip_bad_lines, dict(inputs.counts))
+        return begin(config.out, plan, tokenizer, trust_remote_code=config.trust_remote_code)
 
-    def __init__(self, config: PrepareConfig, tokenizer: Any, reporter: Reporter, progress: Progress) -> None:
-        self._config = config
-        self._tokenizer = tokenizer
-        self._reporter = reporter
-        self._progress = progress
-        self._document_keys: set[bytes] = set()
-        self._row_keys: set[bytes] = set()
-        self._num_partitions = 0
-        self._unsaid = self._inside = 0
-        """Bytes up to the record in hand that are not counted as done, and those of them that are by now."""
-        self._documents = self._tokens = 0
-        self._started = time.monotonic()
 
-    def recall(self, index: int, unit: FinishedUnit) -> None:
-        """Count a unit that is finished as done, and remember its keys."""
-        self._document_keys.update(document_keys_of(self._config.out, index, unit))
-        for partition in unit.partitions:
-            self._row_keys.update(_row_keys(read_partition(self._config.out, partition)))
-        self._num_partitions += len(unit.partitions)
-        self._progress.recall(unit.statistics["input_bytes"])
+def _plan_there(out: Store) -> Plan | None:
+    try:
+        return Plan.read(out)
+    except FileNotFoundError:
+        return None
 
-    def do(self, index: int, files: Sequence[InputFile]) -> FinishedUnit:
-        """Read, pack and write one unit, and commit it."""
-        config = self._config
-        bad_lines = BadLines(config.skip_bad_lines, self._reporter)
-        encoder = DocumentEncoder(config, self._tokenizer, bad_lines, self._reporter, self._advance_inside)
-        packer: Packer = PACKINGS[config.packing](config.sequence_length)
-        counts: Counter[str] = Counter(duplicate_documents=0, documents=0, duplicate_sequences=0)
-        partitions: list[CorpusPartition] = []
-        keys: list[bytes] = []
 
-        def rows(records: Iterator[Record]) -> Iterator[TokenSequence]:
-            for document in encoder.encode(records):
-                if self._is_new_document(document, keys, counts) and not is_overlong(document, config, counts):
-                    yield from packer.add(document)
-            yield from packer.flush()
+@contextmanager
+def _alone(config: PrepareConfig) -> Iterator[None]:
+    """Hold a corpus on this machine against others that a person has started: a launcher's workers share it."""
+    local = config.out.path
+    if local is None or config.worker_from_env:
+        yield
+        return
+    path = local / UNITS / LOCK
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with held(path, ConfigError(f"{local}: another `pipeline prepare` writes there; wait, or choose another.")):
+        yield
 
-        with closing(self._records(files, bad_lines)) as records:  # its file, too, whatever ends the unit
-            for sequences in self._partitions(rows(records), counts):
-                partitions.append(write_partition(config.out, self._num_partitions, sequences))
-                self._num_partitions += 1
-        self._progress.advance(0, self._note())
-        _check_unchanged(files)
-        if bad_lines.count:
-            self._reporter.note(f"skipped {bad_lines.count:,} records of {files[0].path} to {files[-1].path}")
-        statistics = {
-            "files": len(files),
-            "input_bytes": sum(file.size for file in files),
-            "bad_lines": bad_lines.count,
-            **encoder.counts,
-            **counts,
-            **packer.counts,
-        }
-        return commit(config.out, index, files, partitions, statistics, b"".join(keys))
 
-    def _records(self, files: Sequence[InputFile], bad_lines: BadLines) -> Generator[Record, None, None]:
-        for file in files:
-            said = 0
-            with closing(read_records(file, self._config.text_field, bad_lines)) as records:
-                for record in records:
-                    self._unsaid = record.offset - said
-                    yield record
-                    if record.offset - said >= PROGRESS_BYTES:
-                        self._progress.advance(self._unsaid - self._inside, self._note())
-                        said, self._inside = record.offset, 0
-            self._progress.advance(file.size - said - self._inside, self._note())
-            self._unsaid = self._inside = 0
+@dataclass(frozen=True)
+class _Member:
+    """A process that shares the work."""
 
-    def _advance_inside(self, share: float) -> None:
-        """Count the bytes of the record in hand as done as far as its long text is tokenised."""
-        done = int(self._unsaid * share)
-        self._progress.advance(max(done - self._inside, 0), self._note())
-        self._inside = max(done, self._inside)
+    config: PrepareConfig
+    rank: Rank
+    manners: Manners
 
-    def _note(self) -> str:
-        seconds = max(time.monotonic() - self._started, 1e-9)
-        return f"{self._documents:,} documents, {self._tokens:,} tokens, {self._tokens / seconds:,.0f} tokens/s"
 
-    def _is_new_document(self, document: Document, keys: list[bytes], counts: Counter[str]) -> bool:
-        key = document.key
-        if key in self._document_keys:
-            counts["duplicate_documents"] += 1
-            return False
-        self._document_keys.add(key)
-        keys.append(key)
-        counts["documents"] += 1
-        self._documents += 1
-        self._tokens += len(document.token_ids)
-        return True
+def _do(config: PrepareConfig, plan: Plan, tokenizer: Any, reporter: Reporter) -> None:
+    """Finish the corpus, by this process or by several."""
+    first = rank_from_environment() if config.worker_from_env else Rank(0, 1)
+    wanted = config.workers or (1 if config.worker_from_env else available_cores())
+    count = min(wanted, len(plan.pieces))
+    manners = Manners(
+        RunTerms(max_failures=config.max_failures, lease_s=config.lease_s),
+        launched=config.worker_from_env,
+        poll_s=None if config.worker_from_env else LOCAL_POLL_S,
+    )
+    done = list_commits(config.out / UNITS) & set(plan.tokenising)
+    speed = Speed()
+    with reporter.progress("prepare", plan.num_bytes, "bytes") as progress:
+        progress.recall(sum(piece.size for unit in done for piece in plan.units[unit]))
 
-    def _partitions(self, rows: Iterator[TokenSequence], counts: Counter[str]) -> Iterator[list[TokenSequence]]:
-        sequences: list[TokenSequence] = []
-        tokens = 0
-        for row in rows:
-            if row.key in self._row_keys:
-                counts["duplicate_sequences"] += 1
-                continue
-            self._row_keys.add(row.key)
-            if sequences and tokens + len(row.token_ids) > self._config.partition_tokens:
-                yield sequences
-                sequences, tokens = [], 0
-            sequences.append(row)
-            tokens += len(row.token_ids)
-        if sequences:
-            yield sequences
+        def advance(num_bytes: int, documents: int, tokens: int) -> None:
+            progress.advance(num_bytes, speed.note(documents, tokens))
+
+        if count == 1:
+            rank = Rank(first.worker, first.workers)
+            work(functools.partial(Tasks, config, plan, tokenizer, reporter), plan, rank, manners, reporter, advance)
+            return
+        members = [
+            _Member(config, Rank(first.worker * count + index, first.workers * count), manners)
+            for index in range(count)
+        ]
+        _share(members, reporter, advance)
+
+
+def _share(members: list[_Member], reporter: Reporter, advance: Callable[[int, int, int], None]) -> None:
+    """Several processes; the first failure of one is raised here."""
+
+    def hear(message: tuple[Any, ...]) -> None:
+        if isinstance(message[0], str):
+            reporter.write(*message)
+        else:
+            advance(*message)
+
+    def lost(member: _Member, code: int) -> None:
+        name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        reporter.note(f"worker {member.rank.worker} ended with {name}; others take what it had in hand")
+
+    with _environment(TOKENIZERS_PARALLELISM="false"):  # each has a core
+        num_done = crew(_work, members, hear, lost)
+    if not num_done:
+        raise CorpusError(
+            f"{members[0].config.out}: all {len(members)} workers were killed, perhaps for want of memory; run the "
+            "same command again to continue, with fewer --workers."
+        )
+
+
+def _work(member: _Member, tell: Callable[[Any], None]) -> None:
+    """What a process of several does."""
+    config, reporter = member.config, _Telling(tell)
+    tokenizer = load_tokenizer(config.tokenizer, trust_remote_code=config.trust_remote_code)
+    plan = Plan.read(config.out)
+    make_tasks = functools.partial(Tasks, config, plan, tokenizer, reporter)
+    work(make_tasks, plan, member.rank, member.manners, reporter, lambda *done: tell(done))
+
+
+class _Telling(Reporter):
+    """Hands lines to the process that has started this one."""
+
+    def __init__(self, tell: Callable[[Any], None]) -> None:
+        self._tell = tell
+
+    def write(self, line: str, level: int) -> None:
+        """Hand a line over."""
+        self._tell((line, level))
+
+
+@contextmanager
+def _environment(**values: str) -> Iterator[None]:
+    """Variables that processes started inside inherit, unless they are set already."""
+    new = {name: value for name, value in values.items() if name not in os.environ}
+    os.environ.update(new)
+    try:
+        yield
+    finally:
+        for name in new:
+            del os.environ[name]
+
+
+def _tidy(config: PrepareConfig) -> None:
+    """Remove what a finished corpus needs no more; where a launcher's workers may still look, their records stay."""
+    if config.worker_from_env:
+        (config.out / UNITS / STAGED).remove_tree()
+    else:
+        remove_run(config.out)
 
 
 def _compared_settings(config: PrepareConfig, tokenizer: Any, identity: TokenizerIdentity) -> dict[str, Any]:
@@ -242,12 +238,6 @@ def _compared_settings(config: PrepareConfig, tokenizer: Any, identity: Tokenize
         "tokenizer_eos_id": tokenizer.eos_token_id,
         "chat_template": None if template is None else xxhash.xxh3_128_hexdigest(repr(template).encode()),
     }
-
-
-def _end_token_ids(tokenizer: Any, statistics: Counter[str]) -> list[int]:
-    """The tokens that the documents' labels end with: where a student is to stop."""
-    tokens = [name.removeprefix(ENDED_BY) for name in statistics if name.startswith(ENDED_BY)]
-    return sorted(tokenizer.convert_tokens_to_ids(tokens))
 
 
 def _finished(
@@ -270,36 +260,13 @@ def _finished(
             f"{config.out}: was made from {len(found)} input files, this run has {len(wanted)}, and {name} differs "
             "(path, size or time of change); choose another --out, or delete this folder."
         )
-    remove_units(config.out)
+    _tidy(config)
     reporter.log(f"{config.out}: already finished by the same settings and inputs; {_summary(manifest)}")
     return manifest
-
-
-def _save_tokenizer(tokenizer: Any, config: PrepareConfig) -> None:
-    folder = config.out / TOKENIZER
-    with replacing(folder) as partial:
-        save_tokenizer(tokenizer, partial, trust_remote_code=config.trust_remote_code)
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _row_keys(table: pa.Table) -> list[bytes]:
-    return table.column("key").to_pylist()
-
-
-def _check_unchanged(files: Sequence[InputFile]) -> None:
-    for file in files:
-        if not file.path.is_file() or describe(file.path, file.name) != file:
-            raise CorpusError(
-                f"{file.path}: changed while it was read; run `pipeline prepare` again once it is complete."
-            )
 
 
 def _summary(manifest: CorpusManifest) -> str:
     return (
         f"{manifest.num_sequences:,} sequences, {manifest.num_tokens:,} tokens, {manifest.num_targets:,} targets "
-        f"from {_counts(manifest)}."
+        f"from {counts_of(manifest)}."
     )
-
-
-def _counts(manifest: CorpusManifest) -> str:
-    return ", ".join(f"{count:,} {spoken(name)}" for name, count in manifest.statistics.items() if count)

@@ -6,6 +6,7 @@ from typing import Any
 
 from pipeline.errors import ConfigError
 from pipeline.settings import Settings, required, setting
+from pipeline.stores.store import Store
 from pipeline.tables import Table
 
 PACKINGS: Table[Any] = Table(
@@ -57,13 +58,26 @@ class TextConfig(Settings):
 class PrepareConfig(TextConfig):
     """Settings of `pipeline prepare`."""
 
-    out: Path = required("Folder to write the tokenised corpus to.")
+    out: Store = required("Folder or URL to write the tokenised corpus to.")
     partition_tokens: int = setting(16_777_216, "Tokens in one file of the corpus.")
     skip_bad_lines: bool = setting(False, "Count and skip records that cannot be read, instead of stopping.")
+    workers: int | None = setting(
+        None, "Processes that share the work; none takes all cores, and one where a launcher starts the workers."
+    )
+    worker_from_env: bool = setting(
+        False, "Be one worker of many, as PIPELINE_WORKER, a Slurm array, a Kubernetes Indexed Job or srun says."
+    )
+    lease_s: float = setting(
+        180.0, "Seconds without a heartbeat after which others take a worker's tasks.", flag="--lease-seconds"
+    )
+    max_failures: int = setting(3, "Failures of a task after which it is set aside and the rest goes on.")
+    retry_failed: bool = setting(False, "Try again what was set aside.")
 
     def check(self) -> None:
         super().check()
-        self.at_least("partition_tokens", 1)
+        for name in ("partition_tokens", "workers", "max_failures"):
+            self.at_least(name, 1)
+        self.positive("lease_s", (self.lease_s,))
 
 
 @dataclass(frozen=True, kw_only=True)

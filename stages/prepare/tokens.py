@@ -50,6 +50,8 @@ class Document:
     """bool [S], True where the token is a label."""
     kind: str = "text"
     """'text', 'completion' or 'chat'."""
+    source: str = ""
+    """Name of what it came from."""
 
     @property
     def key(self) -> bytes:
@@ -71,7 +73,9 @@ class Text:
     """Whether an end-of-sequence token after the text is a label."""
     conversation: Conversation | None = None
     """What the text is the rendering of."""
-    where: str = ""
+    where: object = ""
+    """File, and line or row, as a string."""
+    source: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,7 +199,7 @@ class TextEncoder:
         elif place is not None and text.labels is not None and encoded.places[place, 1] == 0:
             loss_mask[place] = text.end_is_label  # the tokenizer's own
         self._count_end(ids, loss_mask)
-        return Document(ids, loss_mask, text.kind)
+        return Document(ids, loss_mask, text.kind, text.source)
 
     def _mask(self, labels: Spans, encoded: Encoded) -> np.ndarray:
         loss_mask = np.zeros(len(encoded.token_ids), np.bool_)

@@ -24,8 +24,9 @@ from stages.train_student.fused_head import product_dtype
 from stages.train_student.head import token_loss
 from stages.train_student.loss_settings import LossSettings
 from stages.train_student.routers import RouterLoss
-from stages.train_student.row_loss import bucket_divergence
-from stages.train_student.row_targets import make_row_targets
+from stages.train_student.row_loss import bucket_divergence, outcome_divergence, whole_log_probs
+from stages.train_student.row_targets import RowTargets, make_row_targets
+from stages.train_student.sketch import SketchHead
 from stages.train_student.targets import DistillationTargets, TeacherTargets
 
 ROWS = 8
@@ -47,10 +48,11 @@ class LossCheck:
     batch: dict[str, Any]
     settings: LossSettings
     router: RouterLoss | None
+    sketch: SketchHead | None = None
 
     def at_once(self, model: Any, gradients_in: Computation) -> None:
         """Where the model lies: a whole one on its device; one that is to be sharded on the CPU, in float32."""
-        require_agreement(model, self.batch, self.settings, router=self.router, gradients_in=gradients_in)
+        self._require(model, gradients_in=gradients_in)
 
     def where_it_is_sharded(self, trainer: Any) -> None:
         """By every rank on the gathered weights, in the types of the training; a whole model was looked at before."""
@@ -58,11 +60,13 @@ class LossCheck:
             return
         one_by_one, self.base.one_by_one = self.base.one_by_one, False  # a row's own logits are of all its documents
         autocast = trainer.accelerator.autocast
-        types = {"values_in": autocast, "gradients_in": autocast}
         try:
-            require_agreement(trainer.model, self.batch, self.settings, router=self.router, **types)
+            self._require(trainer.model, values_in=autocast, gradients_in=autocast)
         finally:
             self.base.one_by_one = one_by_one
+
+    def _require(self, model: Any, **types: Computation) -> None:
+        require_agreement(model, self.batch, self.settings, router=self.router, sketch=self.sketch, **types)
 
 
 def require_agreement(
@@ -71,6 +75,7 @@ def require_agreement(
     settings: LossSettings,
     *,
     router: RouterLoss | None = None,
+    sketch: SketchHead | None = None,
     values_in: Computation = nullcontext,
     gradients_in: Computation = nullcontext,
 ) -> None:
@@ -78,8 +83,10 @@ def require_agreement(
 
     `gradients_in` makes the autocast of the training; `values_in` too where a model knows no other types.
     """
-    batch = first_rows(batch, next(model.parameters()).device)
-    targets, tokens = DistillationTargets.of_batch(batch), {name: batch[name] for name in ("input_ids", "position_ids")}
+    device = next(model.parameters()).device
+    batch = first_rows(batch, device)
+    targets = DistillationTargets.of_batch(batch, None if sketch is None else sketch.to(device))
+    tokens = {name: batch[name] for name in ("input_ids", "position_ids")}
     was_training = model.training
     model.eval()
     try:
@@ -199,17 +206,30 @@ def dense_loss(logits_NV: Tensor, targets: DistillationTargets, settings: LossSe
     cross_entropy_N = -torch.log_softmax(logits_NV, 1).gather(1, targets.labels_M[:, None]).squeeze(1)
     rows = make_row_targets(_teacher(targets), settings, logits_NV.dtype)
     log_q_NV = torch.log_softmax(logits_NV / temperature, 1)
+    divergence_N = (_bucket_rows if rows.sketch is None else _whole_rows)(log_q_NV, rows, settings)
+    return ((1 - alpha) * cross_entropy_N + alpha * temperature**2 * divergence_N).mean()
+
+
+def _whole_rows(log_q_NV: Tensor, rows: RowTargets, settings: LossSettings) -> Tensor:
+    """D of every row where a sketch makes p_T whole."""
+    log_p_NV = whole_log_probs(rows)
+    if settings.divergence != "forward":
+        return outcome_divergence(settings.divergence, log_p_NV, log_q_NV, log_p_NV.exp())[0]
+    return (log_p_NV.exp() * (log_p_NV - log_q_NV)).sum(1)
+
+
+def _bucket_rows(log_q_NV: Tensor, rows: RowTargets, settings: LossSettings) -> Tensor:
+    """D of every row under the other policies."""
     entries_NK = log_q_NV.gather(1, rows.ids_NK)
     is_stored_NV = torch.zeros_like(log_q_NV, dtype=torch.bool).scatter_(1, rows.ids_NK, True)
     rest_N = torch.logsumexp(log_q_NV.masked_fill(is_stored_NV, -1e30), 1)
     if settings.divergence != "forward":
         entries_NK = entries_NK.masked_fill(~rows.is_entry_NK, -1e30)
-        divergence_N = bucket_divergence(settings.divergence, rows, entries_NK, rest_N[:, None])[0]
-    else:
-        divergence_N = rows.entropy_term_N - (rows.weights_NK * entries_NK).sum(1) - rows.bucket_N * rest_N
-        if rows.level_N is not None:
-            divergence_N = divergence_N - rows.level_N * log_q_NV.masked_fill(is_stored_NV, 0.0).sum(1)
-    return ((1 - alpha) * cross_entropy_N + alpha * temperature**2 * divergence_N).mean()
+        return bucket_divergence(settings.divergence, rows, entries_NK, rest_N[:, None])[0]
+    divergence_N = rows.entropy_term_N - (rows.weights_NK * entries_NK).sum(1) - rows.bucket_N * rest_N
+    if rows.level_N is not None:
+        divergence_N = divergence_N - rows.level_N * log_q_NV.masked_fill(is_stored_NV, 0.0).sum(1)
+    return divergence_N
 
 
 def first_rows(batch: dict[str, Any], device: torch.device) -> dict[str, Tensor]:

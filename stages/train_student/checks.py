@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.cache.manifest import CacheManifest
+from pipeline.cache.reader import Cache
 from pipeline.errors import CacheMismatchError, ConfigError
 from pipeline.files import held
 from pipeline.ownership import claim, entries_that_differ, told
@@ -16,7 +17,8 @@ from pipeline.weights import hash_config, hash_weights
 from stages.train_student.ranks import rank
 from stages.train_student.sampler import StepShape
 from stages.train_student.settings import TrainConfig
-from stages.train_student.tails import DRAWN_TAILS
+from stages.train_student.sketch import SketchHead
+from stages.train_student.tails import DRAWN_TAILS, TAILS
 
 RUN = "run.json"
 FREE_TO_CHANGE = (
@@ -46,6 +48,25 @@ def require_targets(config: TrainConfig, manifest: CacheManifest) -> None:
             f"{config.cache}: tail {config.tail!r} at T={config.temperature:g} needs draws from the teacher; it has "
             f"{drawn}; cache again with --tail-samples and --draw-temperature {config.temperature:g}."
         )
+
+
+def sketch_of(cache: Cache) -> SketchHead | None:
+    """The sketch of the tails of a cache, None where it has none."""
+    sketch = getattr(cache, "sketch", None)
+    return None if sketch is None else SketchHead.of_cache(sketch)
+
+
+def require_sketch(config: TrainConfig, cache: Cache) -> SketchHead | None:
+    """The sketch that the tail needs, None where it needs none; refuses a cache without one."""
+    if not TAILS[config.tail].is_sketched:
+        return None
+    sketch = sketch_of(cache)
+    if sketch is None:
+        raise ConfigError(
+            f"{config.cache}: holds no sketch of the tail, which tail {config.tail!r} needs; take another --tail, or "
+            "cache again with --tail-rank."
+        )
+    return sketch
 
 
 def require_same_targets(config: TrainConfig, train: CacheManifest, held_out: CacheManifest) -> None:

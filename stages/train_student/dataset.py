@@ -17,7 +17,7 @@ from pipeline.cache.reader import Cache
 from pipeline.formats.layout import CachedSequence
 from pipeline.targets import SparseTargets, restricted
 from stages.train_student.loss_settings import LossSettings
-from stages.train_student.tails import DRAWN_TAILS
+from stages.train_student.tails import DRAWN_TAILS, TAILS
 from stages.train_student.targets import DistillationTargets, TeacherTargets, require_values
 
 
@@ -58,6 +58,7 @@ class Collate:
         teacher_probs            float32 [M, K]: p_T over the full vocabulary, restricted to the ids
         teacher_tail             float32 [M]: p_T of all other ids
         teacher_entropy          float32 [M], for a tail of draws alone: of p_T over the full vocabulary, nats
+        teacher_coefficients     float32 [M, R], for a tail that is sketched alone
         labels                   the labels again
         keys                     hexadecimal names of the sequences
 
@@ -83,6 +84,9 @@ class Collate:
         entropy = None
         if self._settings.tail in DRAWN_TAILS:
             entropy = torch.from_numpy(np.concatenate([teacher.entropy(temperature) for teacher in teachers]))
+        coefficients = None
+        if TAILS[self._settings.tail].is_sketched:
+            coefficients = coefficients_of(teachers)
         targets = DistillationTargets(
             labels_M=_int64(np.concatenate(labels)),
             teacher=TeacherTargets(
@@ -90,6 +94,7 @@ class Collate:
                 probs_MK=torch.from_numpy(probs),
                 tail_mass_M=torch.from_numpy(np.concatenate([teacher.tail_mass(temperature) for teacher in teachers])),
                 entropy_M=entropy,
+                coefficients_MR=coefficients,
             ),
         )
         require_values(targets, self._settings.vocab_size)
@@ -133,6 +138,11 @@ def merge_draws(draws_ND: np.ndarray, tail_mass_N: np.ndarray) -> tuple[np.ndarr
     counts = np.zeros(ids.size, np.float32)
     counts[starts] = np.diff([*starts, ids.size])
     return ids, counts.reshape(num_rows, num_draws) * (tail_mass_N / np.float32(num_draws))[:, None]
+
+
+def coefficients_of(teachers: Sequence[SparseTargets]) -> Tensor:
+    """float32 [M, R]: of the tails' sketches, one piece of targets after the other."""
+    return torch.from_numpy(np.concatenate([teacher.coefficients for teacher in teachers]).astype(np.float32))
 
 
 def _int64(values: np.ndarray) -> Tensor:

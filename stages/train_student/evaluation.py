@@ -5,6 +5,8 @@ vocabulary, p the teacher's, S the stored ids, t the teacher's mass outside them
 
 cross_entropy      -log q(label), nats; exact
 kl_T               KL(p_T || q_T) with a ghost tail, nats: a lower bound of the full one, whatever tail trains
+kl_sketch_T        the same with a sketched tail, where such a one trains and the cache has a sketch, nats: of whole
+                   distributions, of which the teacher's is approximate outside S
 top1_agreement     how often the student's most probable id is the teacher's; exact
 acceptance_min     sum over S of min(p, q): a lower bound of the rate at which speculative decoding accepts a draft of
 acceptance_max     the student (arXiv 2211.17192, sum over all ids of min(p, q)); with min(t, 1 - q(S)), an upper bound.
@@ -20,8 +22,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stages.train_student.dataset import CacheDataset, Collate
+from stages.train_student.dataset import CacheDataset, Collate, coefficients_of
 from stages.train_student.loss_settings import LossSettings
+from stages.train_student.row_loss import whole_log_probs
+from stages.train_student.row_targets import make_row_targets
+from stages.train_student.sketch import SketchHead
+from stages.train_student.targets import TeacherTargets
 
 BINS = 15
 CHUNK_BYTES = 64 * 2**20
@@ -32,11 +38,16 @@ class Evaluation:
     """A held-out cache, and what to measure on it."""
 
     def __init__(
-        self, data: CacheDataset, settings: LossSettings, temperatures: tuple[float, ...], batch_size: int
+        self,
+        data: CacheDataset,
+        settings: LossSettings,
+        temperatures: tuple[float, ...],
+        batch_size: int,
+        sketch: SketchHead | None = None,
     ) -> None:
         self._settings = dataclasses.replace(settings, tail="ghost", divergence="forward")
         self._data, self._temperatures, self._batch_size = data, temperatures, batch_size
-        self._collate = Collate(self._settings)
+        self._collate, self._sketch = Collate(self._settings), sketch
 
     def run(self, trainer: Any) -> dict[str, float]:
         """The metrics, the same on every rank. Every rank calls the model equally often, as FSDP asks."""
@@ -57,17 +68,22 @@ class Evaluation:
     def _measure(self, trainer: Any, rows: list[int]) -> dict[str, Tensor]:
         sequences = [self._data[row] for row in rows]
         batch = trainer._prepare_inputs(self._collate(sequences))
-        teachers = {}
+        teachers, device = {}, trainer.args.device
         for temperature in self._temperatures:
             parts = [(s.targets.probs(temperature), s.targets.tail_mass(temperature)) for s in sequences]
             probs, tail = (torch.cat([torch.from_numpy(part) for part in column]) for column in zip(*parts))
-            teachers[temperature] = (probs.to(trainer.args.device), tail.to(trainer.args.device))
+            teachers[temperature] = (probs.to(device), tail.to(device))
+        sketched = None
+        if self._sketch is not None:
+            self._sketch = self._sketch.to(device)
+            sketched = self._sketch, coefficients_of([sequence.targets for sequence in sequences]).to(device)
         measure = functools.partial(
             measure_rows,
             labels_M=batch["shift_labels"],
             ids_MK=batch["teacher_ids"],
             teachers=teachers,
             settings=self._settings,
+            sketched=sketched,
         )
         inputs = {name: batch[name] for name in ("input_ids", "position_ids", "target_rows")}
         with torch.no_grad(), trainer.accelerator.autocast():
@@ -83,8 +99,12 @@ def measure_rows(
     ids_MK: Tensor,
     teachers: dict[float, tuple[Tensor, Tensor]],
     settings: LossSettings,
+    sketched: tuple[SketchHead, Tensor] | None = None,
 ) -> dict[str, Tensor]:
-    """Sums over the target tokens, float64: what `finish` makes metrics of; `teachers` are p_T and tail mass by T."""
+    """Sums over the target tokens, float64: what `finish` makes metrics of.
+
+    `teachers` are p_T and tail mass by T, `sketched` a sketch with the tokens' coefficients [M, R], if there is one.
+    """
     totals: dict[str, Tensor] = {}
     rows = max(1, CHUNK_BYTES // (4 * settings.vocab_size))
     with torch.autocast(hidden_MH.device.type, enabled=False):
@@ -92,7 +112,11 @@ def measure_rows(
             chunk = slice(start, start + rows)
             logits_CV = head_logits(hidden_MH[chunk], weight_VH, _rows_of(adapter, chunk), settings)
             given = {T: (probs[chunk], tail[chunk]) for T, (probs, tail) in teachers.items()}
-            for name, value in _chunk_sums(logits_CV, labels_M[chunk], ids_MK[chunk], given).items():
+            sums = _chunk_sums(logits_CV, labels_M[chunk], ids_MK[chunk], given)
+            if sketched is not None:
+                sketch, coefficients_MR = sketched
+                sums |= _sketch_sums(logits_CV, ids_MK[chunk], given, sketch, coefficients_MR[chunk], settings)
+            for name, value in sums.items():
                 totals[name] = totals.get(name, 0) + value
     return totals
 
@@ -144,6 +168,28 @@ def _chunk_sums(
             low = torch.minimum(probs, kept.exp()).sum(1)
             sums["acceptance_min"] = low.double().sum()
             sums["acceptance_max"] = (low + torch.minimum(tail, rest.exp())).double().sum()
+    return sums
+
+
+def _sketch_sums(
+    logits_CV: Tensor,
+    ids_CK: Tensor,
+    teachers: dict[float, tuple[Tensor, Tensor]],
+    sketch: SketchHead,
+    coefficients_CR: Tensor,
+    settings: LossSettings,
+) -> dict[str, Tensor]:
+    """KL(p_T || q_T) at every T, where the sketch says how p_T lies on what is not stored."""
+    sums = {}
+    for temperature, (probs, tail) in teachers.items():
+        teacher = TeacherTargets(
+            ids_MK=ids_CK, probs_MK=probs, tail_mass_M=tail, coefficients_MR=coefficients_CR, sketch=sketch
+        )
+        at_T = dataclasses.replace(settings, tail="sketch", temperature=temperature)
+        rows = make_row_targets(teacher, at_T, logits_CV.dtype)
+        log_p_CV = whole_log_probs(rows)
+        log_q_CV = torch.log_softmax(logits_CV / temperature, 1)
+        sums[f"kl_sketch_{temperature:g}"] = (log_p_CV.exp() * (log_p_CV - log_q_CV)).sum(1).double().sum()
     return sums
 
 

@@ -15,6 +15,7 @@ import importlib.util
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -70,6 +71,16 @@ class _Pair:
     """In the dtype of the loss."""
 
 
+class _Scratch(NamedTuple):
+    """Memory for the rows of a block."""
+
+    rows_BV: Tensor
+    slope_BV: Tensor | None
+    """Of a soft cap."""
+    tail_BV: Tensor | None
+    """Of a sketch."""
+
+
 class FusedHead(torch.autograd.Function):
     """loss, cross_entropy and kl; the gradient of the loss is complete when the forward returns.
 
@@ -114,7 +125,8 @@ def _loss_and_gradients(
     dtype = loss_dtype(factors[0])
     pairs = _pairs(step, factors)
     row_losses_2M = torch.empty(2, len(labels_M), dtype=dtype, device=factors[0].device)
-    logits_CV, *scratch = _buffers(pairs[0].weight_VH, len(labels_M), step, dtype)
+    has_sketch = targets is not None and targets.sketch is not None
+    logits_CV, scratch = _buffers(pairs[0].weight_VH, len(labels_M), step, dtype, has_sketch=has_sketch)
     for start in range(0, len(labels_M), len(logits_CV)):
         chunk = slice(start, min(start + len(logits_CV), len(labels_M)))
         hiddens = [pair.hidden_MH[chunk].to(step.product_dtype) for pair in pairs]
@@ -170,7 +182,7 @@ def _chunk_losses_(
     labels_C: Tensor,
     targets: RowTargets | None,
     step: HeadStep,
-    scratch: list[Tensor],
+    scratch: _Scratch,
     row_losses_2C: Tensor,
 ) -> Tensor:
     """The gradient of the loss with respect to a chunk's logits, which are lost, in the dtype of the products.
@@ -178,28 +190,44 @@ def _chunk_losses_(
     Fills the cross-entropy and the KL of its tokens.
     """
     settings, weights = step.settings, step.row_weights
-    kernel = _row_kernel(logits_CV)
-    if kernel is not None:
+    kernel, is_sketched = _row_kernel(logits_CV), targets is not None and targets.sketch is not None
+    if kernel is not None and (settings.divergence == "forward" or not is_sketched):
         grad_logits_CV = logits_CV.view(step.product_dtype)[:, : settings.vocab_size]  # in the logits' memory
-        row_losses_2C[0], divergence_C = kernel(logits_CV, labels_C, targets, settings, weights, grad_logits_CV)
-        if divergence_C is not None:
-            row_losses_2C[1] = divergence_C
+        launch_rows = len(scratch.rows_BV) if is_sketched else len(logits_CV)
+        for start in range(0, len(logits_CV), launch_rows):
+            block = slice(start, start + launch_rows)
+            rows = None if targets is None else targets.rows(block)
+            tail_BV = _tail_logits(rows, scratch)
+            row_losses_2C[0, block], divergence_B = kernel(
+                logits_CV[block], labels_C[block], rows, settings, weights, grad_logits_CV[block], tail_BV
+            )
+            if divergence_B is not None:
+                row_losses_2C[1, block] = divergence_B
         return grad_logits_CV
-    for start in range(0, len(logits_CV), len(scratch[0])):
-        block = slice(start, start + len(scratch[0]))
+    for start in range(0, len(logits_CV), len(scratch.rows_BV)):
+        block = slice(start, start + len(scratch.rows_BV))
         logits_BV, labels_B = logits_CV[block], labels_C[block]
-        scratch_BV, *slope_BV = (buffer[: len(logits_BV)] for buffer in scratch)
+        scratch_BV, slope_BV, _ = (None if rows is None else rows[: len(logits_BV)] for rows in scratch)
         if settings.logit_softcap is not None:
-            _cap_(logits_BV, settings.logit_softcap, slope_BV[0])
+            _cap_(logits_BV, settings.logit_softcap, slope_BV)
         if targets is None:
             row_losses_2C[0, block] = cross_entropy_rows_(logits_BV, labels_B, None if weights is None else weights[0])
         else:
+            rows = targets.rows(block)
             row_losses_2C[0, block], row_losses_2C[1, block] = distillation_rows_(
-                logits_BV, labels_B, targets.rows(block), settings, weights, scratch_BV
+                logits_BV, labels_B, rows, settings, weights, scratch_BV, _tail_logits(rows, scratch)
             )
         if settings.logit_softcap is not None and weights is not None:
-            logits_BV.mul_(slope_BV[0])
+            logits_BV.mul_(slope_BV)
     return logits_CV.to(step.product_dtype)
+
+
+def _tail_logits(targets: RowTargets | None, scratch: _Scratch) -> Tensor | None:
+    """Over T, of the rows of a block, None without a sketch."""
+    if targets is None or targets.sketch is None:
+        return None
+    assert scratch.tail_BV is not None
+    return targets.sketch.write_(scratch.tail_BV[: len(targets.ids_NK)])
 
 
 def _row_kernel(logits_CV: Tensor) -> Callable[..., tuple[Tensor, Tensor | None]] | None:
@@ -244,7 +272,9 @@ def product_dtype(hidden_NH: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else hidden_NH.dtype
 
 
-def _buffers(weight_VH: Tensor, num_targets: int, step: HeadStep, dtype: torch.dtype) -> list[Tensor]:
+def _buffers(
+    weight_VH: Tensor, num_targets: int, step: HeadStep, dtype: torch.dtype, *, has_sketch: bool
+) -> tuple[Tensor, _Scratch]:
     """Logits of a chunk within the byte budget, and scratch for the rows of a block; at least a row of each.
 
     The chunks are evened out, so that none is a small remainder that pays for the head's whole gradient.
@@ -255,6 +285,10 @@ def _buffers(weight_VH: Tensor, num_targets: int, step: HeadStep, dtype: torch.d
     num_chunks = math.ceil(num_targets / max(1, step.chunk_bytes // row_bytes))
     chunk_rows = math.ceil(num_targets / max(1, num_chunks))
     block_rows = max(1, BLOCK_BYTES[weight_VH.device.type] // row_bytes)
-    logits_CV = weight_VH.new_empty(max(1, chunk_rows), row_size, dtype=dtype)[:, : len(weight_VH)]
-    num_scratch = 1 if step.settings.logit_softcap is None else 2
-    return [logits_CV, *(torch.empty_like(logits_CV[:block_rows]) for _ in range(num_scratch))]
+    chunk_rows, vocab_size = max(1, chunk_rows), len(weight_VH)
+    is_needed = (True, step.settings.logit_softcap is not None, has_sketch)
+    sizes = (chunk_rows, *(min(block_rows, chunk_rows) if needed else None for needed in is_needed))
+    logits_CV, *rows = (
+        None if size is None else weight_VH.new_empty(size, row_size, dtype=dtype)[:, :vocab_size] for size in sizes
+    )
+    return logits_CV, _Scratch(*rows)

@@ -5,6 +5,7 @@ head (DDP, FSDP2) does so for us; reading the weight from outside would miss its
 reduction. Without targets in the call the model behaves as before.
 """
 
+import functools
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from stages.train_student.documents import target_hidden
 from stages.train_student.loss import DistillationLoss, distillation_loss
 from stages.train_student.loss_settings import LossSettings
 from stages.train_student.routers import RouterLoss
+from stages.train_student.sketch import SketchHead
 from stages.train_student.targets import LABELS, TEACHER_COLUMNS, DistillationTargets
 
 OTHER_COLUMNS = ("labels",)
@@ -39,20 +41,26 @@ class DistillationOutput(ModelOutput):
     """Of a mixture of experts, its share of the step; in `loss` times its weight. None if nothing balances routers."""
 
 
-def attach_fused_loss(model: PreTrainedModel, settings: LossSettings, router: RouterLoss | None = None) -> None:
+def attach_fused_loss(
+    model: PreTrainedModel,
+    settings: LossSettings,
+    router: RouterLoss | None = None,
+    sketch: SketchHead | None = None,
+) -> None:
     """Make `model(**batch)` of a batch by `dataset.Collate` return a DistillationOutput.
 
     `num_items_in_batch` is the number of target tokens of the whole step, over all micro-batches
     and ranks; without it the mean is over the batch. With `measure`, a HeadFunction, what it makes of the target rows
     is returned instead. With the model's attribute `one_by_one` set, every document is computed as a row of its own.
-    Raises ConfigError for a head with a bias.
+    The sketch, which a tail that is sketched needs, goes to the device of the hidden states; it is no part of the
+    model's state. Raises ConfigError for a head with a bias.
     """
     head = model.get_output_embeddings()
     if getattr(head, "bias", None) is not None:
         raise ConfigError(f"{type(model).__name__}: its head has a bias, which the fused loss does not know.")
     model.one_by_one = False
     head.forward = types.MethodType(_hooked_head(head.forward), head)
-    model.forward = types.MethodType(_hooked_model(model.forward, settings, router), model)
+    model.forward = types.MethodType(_hooked_model(model.forward, settings, router, sketch), model)
 
 
 def token_loss(
@@ -82,8 +90,10 @@ def _hooked_head(head_forward: Callable[[Tensor], Tensor]) -> Callable[..., Any]
 
 
 def _hooked_model(
-    model_forward: Callable[..., Any], settings: LossSettings, router: RouterLoss | None
+    model_forward: Callable[..., Any], settings: LossSettings, router: RouterLoss | None, sketch: SketchHead | None
 ) -> Callable[..., Any]:
+    sketch_on = functools.cache(lambda device: None if sketch is None else sketch.to(device))
+
     def forward(
         self: Any,
         input_ids: Tensor | None = None,
@@ -103,7 +113,7 @@ def _hooked_model(
         head = self.get_output_embeddings()
         if measure is not None:
             return head(body.hidden_MH, measure)
-        targets = DistillationTargets.of_batch(columns)
+        targets = DistillationTargets.of_batch(columns, sketch_on(body.hidden_MH.device))
         out = DistillationOutput(*head(body.hidden_MH, token_loss(targets, settings, alpha, num_items_in_batch)))
         if balanced is not None:
             share = 1.0 if num_items_in_batch is None else len(target_rows) / num_items_in_batch

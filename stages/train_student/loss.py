@@ -17,7 +17,8 @@ from torch import Tensor
 from stages.train_student.fused_head import DEFAULT_CHUNK_BYTES, FusedHead, HeadStep, loss_dtype, product_dtype
 from stages.train_student.loss_settings import LossSettings, require_alpha
 from stages.train_student.row_targets import make_row_targets
-from stages.train_student.tails import DRAWN_TAILS
+from stages.train_student.sketch import SketchHead
+from stages.train_student.tails import DRAWN_TAILS, TAILS
 from stages.train_student.targets import DistillationTargets, TeacherTargets, require_values
 
 DTYPES = (torch.bfloat16, torch.float32, torch.float64)
@@ -55,6 +56,8 @@ def fused_distillation_loss(
     logit_scale: float = 1.0,
     logit_softcap: float | None = None,
     adapter: tuple[Tensor, Tensor] | None = None,
+    coefficients_NR: Tensor | None = None,
+    sketch: SketchHead | None = None,
 ) -> DistillationLoss:
     """(1 - alpha) CE + alpha T^2 KL(p_T || q_T) of a student whose logits are hidden_NH @ head_weight_VH.T.
 
@@ -68,8 +71,11 @@ def fused_distillation_loss(
     gradient is then an unbiased estimate of the full one; "sampled" is the same with draws alone. `teacher_entropy_N`,
     the full entropy of p_T in nats, makes the reported KL one too; it changes no gradient and goes with no other tail.
 
-    `divergence` "reverse" takes KL(q_T || p_T) in the place of KL(p_T || q_T), "js" their Jensen-Shannon divergence,
-    both with a ghost tail alone: they are defined on the stored ids and one bucket (divergences.py).
+    With the tail "sketch" the tail's mass lies on the ids that are not stored in proportion to exp(s / T), where s are
+    the logits that `sketch` (SketchHead.of) makes of `coefficients_NR`; both go with no other tail.
+
+    `divergence` "reverse" takes KL(q_T || p_T) in the place of KL(p_T || q_T), "js" their Jensen-Shannon divergence:
+    with the tail "ghost" on the stored ids and one bucket, with "sketch" on the whole vocabulary (divergences.py).
 
     `logit_scale` multiplies logits (Cohere, Granite), `logit_softcap` c then makes them c tanh(logits / c) (Gemma 2).
     `adapter` is a low-rank update of the head, ([N, R] and [V, R]) in place of (hidden_NH @ A.T, B): their product is
@@ -102,7 +108,14 @@ def fused_distillation_loss(
         )
     teacher = None
     if ids_NK is not None and probs_NK is not None and tail_mass_N is not None:
-        teacher = TeacherTargets(ids_MK=ids_NK, probs_MK=probs_NK, tail_mass_M=tail_mass_N, entropy_M=teacher_entropy_N)
+        teacher = TeacherTargets(
+            ids_MK=ids_NK,
+            probs_MK=probs_NK,
+            tail_mass_M=tail_mass_N,
+            entropy_M=teacher_entropy_N,
+            coefficients_MR=coefficients_NR,
+            sketch=sketch,
+        )
     targets = DistillationTargets(labels_M=labels_N, teacher=teacher)
     _check_student(hidden_NH, head_weight_VH, labels_N, settings.vocab_size)
     _check_teacher(targets.teacher, labels_N, settings)
@@ -199,6 +212,33 @@ def _check_teacher(teacher: TeacherTargets | None, labels_N: Tensor, settings: L
             f"teacher_entropy_N: shape {tuple(entropy.shape)} with tail {settings.tail!r}, "
             f"expected ({num_tokens},) with a tail of draws: {' or '.join(DRAWN_TAILS)}."
         )
+    _check_sketch(teacher, labels_N, settings)
+
+
+def _check_sketch(teacher: TeacherTargets, labels_N: Tensor, settings: LossSettings) -> None:
+    """Raises ValueError unless coefficients and sketch are there with a tail that is sketched alone, and fit."""
+    coefficients, sketch = teacher.coefficients_MR, teacher.sketch
+    is_sketched = TAILS[settings.tail].is_sketched
+    for name, given in (("coefficients_NR", coefficients), ("sketch", sketch)):
+        if (given is not None) != is_sketched:
+            raise ValueError(
+                f"{name}: {'none' if given is None else 'given'} with tail {settings.tail!r}, expected both "
+                "coefficients_NR and sketch with tail 'sketch', and neither with another."
+            )
+    if coefficients is None or sketch is None:
+        return
+    if coefficients.shape != (len(labels_N), sketch.rank) or not coefficients.is_floating_point():
+        raise ValueError(
+            f"coefficients_NR: shape {tuple(coefficients.shape)}, dtype {coefficients.dtype}; expected "
+            f"({len(labels_N)}, {sketch.rank}) as the sketch's rank, of a floating-point dtype."
+        )
+    if sketch.vocab_size < settings.vocab_size:
+        raise ValueError(
+            f"sketch: of a vocabulary of {sketch.vocab_size}, expected at least vocab_size, {settings.vocab_size}."
+        )
+    for name, tensor in (("coefficients_NR", coefficients), ("sketch", sketch.weight_SP)):
+        if tensor.device != labels_N.device:
+            raise ValueError(f"{name}: on {tensor.device}, expected {labels_N.device} as hidden_NH; move it there.")
 
 
 def _check_adapter(adapter: tuple[Tensor, Tensor], hidden_NH: Tensor, head_weight_VH: Tensor) -> None:

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 from stages.train_student.divergences import DIVERGENCES
-from stages.train_student.tails import TAILS
+from stages.train_student.tails import DIVERGING_TAILS, TAILS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,9 +28,10 @@ class LossSettings:
             raise ValueError(f"tail: {self.tail!r}, choose one of: {', '.join(TAILS)}.")
         if self.divergence not in DIVERGENCES:
             raise ValueError(f"divergence: {self.divergence!r}, choose one of: {', '.join(DIVERGENCES)}.")
-        if self.divergence != "forward" and self.tail != "ghost":
+        if self.divergence != "forward" and self.tail not in DIVERGING_TAILS:
             raise ValueError(
-                f"divergence: {self.divergence!r} with tail {self.tail!r}, expected tail 'ghost': it needs a whole p_T."
+                f"divergence: {self.divergence!r} with tail {self.tail!r}, expected tail "
+                f"{' or '.join(map(repr, DIVERGING_TAILS))}: it needs a whole p_T."
             )
         require_alpha(self.alpha)
         for name in ("temperature", "logit_scale", "logit_softcap"):

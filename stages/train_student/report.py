@@ -26,7 +26,7 @@ CURVES = (
     ("kl", "Divergence of teacher and student at T, training", NATS),
     ("router_loss", "Balancing loss of the routers, not weighted", ""),
     ("eval_cross_entropy", "Cross-entropy, held out", NATS),
-    ("eval_kl_", "KL to the teacher, held out (ghost tail)", NATS),
+    ("eval_kl_", "KL to the teacher, held out (ghost tail; with a sketch, the whole vocabulary)", NATS),
     ("eval_top1_agreement", "Top-1 agreement with the teacher, held out", "share of tokens"),
     ("eval_acceptance_", "Speculative acceptance: lower and upper bound", "rate"),
     ("eval_calibration_error", "Expected calibration error, held out", "probability"),

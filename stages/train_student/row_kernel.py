@@ -7,6 +7,9 @@ that both passes run over the rest alone, as in row_loss.py.
 The gradient takes the place of the logits, also in a narrower dtype: the second pass has read a block, and every lane
 of it, before it writes one, and what it writes ends where that block ends or before. So it costs 10 bytes a logit
 instead of 18: two passes read 4, one writes 2, and no other kernel reads 4 and writes 2 to round.
+
+The logits of a sketched tail, for the forward KL alone, are read in both passes: 8 bytes more, which an L2 cache holds
+where they were written for a block of rows just before.
 """
 
 import torch
@@ -49,10 +52,10 @@ def _outcomes(log_p, log_q, p, q, DIVERGENCE: tl.constexpr):
 @triton.jit
 def _rows(
     logits_ptr, stride, gradient_ptr, gradient_stride, labels_ptr, ids_ptr, is_entry_ptr, weights_ptr, bucket_ptr,
-    level_ptr, total_ptr, num_rest_ptr, entropy_ptr, cross_entropy_ptr, divergence_ptr, hard_weight, soft_weight,
-    inverse_T, softcap, V, width, K,
+    level_ptr, total_ptr, num_rest_ptr, entropy_ptr, tail_ptr, tail_stride, cross_entropy_ptr, divergence_ptr,
+    hard_weight, soft_weight, inverse_T, softcap, V, width, K,
     SLOTS: tl.constexpr, BLOCK: tl.constexpr, HAS_TARGETS: tl.constexpr, HAS_LEVEL: tl.constexpr,
-    DIVERGENCE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_GRADIENT: tl.constexpr,
+    HAS_TAIL: tl.constexpr, DIVERGENCE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_GRADIENT: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * stride
@@ -70,7 +73,11 @@ def _rows(
         tl.store(logits_ptr + ids, float("-inf"), mask=is_entry)
         tl.debug_barrier()
 
+    if HAS_TAIL:
+        tl.static_assert(DIVERGENCE == "forward", "row_kernel.py does not know this divergence with a sketch")
+        tail_ptr += row * tail_stride
     largest, exp_sum, soft_exp_sum, rest_sum = -1e30, 0.0, 0.0, 0.0
+    tail_largest, tail_sum, cross = -1e30, 0.0, 0.0
     for start in range(0, width, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         raw = tl.load(logits_ptr + columns, mask=columns < width, other=0.0)
@@ -85,6 +92,18 @@ def _rows(
             soft_exp_sum += tl.sum(tl.exp((z - new_largest) * inverse_T), 0)
             if HAS_LEVEL:
                 rest_sum += tl.sum(tl.where(z == float("-inf"), 0.0, z), 0)
+            if HAS_TAIL:  # cross: sum of exp(s) (s - z / T), both relative to their maxima so far
+                s = tl.load(tail_ptr + columns, mask=columns < width, other=0.0)
+                s = tl.where(raw == float("-inf"), raw, s)
+                new_tail_largest = tl.maximum(tail_largest, tl.max(s, 0))
+                moved = (tail_largest - new_tail_largest) - (largest - new_largest) * inverse_T
+                shrunk = tl.exp(tail_largest - new_tail_largest)
+                differences = (s - new_tail_largest) - (z - new_largest) * inverse_T
+                differences = tl.where(raw == float("-inf"), 0.0, differences)
+                tail_exp = tl.exp(s - new_tail_largest)
+                cross = (cross + tail_sum * moved) * shrunk + tl.sum(tail_exp * differences, 0)
+                tail_sum = tail_sum * shrunk + tl.sum(tail_exp, 0)
+                tail_largest = new_tail_largest
         largest = new_largest
 
     z_label = raw_label
@@ -112,7 +131,12 @@ def _rows(
                 level = tl.load(level_ptr + row)
                 normaliser = shift * inverse_T + soft_log_all
                 value -= level * (rest_sum * inverse_T - tl.load(num_rest_ptr + row) * normaliser)
-            pulls, rest_pull = total * q - w, total * q_rest - bucket
+            pulls, rest_pull = total * q - w, total * q_rest
+            if HAS_TAIL:
+                tail_sum = tl.maximum(tail_sum, 1.0)
+                value += bucket * (cross / tail_sum - tl.log(tail_sum) + tl.log(soft_exp_sum))
+            else:
+                rest_pull -= bucket
         else:
             log_p, log_p_rest = tl.log(tl.maximum(w, _TINY)), tl.log(tl.maximum(bucket, _TINY))
             shares, score = _outcomes(log_p, log_q, w, q, DIVERGENCE)
@@ -124,6 +148,7 @@ def _rows(
         hard_scale = hard_weight * tl.exp(rest - log_all)
         soft_scale = soft_weight * rest_pull / soft_exp_sum
         level = soft_weight * level
+        tail_scale = soft_weight * bucket / tl.maximum(tail_sum, 1.0)
     else:
         tl.store(cross_entropy_ptr + row, largest + tl.log(exp_sum) - z_label)
         hard_scale = hard_weight / exp_sum
@@ -140,6 +165,10 @@ def _rows(
             gradient = hard_scale * tl.exp(z - largest)
             if HAS_TARGETS:
                 gradient += soft_scale * tl.exp((z - largest) * inverse_T) - level
+            if HAS_TAIL:
+                s = tl.load(tail_ptr + columns, mask=columns < width, other=0.0)
+                s = tl.where(raw == float("-inf"), raw, s)
+                gradient -= tail_scale * tl.exp(s - tail_largest)
             if gradient_ptr.dtype != logits_ptr.dtype:
                 tl.debug_barrier()  # every lane has read this block: what is written lies in it and in those before
             tl.store(gradient_ptr + columns, gradient * slope, mask=columns < width)
@@ -147,6 +176,8 @@ def _rows(
         label_gradient = hard_scale * tl.exp(z_label - largest) - hard_weight
         if HAS_TARGETS:
             label_gradient += soft_scale * tl.exp((z_label - largest) * inverse_T) - level
+            if HAS_TAIL:
+                label_gradient -= tail_scale * tl.exp(tl.load(tail_ptr + label) - tail_largest)
             entry_gradients = hard_weight * tl.exp(entries - log_all) + soft_weight * pulls
             entry_gradients -= tl.where(ids == label, hard_weight, 0.0)
             if HAS_SOFTCAP:
@@ -168,12 +199,16 @@ def kernel_rows_(
     settings: LossSettings,
     weights: tuple[float, float] | None,
     gradient_NV: Tensor,
+    tail_NV: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Cross-entropy and divergence of every row, as row_loss.py's functions after the soft cap; float32 logits.
 
     With `weights`, `gradient_NV` becomes the gradient of the loss with respect to the logits before the cap: the logits
     themselves, or a view in a narrower dtype of which every row begins where that of the logits does. What a row has
     behind its columns, up to the next, is overwritten. The second is None without targets.
+
+    `tail_NV` are the logits over T that the sketch of the targets makes, if they have one; its rows are as far apart as
+    those of the logits, and the divergence is the forward KL.
     """
     num_rows, vocab_size = logits_NV.shape
     hard_weight, soft_weight = weights or (0.0, 0.0)
@@ -184,6 +219,7 @@ def kernel_rows_(
     k, level_N = 1, None
     if targets is not None:
         k, level_N = targets.ids_NK.shape[1], targets.level_N
+        assert (tail_NV is None) == (targets.sketch is None)
         fields = (
             *(targets.ids_NK.contiguous(), targets.is_entry_NK.contiguous(), targets.weights_NK.contiguous()),
             *(targets.bucket_N, unused if level_N is None else level_N, targets.total_N),
@@ -199,6 +235,8 @@ def kernel_rows_(
             gradient_NV.stride(0),
             labels_N,
             *fields,
+            unused if tail_NV is None else tail_NV,
+            logits_NV.stride(0) if tail_NV is None else tail_NV.stride(0),
             cross_entropy_N,
             unused if divergence_N is None else divergence_N,
             hard_weight,
@@ -212,6 +250,7 @@ def kernel_rows_(
             BLOCK=min(BLOCK, triton.next_power_of_2(vocab_size)),
             HAS_TARGETS=targets is not None,
             HAS_LEVEL=level_N is not None,
+            HAS_TAIL=tail_NV is not None,
             DIVERGENCE=settings.divergence,
             HAS_SOFTCAP=settings.logit_softcap is not None,
             HAS_GRADIENT=weights is not None,

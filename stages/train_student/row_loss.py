@@ -14,6 +14,10 @@ The columns of S are taken out of the row first, so that every pass over V runs 
 1 - Q a sum of its own instead of a difference, which in float32 is noise once Q > 0.9999.
 
 That is the forward KL. For another divergence (divergences.py) the two brackets after B are its pulls.
+
+A sketch spreads t over the rest as r = softmax_rest(s/T) (tails.py). That adds t KL(r || q_rest) to the forward KL, and
+makes the bracket of the rest M (1 - Q) softmax_rest(z/T) - t r; both terms are made of the rest alone. For another
+divergence all ids are outcomes.
 """
 
 from typing import NamedTuple
@@ -21,7 +25,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from stages.train_student.divergences import BUCKET_DIVERGENCES
+from stages.train_student.divergences import OUTCOME_DIVERGENCES
 from stages.train_student.loss_settings import LossSettings
 from stages.train_student.row_targets import RowTargets
 
@@ -39,6 +43,16 @@ class _Rest(NamedTuple):
     """exp((z - max) / T); the same tensor as `exp_NV` at T = 1."""
     exp_sum_N1: Tensor
     softened_exp_sum_N1: Tensor
+
+
+class _Shape(NamedTuple):
+    """How a sketch spreads a row's bucket over the columns that are not stored."""
+
+    exp_NV: Tensor
+    """exp(s/T - max); 0 in stored columns."""
+    exp_sum_N1: Tensor
+    cross_N1: Tensor
+    """KL(r || q_rest) less the log of `softened_exp_sum_N1`, which is not known yet."""
 
 
 class _Logprobs(NamedTuple):
@@ -70,12 +84,17 @@ def distillation_rows_(
     settings: LossSettings,
     weights: tuple[float, float] | None,
     scratch_NV: Tensor,
+    tail_NV: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy and divergence D of p_T and q_T of every row in nats, both [N].
 
     With `weights` (A, B), `logits_NV` becomes A dCE/dz + B T dD/dz; without it is left as scratch.
-    `scratch_NV` is overwritten and must not overlap the logits.
+    `scratch_NV` is overwritten and must not overlap the logits; so is `tail_NV`, the logits over T that the sketch of
+    the targets makes, if they have one.
     """
+    assert (tail_NV is None) == (targets.sketch is None)
+    if tail_NV is not None and settings.divergence != "forward":
+        return _whole_rows_(logits_NV, labels_N, targets, settings, weights, tail_NV)
     temperature = settings.temperature
     label_logits_N1 = logits_NV.gather(1, labels_N[:, None])
     entry_logits_NK = logits_NV.gather(1, targets.ids_NK)
@@ -84,7 +103,9 @@ def distillation_rows_(
         level = targets.level_N, logits_NV.scatter_(1, targets.ids_NK, 0.0).sum(1)
     logits_NV.scatter_(1, targets.ids_NK, float("-inf"))
     entry_logits_NK.masked_fill_(~targets.is_entry_NK, _ABSENT)
-    rest = _exponentiate_rest_(logits_NV, temperature, scratch_NV)
+    max_N1 = _centre_(logits_NV)
+    shape = None if tail_NV is None else _shape_(logits_NV, targets.ids_NK, temperature, tail_NV, scratch_NV)
+    rest = _exponentiate_rest_(logits_NV, max_N1, temperature, scratch_NV)
 
     shift_N1 = torch.maximum(rest.max_N1, entry_logits_NK.amax(1, keepdim=True))
     entry_logits_NK -= shift_N1
@@ -94,11 +115,51 @@ def distillation_rows_(
     cross_entropy_N = (hard.logsumexp_N1 - (label_logits_N1 - shift_N1)).squeeze(1)
     if settings.divergence == "forward":
         divergence_N, pulls = _kl_rows(targets, soft, level, shift_N1, temperature), _kl_pulls(targets, soft)
+        if shape is not None:
+            divergence_N += targets.bucket_N * (shape.cross_N1 + rest.softened_exp_sum_N1.log()).squeeze(1)
     else:
         divergence_N, pulls = bucket_divergence(settings.divergence, targets, soft.entries_NK, soft.rest_N1)
     if weights is not None:
-        _gradient_rows_(logits_NV, labels_N, targets, rest, hard, pulls, weights)
+        _gradient_rows_(logits_NV, labels_N, targets, rest, shape, hard, pulls, weights)
     return cross_entropy_N, divergence_N
+
+
+def _whole_rows_(
+    logits_NV: Tensor,
+    labels_N: Tensor,
+    targets: RowTargets,
+    settings: LossSettings,
+    weights: tuple[float, float] | None,
+    tail_NV: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """`distillation_rows_` of a divergence whose outcomes are all ids, given the sketch's logits over T."""
+    log_p_NV = _log_probs_(tail_NV, targets)
+    log_q_NV = torch.log_softmax(logits_NV / settings.temperature, 1)
+    divergence_N, pull_NV = outcome_divergence(settings.divergence, log_p_NV, log_q_NV, log_p_NV.exp())
+    cross_entropy_N = cross_entropy_rows_(logits_NV, labels_N, None if weights is None else weights[0])
+    if weights is not None:
+        logits_NV.add_(pull_NV, alpha=weights[1])
+    return cross_entropy_N, divergence_N
+
+
+def whole_log_probs(targets: RowTargets) -> Tensor:
+    """log p_T of the whole vocabulary [N, V], of targets with a sketch: what is stored, and the bucket spread by it.
+
+    A stored probability or a bucket of 0 counts as the smallest normal number.
+    """
+    assert targets.sketch is not None
+    return _log_probs_(targets.sketch.logits(), targets)
+
+
+def _log_probs_(tail_NV: Tensor, targets: RowTargets) -> Tensor:
+    """The sketch's logits over T become `whole_log_probs`."""
+    smallest = torch.finfo(tail_NV.dtype).tiny
+    tail_NV.scatter_(1, targets.ids_NK, _ABSENT)
+    bucket_N1 = targets.bucket_N[:, None].clamp_min(smallest)
+    tail_NV += bucket_N1.log() - torch.logsumexp(tail_NV, 1, keepdim=True)
+    entries_NK = targets.weights_NK.clamp_min(smallest).log()
+    entries_NK = torch.where(targets.is_entry_NK, entries_NK, entries_NK[:, :1])  # padding writes slot 0 again
+    return tail_NV.scatter_(1, targets.ids_NK, entries_NK)
 
 
 def bucket_divergence(
@@ -110,17 +171,37 @@ def bucket_divergence(
     """
     p = torch.cat([targets.weights_NK, targets.bucket_N[:, None]], 1)
     log_p = p.clamp_min(torch.finfo(p.dtype).tiny).log()
-    log_q = torch.cat([entries_NK, rest_N1], 1)
-    q = log_q.exp()
-    divergence_N, score = BUCKET_DIVERGENCES[divergence](log_p, log_q, p, q)
-    pull = q * (score - (q * score).sum(1, keepdim=True))
+    divergence_N, pull = outcome_divergence(divergence, log_p, torch.cat([entries_NK, rest_N1], 1), p)
     return divergence_N, (pull[:, :-1], pull[:, -1:])
 
 
-def _exponentiate_rest_(logits_NV: Tensor, temperature: float, scratch_NV: Tensor) -> _Rest:
-    """Both exponentials of a row whose stored columns are -inf: one replaces the logits, the other the scratch."""
+def outcome_divergence(divergence: str, log_p: Tensor, log_q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+    """The divergence in nats [N], and T dD/dz summed over each outcome."""
+    q = log_q.exp()
+    divergence_N, score = OUTCOME_DIVERGENCES[divergence](log_p, log_q, p, q)
+    return divergence_N, q * (score - (q * score).sum(1, keepdim=True))
+
+
+def _centre_(logits_NV: Tensor) -> Tensor:
+    """Takes its maximum from a row whose stored columns are -inf, and returns it."""
     max_N1 = logits_NV.amax(1, keepdim=True).clamp_min_(_ABSENT)  # nothing is left where k = V
     logits_NV.sub_(max_N1)
+    return max_N1
+
+
+def _shape_(centred_NV: Tensor, ids_NK: Tensor, temperature: float, tail_NV: Tensor, scratch_NV: Tensor) -> _Shape:
+    """Of the student's centred logits and the sketch's over T, which become exponentials; the scratch is lost."""
+    tail_NV.scatter_(1, ids_NK, float("-inf"))
+    _centre_(tail_NV)
+    differences_NV = torch.add(tail_NV, centred_NV, alpha=-1.0 / temperature, out=scratch_NV)
+    differences_NV.scatter_(1, ids_NK, 0.0)  # both were -inf
+    exp_sum_N1 = tail_NV.exp_().sum(1, keepdim=True).clamp_min_(1.0)
+    cross_N1 = differences_NV.mul_(tail_NV).sum(1, keepdim=True) / exp_sum_N1 - exp_sum_N1.log()
+    return _Shape(tail_NV, exp_sum_N1, cross_N1)
+
+
+def _exponentiate_rest_(logits_NV: Tensor, max_N1: Tensor, temperature: float, scratch_NV: Tensor) -> _Rest:
+    """Both exponentials of a centred row, one in the place of the logits, the other in the scratch."""
     if temperature == 1.0:
         exp_NV = softened_exp_NV = logits_NV.exp_()
     elif temperature == 2.0:  # one exponential instead of two
@@ -157,10 +238,11 @@ def _kl_rows(
 
 
 def _kl_pulls(targets: RowTargets, soft: _Logprobs) -> tuple[Tensor, Tensor]:
-    """T dKL/dz on the entries [N, K], and summed over the rest [N, 1] (less its level)."""
+    """T dKL/dz on the entries [N, K], and summed over the rest [N, 1] (less its level, and a bucket with a shape)."""
     total_N1 = targets.total_N[:, None]
     entries_NK = total_N1 * soft.entries_NK.exp() - targets.weights_NK
-    return entries_NK, total_N1 * soft.rest_N1.exp() - targets.bucket_N[:, None]
+    rest_N1 = total_N1 * soft.rest_N1.exp()
+    return entries_NK, rest_N1 if targets.sketch is not None else rest_N1 - targets.bucket_N[:, None]
 
 
 def _gradient_rows_(
@@ -168,6 +250,7 @@ def _gradient_rows_(
     labels_N: Tensor,
     targets: RowTargets,
     rest: _Rest,
+    shape: _Shape | None,
     hard: _Logprobs,
     pulls: tuple[Tensor, Tensor],
     weights: tuple[float, float],
@@ -183,6 +266,8 @@ def _gradient_rows_(
         torch.addcmul(rest.exp_NV.mul_(hard_scale_N1), rest.softened_exp_NV, soft_scale_N1, out=logits_NV)
     if targets.level_N is not None:
         logits_NV.sub_(soft_weight * targets.level_N[:, None])
+    if shape is not None:
+        logits_NV.addcmul_(shape.exp_NV, -soft_weight * targets.bucket_N[:, None] / shape.exp_sum_N1)
 
     entries_NK = hard_weight * hard.entries_NK.exp()
     entries_NK += soft_weight * entry_pulls_NK

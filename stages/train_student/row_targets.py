@@ -8,6 +8,8 @@ Shapes: N target tokens, K stored entries of a token, V the real vocabulary.
 Every policy is one formula with weights of its own, over the stored ids S and the rest of the vocabulary:
 
     KL = entropy_term - sum_S w_j log q_j - t log(1 - sum_S q_j) - u sum_rest log q_j
+
+A sketch of the tail adds what tails.py has of it.
 """
 
 from typing import NamedTuple
@@ -16,6 +18,7 @@ import torch
 from torch import Tensor
 
 from stages.train_student.loss_settings import LossSettings
+from stages.train_student.sketch import SketchedTails
 from stages.train_student.tails import TAILS
 from stages.train_student.targets import TeacherTargets, real_entries
 
@@ -39,6 +42,8 @@ class RowTargets(NamedTuple):
     """Sum of all weights: the factor of q in the gradient. 1 but for the zero tail, to rounding."""
     entropy_term_N: Tensor
     """sum x log x over all weights, in nats: what makes the cross-entropy a divergence."""
+    sketch: SketchedTails | None = None
+    """How the bucket lies on the ids that are not stored, where the policy says."""
 
     def rows(self, rows: slice) -> "RowTargets":
         """The targets of some of the tokens (views)."""
@@ -63,4 +68,11 @@ def make_row_targets(teacher: TeacherTargets, settings: LossSettings, dtype: tor
         entropy_term_N = entropy_term_N + num_rest_N * torch.xlogy(level_N, level_N)
     if teacher.entropy_M is not None:
         entropy_term_N = -teacher.entropy_M.to(dtype)
-    return RowTargets(ids_NK, is_entry_NK, weights_NK, bucket_N, level_N, num_rest_N, total_N, entropy_term_N)
+    sketch = None
+    if TAILS[settings.tail].is_sketched:
+        assert teacher.coefficients_MR is not None
+        assert teacher.sketch is not None
+        sketch = SketchedTails.of(
+            teacher.coefficients_MR, teacher.sketch, settings.temperature, settings.vocab_size, dtype
+        )
+    return RowTargets(ids_NK, is_entry_NK, weights_NK, bucket_N, level_N, num_rest_N, total_N, entropy_term_N, sketch)

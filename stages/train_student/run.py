@@ -32,7 +32,15 @@ from stages.train_student.checkpoints import (
     remove_torn_checkpoints,
     unpickling_problem,
 )
-from stages.train_student.checks import alone_in, open_folder, require_room, require_same_targets, require_targets
+from stages.train_student.checks import (
+    alone_in,
+    open_folder,
+    require_room,
+    require_same_targets,
+    require_sketch,
+    require_targets,
+    sketch_of,
+)
 from stages.train_student.compat import accelerate_hooks, transformers_hooks
 from stages.train_student.compat.torch_hooks import weights_only
 from stages.train_student.coverage import coverage_notes
@@ -53,6 +61,7 @@ from stages.train_student.routers import router_loss
 from stages.train_student.sampler import StepShape, StreamSampler
 from stages.train_student.schedules import AlphaSchedule
 from stages.train_student.settings import TrainConfig
+from stages.train_student.sketch import SketchHead
 from stages.train_student.student import Student, read_student, special_token_notes
 from stages.train_student.trainer import DistillationTrainer
 
@@ -77,6 +86,7 @@ def _train_student(config: TrainConfig, reporter: Reporter, until_the_end: ExitS
     config = located(config, "student", reporter)
     cache = open_cache(config.cache)
     require_targets(config, cache.manifest)
+    sketch = require_sketch(config, cache)
     held_out = open_cache(config.eval_cache) if config.eval_cache is not None else None
     if held_out is not None:
         require_same_targets(config, cache.manifest, held_out.manifest)
@@ -98,7 +108,7 @@ def _train_student(config: TrainConfig, reporter: Reporter, until_the_end: ExitS
     watchdog = until_the_end.enter_context(closing(watch_reading(config.cache, config.stall_s, reporter)))
     with Drain() as drain:
         with reporter.waiting("loading the student") if rank() == 0 else nullcontext():
-            trainer = _trainer(config, student, cache, held_out, shape, drain, watchdog, reporter)
+            trainer = _trainer(config, student, cache, sketch, held_out, shape, drain, watchdog, reporter)
         train_seconds = _train(trainer, config, cache, student, tokenizer, reporter)
     metrics: dict[str, float | None] = {
         "train_seconds": train_seconds,
@@ -170,6 +180,7 @@ def _trainer(
     config: TrainConfig,
     student: Student,
     cache: Cache,
+    sketch: SketchHead | None,
     held_out: Cache | None,
     shape: StepShape,
     drain: Drain,
@@ -190,11 +201,17 @@ def _trainer(
     collate = Collate(settings)
     dataset = CacheDataset(cache, student.vocab_size)
     batch = collate([next(sequence for sequence in dataset if len(sequence.targets))])
-    model, check = _ready_student(config, student, cache, held_out, batch, settings, arguments, reporter)
+    model, check = _ready_student(config, student, cache, sketch, held_out, batch, settings, arguments, reporter)
     evaluation = None
     if held_out is not None:
         temperatures = tuple(sorted({config.temperature, *({1.0} & set(held_out.manifest.temperatures))}))
-        evaluation = Evaluation(CacheDataset(held_out, student.vocab_size), settings, temperatures, config.batch_size)
+        evaluation = Evaluation(
+            CacheDataset(held_out, student.vocab_size),
+            settings,
+            temperatures,
+            config.batch_size,
+            None if sketch is None else sketch_of(held_out),
+        )
     on_gpu = torch.cuda.is_available()
     workers = config.loader_workers if config.loader_workers is not None else 2 if on_gpu else 0
     sampler = StreamSampler(len(cache), config.seed, shape, steps)
@@ -230,6 +247,7 @@ def _ready_student(
     config: TrainConfig,
     student: Student,
     cache: Cache,
+    sketch: SketchHead | None,
     held_out: Cache | None,
     batch: dict[str, Any],
     settings: LossSettings,
@@ -240,12 +258,12 @@ def _ready_student(
     model = _load(config, student)
     base = model.get_base_model() if config.lora_rank else model
     router, router_note = router_loss(base, config.router_aux_loss)
-    attach_fused_loss(base, settings, router)
+    attach_fused_loss(base, settings, router, sketch)
     if config.sharding == "none":
         model.to(arguments.device)
     caches = [cache] if held_out is None else [cache, held_out]
     probes = [probe(known, known.manifest.packing, few_tokens=config.sharding != "none") for known in caches]
-    check = LossCheck(base, batch, settings, router)
+    check = LossCheck(base, batch, settings, router, sketch)
     notes = _try_out(model, check, functools.partial(computation, arguments), probes)
     if world_size() > 1 and config.sharding == "none":
         arguments.ddp_find_unused_parameters = on_any_rank(not _reaches_all(model, batch))

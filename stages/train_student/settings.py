@@ -10,7 +10,7 @@ from stages.train_student.divergences import DIVERGENCES
 from stages.train_student.guards import BAD_LOSS_ACTIONS
 from stages.train_student.schedules import ALPHA_SCHEDULES, SCHEDULES
 from stages.train_student.shardings import SHARDINGS
-from stages.train_student.tails import TAILS
+from stages.train_student.tails import DIVERGING_TAILS, TAILS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,11 +33,14 @@ class TrainConfig(Settings):
     alpha_end: float = setting(0.0, "Where a scheduled alpha ends, 0 to 1.")
     tail: str = setting(
         "ghost",
-        "What stands for the teacher's probability outside the top k; 'sampled' is for caches of draws alone.",
+        "What stands for the teacher's probability outside the top k; 'sampled' is for caches of draws alone, "
+        "'sketch' for those with a sketch of the tail.",
         choices=tuple(TAILS),
     )
     divergence: str = setting(
-        "forward", "Forward KL, reverse KL or Jensen-Shannon; the last two with the ghost tail.", choices=DIVERGENCES
+        "forward",
+        "Forward KL, reverse KL or Jensen-Shannon; the last two with the tails ghost and sketch.",
+        choices=DIVERGENCES,
     )
     eval_cache: Store | None = setting(None, "A held-out cache to evaluate on.")
     epochs: float = setting(1.0, "Passes over the cache; --max-steps takes precedence.")
@@ -114,8 +117,9 @@ class TrainConfig(Settings):
             )
         if self.lora_head and self.lora_rank is None:
             raise ConfigError("lora_head is set without lora_rank; give --lora-rank, such as 16.")
-        if self.divergence != "forward" and self.tail != "ghost":
-            raise ConfigError(f"divergence is {self.divergence!r} with tail {self.tail!r}; it needs --tail ghost.")
+        if self.divergence != "forward" and self.tail not in DIVERGING_TAILS:
+            tails = " or ".join(DIVERGING_TAILS)
+            raise ConfigError(f"divergence is {self.divergence!r} with tail {self.tail!r}; it needs --tail {tails}.")
         if self.warmup_ratio + self.decay_ratio > 1 and "wsd" in (self.schedule, self.alpha_schedule):
             raise ConfigError(
                 f"warmup_ratio and decay_ratio are {self.warmup_ratio} and {self.decay_ratio}; they overlap."

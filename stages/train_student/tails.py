@@ -9,6 +9,14 @@ Loads no torch: the choices of a setting are read from here. row_targets.py has 
 | zero        | p                |                |                     |
 | renormalise | p / sum p        |                |                     |
 | uniform     | p                |                | tail mass / (V - K) |
+| sketch      | p                | tail mass      |                     |
+
+`sketch` is `ghost` with the bucket's shape known: its mass lies on the ids that are not stored in proportion to
+exp(s_v / T), where s are the logits that the cache's sketch makes of a target's coefficients. To the formula comes
+
+    t KL(r || q_rest),  r = softmax_rest(s / T), q_rest the student's softmax over the rest
+
+which makes it the KL of two whole distributions.
 
 Shapes: N target tokens, K stored entries of a token, V the real vocabulary.
 """
@@ -35,10 +43,14 @@ class Tail:
     """Of p_T on the stored ids, the mass of the rest, and how many ids are not stored."""
     is_drawn: bool = False
     """The entries include draws from the tail (arXiv 2503.16870)."""
+    is_sketched: bool = False
+    """The bucket has the shape that the cache's sketch gives it."""
+    takes_all_divergences: bool = False
+    """Makes a distribution to which every divergence applies (divergences.py)."""
 
 
-def _ghost(probs_NK: "Tensor", tail_mass_N: "Tensor", num_rest_N: "Tensor") -> TailWeights:
-    """The tail is one bucket: its mass is learnt, its shape is left to the student (arXiv 2503.16870)."""
+def _bucket(probs_NK: "Tensor", tail_mass_N: "Tensor", num_rest_N: "Tensor") -> TailWeights:
+    """The tail is one bucket: its mass is learnt; its shape is a sketch's, or the student's (arXiv 2503.16870)."""
     return probs_NK, tail_mass_N, None
 
 
@@ -64,13 +76,17 @@ def _uniform(probs_NK: "Tensor", tail_mass_N: "Tensor", num_rest_N: "Tensor") ->
 
 
 TAILS = {
-    "ghost": Tail(_ghost),
+    "ghost": Tail(_bucket, takes_all_divergences=True),
     "hybrid": Tail(_drawn, is_drawn=True),
     "sampled": Tail(_drawn, is_drawn=True),
     "zero": Tail(_zero),
     "renormalise": Tail(_renormalise),
     "uniform": Tail(_uniform),
+    "sketch": Tail(_bucket, is_sketched=True, takes_all_divergences=True),
 }
 
 DRAWN_TAILS = tuple(name for name, tail in TAILS.items() if tail.is_drawn)
 """Policies whose entries include draws: with a top k, and alone (then the tail mass is 1)."""
+
+DIVERGING_TAILS = tuple(name for name, tail in TAILS.items() if tail.takes_all_divergences)
+"""Policies for every divergence; the others are for the forward KL."""

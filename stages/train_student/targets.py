@@ -3,12 +3,15 @@
 Shapes: M target tokens, K stored entries of a token.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from stages.train_student.sketch import SketchHead
 
 LABELS = "shift_labels"
 """The labels' name in a batch: the Trainer counts by it."""
@@ -17,6 +20,7 @@ TEACHER_COLUMNS = {
     "probs_MK": "teacher_probs",
     "tail_mass_M": "teacher_tail",
     "entropy_M": "teacher_entropy",
+    "coefficients_MR": "teacher_coefficients",
 }
 """Fields of TeacherTargets, and the names of their tensors in a batch."""
 _ROUNDING = 1e-3
@@ -35,6 +39,10 @@ class TeacherTargets:
     """p_T of all other ids."""
     entropy_M: Tensor | None = None
     """Of p_T over the full vocabulary, in nats; with a tail of draws alone, and not needed there."""
+    coefficients_MR: Tensor | None = None
+    """Of the sketch, with a tail that is sketched alone."""
+    sketch: SketchHead | None = None
+    """What all tokens have in common, so that it is in no batch."""
 
     def as_batch(self) -> dict[str, Tensor]:
         """The tensors that there are, by their names in a batch."""
@@ -42,10 +50,10 @@ class TeacherTargets:
         return {column: tensor for column, tensor in found.items() if tensor is not None}
 
     @classmethod
-    def of_batch(cls, batch: Mapping[str, Tensor | None]) -> "TeacherTargets | None":
+    def of_batch(cls, batch: Mapping[str, Tensor | None], sketch: SketchHead | None = None) -> "TeacherTargets | None":
         """Those that `as_batch` has put into a batch, None without any."""
         found = {name: batch.get(column) for name, column in TEACHER_COLUMNS.items()}
-        return None if found["ids_MK"] is None else cls(**found)
+        return None if found["ids_MK"] is None else cls(**found, sketch=sketch)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +67,7 @@ class DistillationTargets:
         return len(self.labels_M)
 
     def to(self, device: torch.device | str) -> "DistillationTargets":
-        """The same on another device."""
+        """The same on another device, but for the sketch."""
         return self._each(lambda tensor: tensor.to(device))
 
     def rows(self, rows: slice | Tensor) -> "DistillationTargets":
@@ -71,12 +79,13 @@ class DistillationTargets:
         return {LABELS: self.labels_M} | ({} if self.teacher is None else self.teacher.as_batch())
 
     @classmethod
-    def of_batch(cls, batch: Mapping[str, Any]) -> "DistillationTargets":
-        """Those that `as_batch` has put into a batch, among its other entries."""
-        return cls(labels_M=batch[LABELS], teacher=TeacherTargets.of_batch(batch))
+    def of_batch(cls, batch: Mapping[str, Any], sketch: SketchHead | None = None) -> "DistillationTargets":
+        """Those that `as_batch` has put into a batch, among its other entries; the sketch is in none."""
+        return cls(labels_M=batch[LABELS], teacher=TeacherTargets.of_batch(batch, sketch))
 
     def _each(self, function: Callable[[Tensor], Tensor]) -> "DistillationTargets":
-        return self.of_batch({column: function(tensor) for column, tensor in self.as_batch().items()})
+        columns = {column: function(tensor) for column, tensor in self.as_batch().items()}
+        return self.of_batch(columns, None if self.teacher is None else self.teacher.sketch)
 
 
 def real_entries(ids_MK: Tensor) -> Tensor:
@@ -94,6 +103,8 @@ def require_values(targets: DistillationTargets, vocab_size: int, ignore_index: 
     teacher = targets.teacher
     if teacher is not None:
         bounded |= {"ids_NK": teacher.ids_MK, "probs_NK": teacher.probs_MK, "tail_mass_N": teacher.tail_mass_M}
+        if teacher.coefficients_MR is not None and teacher.coefficients_MR.numel():
+            bounded["coefficients_NR"] = teacher.coefficients_MR
     bounds = [bound.double() for tensor in bounded.values() for bound in tensor.aminmax()]
     if teacher is not None:
         bounds.append(teacher.probs_MK.masked_fill(real_entries(teacher.ids_MK), 0).double().sum())
@@ -112,6 +123,9 @@ def require_values(targets: DistillationTargets, vocab_size: int, ignore_index: 
                 f"{name}: holds values from {smallest:.6g} to {largest:.6g}, expected probabilities in [0, 1]; "
                 "logprobs have to be exponentiated first."
             )
+    smallest, largest = ranges.get("coefficients_NR", (0.0, 0.0))
+    if not (math.isfinite(smallest) and math.isfinite(largest)):
+        raise ValueError(f"coefficients_NR: holds values from {smallest} to {largest}, expected finite ones.")
     if found[-1] != 0:
         raise ValueError(
             f"probs_NK: a repeated id carries probability, {found[-1]:.6g} in all, expected 0; "

@@ -27,10 +27,10 @@ ARCHITECTURES = {80: "sm_80", 90: "sm_90a", 100: "sm_100a"}
 """A100, H100 and B200."""
 TOP_K, VOCAB_SIZE = 64, 102_400
 TYPES = {"labels_ptr": "*i64", "ids_ptr": "*i64", "is_entry_ptr": "*i1", "chosen_ptr": "*i32"}
-TYPES |= dict.fromkeys(("stride", "gradient_stride"), "i64")
+TYPES |= dict.fromkeys(("stride", "gradient_stride", "tail_stride"), "i64")
 TYPES |= dict.fromkeys(("V", "width", "K", "L", "first_id"), "i32")
 TYPES |= dict.fromkeys(("hard_weight", "soft_weight", "inverse_T", "softcap"), "fp32")
-ALIGNED = ("stride", "gradient_stride", "width")
+ALIGNED = ("stride", "gradient_stride", "tail_stride", "width")
 """Multiples of 16 by the padding of the rows; V is one for most models, and for 50,257 or 32,001 it is not."""
 PATTERNS = {
     "registers": r"Used (\d+) registers",
@@ -54,8 +54,10 @@ class Variant:
 def rows() -> Iterator[Variant]:
     """The kernel of the fused loss: all at any vocabulary, with a gradient in bfloat16; one with each of the others."""
     full = {"SLOTS": TOP_K, "BLOCK": row_kernel.BLOCK, "HAS_TARGETS": True, "HAS_LEVEL": False, "HAS_SOFTCAP": False}
+    full |= {"HAS_TAIL": False}
     full |= {"DIVERGENCE": "forward", "HAS_GRADIENT": True}
     changes = [{"DIVERGENCE": name} for name in DIVERGENCES] + [{"HAS_LEVEL": True}, {"HAS_SOFTCAP": True}]
+    changes += [{"HAS_TAIL": True}]
     changes += [{"HAS_GRADIENT": False}, {"HAS_TARGETS": False, "SLOTS": 1}]
     yield from (Variant(row_kernel._rows, full | change) for change in changes)
     yield Variant(row_kernel._rows, full, is_V_aligned=True)

@@ -93,7 +93,9 @@ def make_corpus(folder: Path, sequences: list[TokenSequence], num_partitions: in
     """A finished corpus of the given sequences, in the vocabulary of `tiny_tokenizer`."""
     tokenizer = tiny_tokenizer(folder / TOKENIZER)
     cuts = np.linspace(0, len(sequences), num_partitions + 1).astype(int)
-    parts = tuple(write_partition(folder, i, sequences[a:b]) for i, (a, b) in enumerate(itertools.pairwise(cuts)))
+    parts = tuple(
+        write_partition(folder, f"{i:05d}", sequences[a:b]) for i, (a, b) in enumerate(itertools.pairwise(cuts))
+    )
     CorpusManifest(
         sequence_length=max(len(sequence.token_ids) for sequence in sequences),
         packing="isolated",

@@ -20,6 +20,13 @@ ROWS = "sparse_target_rows"
 """Key of a request's positions and labels in `PoolingParams.extra_kwargs`."""
 PROBE = "sparse_target_probe"
 """Key there that has the pooler return vLLM's own logits beside each row."""
+HIDDEN = "sparse_target_hidden"
+"""Key there that has the pooler return the hidden state beside each row."""
+HEAD = "sparse_target_head"
+"""Key there that has it return, beside each row, the logits of no hidden state for 0 and of unit vector i - 1 for i,
+where i counts a request's rows from the number that the key has, in text."""
+UNIT = 2.0**-6
+"""Length of these vectors: what a soft cap does to their logits is below rounding."""
 FRONT_END = "PIPELINE_FRONT_END"
 """Environment variable with the `owner_name` of the process that drives the engine, while it starts one."""
 FAILURES = "PIPELINE_ENGINE_FAILURES"

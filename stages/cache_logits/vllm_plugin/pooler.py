@@ -8,6 +8,7 @@ parallelism every rank reduces its own columns and only candidates and sums are 
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,22 +20,28 @@ from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.pooler.abstract import Pooler
 from vllm.v1.pool.metadata import PoolingMetadata
 
+from pipeline.sketch import FittedSketch
 from stages.cache_logits.draws import reduce_rows
 from stages.cache_logits.engine import Request
 from stages.cache_logits.reduction import Reduction
-from stages.cache_logits.vllm_plugin import PROBE, ROWS
+from stages.cache_logits.sketching import RowSketch
+from stages.cache_logits.vllm_plugin import HEAD, HIDDEN, PROBE, ROWS, UNIT
 
 
 class SparseTargetPooler(Pooler):
     """Reduces logits at the requested positions; int32 [rows, Reduction.width] a request."""
 
-    def __init__(self, model: nn.Module, *, reduction: dict[str, Any], row_chunk: int, vocab_size: int) -> None:
+    def __init__(
+        self, model: nn.Module, *, reduction: dict[str, Any], row_chunk: int, vocab_size: int, sketch: str | None
+    ) -> None:
         super().__init__()
         # A closure: as a submodule the model would be registered inside itself.
         self._model = lambda: model
         self._reduction = Reduction(**reduction | {"temperatures": tuple(reduction["temperatures"])})
         self._row_chunk = row_chunk
         self._vocab_size = vocab_size
+        self._sketch = None if sketch is None else self._read_sketch(Path(sketch))
+        self._row_sketch: RowSketch | None = None
         self._ranks = get_tensor_model_parallel_world_size()
         # Models differ in the head's name and bias, in scales and in norms: only their compute_logits knows.
         self._processors = [part for part in model.modules() if isinstance(part, LogitsProcessor)]
@@ -69,8 +76,14 @@ class SparseTargetPooler(Pooler):
             ends,
             prompt_lengths,
         ):
-            if PROBE in (params.extra_kwargs or ()):
+            extra = params.extra_kwargs or {}
+            if PROBE in extra:
                 piece = torch.cat([piece, *self._own_logits(hidden_states[rows_W])], dim=1)
+            if HIDDEN in extra:
+                piece = torch.cat([piece, hidden_states[rows_W].float().view(torch.int32)], dim=1)
+            if HEAD in extra:
+                units = _unit_vectors(hidden_states, int(extra[HEAD]) + came_before, len(rows_W))
+                piece = torch.cat([piece, *self._own_logits(units)], dim=1)
             held = state.hidden_states_cache
             if end == count:
                 held.clear()  # the first chunk, or the first again after a preemption
@@ -107,7 +120,18 @@ class SparseTargetPooler(Pooler):
             rank=get_tensor_model_parallel_rank(),
             first_id=first_id,
             gather=_gather,
+            sketch=self._own_sketch(logits_NV.device, first_id, real),
+            hidden_NH=hidden_NH,
         )
+
+    def _read_sketch(self, path: Path) -> FittedSketch:
+        return FittedSketch.from_bytes(path.read_bytes(), path, self._vocab_size, self._reduction.tail_rank)
+
+    def _own_sketch(self, device: torch.device, first_id: int, num_columns: int) -> RowSketch | None:
+        """The sketch of this rank's columns, which are known once a head has run."""
+        if self._sketch is not None and self._row_sketch is None:
+            self._row_sketch = RowSketch.of(self._sketch, device, slice(first_id, first_id + num_columns))
+        return self._row_sketch
 
     def _own_logits(self, hidden_NH: Tensor) -> list[Tensor]:
         """The bits of float32 [N, vocab_size] logits by vLLM's own road alone, on ranks to which that gives them."""
@@ -156,6 +180,13 @@ def _gather(columns: Tensor) -> Tensor:
     if columns.dtype != torch.int32:
         return tensor_model_parallel_all_gather(columns)
     return tensor_model_parallel_all_gather(columns.view(torch.float32)).view(torch.int32)
+
+
+def _unit_vectors(hidden_states: Tensor, first: int, count: int) -> Tensor:
+    """[count, H] like hidden states: the rows from `first` on of no vector and then UNIT times the unit vectors."""
+    numbers = torch.arange(first, first + count, device=hidden_states.device)[:, None]
+    columns = torch.arange(1, hidden_states.shape[1] + 1, device=hidden_states.device)
+    return (numbers == columns).to(hidden_states.dtype) * UNIT
 
 
 def _to_device(columns_3W: np.ndarray, device: torch.device) -> Tensor:

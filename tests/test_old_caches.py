@@ -7,13 +7,16 @@ expected.json what that version read from the caches, as digests of every array.
 
 import hashlib
 import json
+import shutil
 import tarfile
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from pipeline import open_cache
+from pipeline.cache.commits import SHARDS, commit_path, read_commit
 from pipeline.cache.folder import CacheFolder
 from pipeline.cache.manifest import CacheManifest
 from pipeline.corpus import Corpus
@@ -103,6 +106,21 @@ def test_a_run_goes_on(caches: Path) -> None:
     manifest, corpus = CacheManifest.read(folder), Corpus(caches / "corpus")
     capture(FakeEngine(manifest), corpus, CacheFolder(folder), [1, 2])
     assert_equal_caches(caches / "arrow", folder)
+
+
+def test_a_run_in_zarr_goes_on_with_shards_of_this_version(caches: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "cache"
+    shutil.copytree(caches / "zarr-draws", folder)
+    last = max(read_commit(folder, number).partition for number in range(len(open_cache(folder).commits)))
+    commit_path(folder, last).unlink()
+    capture(FakeEngine(CacheManifest.read(folder)), Corpus(caches / "corpus"), CacheFolder(folder), [last])
+    arrays = []
+    for commit in open_cache(folder).commits:
+        with zipfile.ZipFile(folder / SHARDS / commit.file) as archive:
+            arrays.append({name.partition("/")[0] for name in archive.namelist()})
+    assert "table_tokens" in arrays[0]
+    assert "topics" in arrays[last]
+    assert_equal_caches(caches / "zarr-draws", folder)
 
 
 def _digest(values: np.ndarray) -> str:

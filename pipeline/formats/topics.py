@@ -28,7 +28,7 @@ FIRST_STRATUM = 8
 MIN_COUNT = 2
 """How often an id must come up in a topic to be in its table: each entry costs about 8 bits."""
 POSITIONS_A_TOPIC, MAX_TOPICS = 192, 2048
-"""More topics make codes shorter and tables longer; at 2048, 0.1 bytes a position are left to gain."""
+"""More topics make codes shorter and tables longer; their sum is flat about here."""
 DIMENSIONS = 32
 """Of the points."""
 POINTS_SAMPLE, MEANS_SAMPLE = 8192, 32_768

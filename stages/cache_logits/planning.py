@@ -17,7 +17,6 @@ from pipeline.formats.layout import ShardCounts
 from pipeline.hub import name_of
 from pipeline.lifecycle.reuse import KnownTargets
 from pipeline.settings import resolved
-from pipeline.stores.places import store_of
 from stages.cache_logits.settings import CacheConfig
 from stages.cache_logits.teacher import Teacher, read_teacher
 
@@ -107,7 +106,7 @@ def _manifest(
         settings=resolved(config) | {"teacher": name_of(config.teacher)},
         software=_versions(),
         chat_template=corpus.manifest.settings.get("chat_template"),
-        tokenizer_files=store_of(config.corpus / TOKENIZER).hashes(),
+        tokenizer_files=(config.corpus / TOKENIZER).hashes(),
         largest_token_id=largest_token_id,
         end_token_ids=_end_token_ids(corpus),
     )

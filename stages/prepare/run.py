@@ -90,7 +90,7 @@ def _planned(
     config: PrepareConfig, settings: dict[str, Any], tokenizer: Any, reporter: Reporter, unit_bytes: int
 ) -> Plan | CorpusManifest:
     """The plan, written if need be; the manifest of a corpus that is finished."""
-    inputs = find_inputs(config.inputs, config.out.path)
+    inputs = find_inputs(config.inputs, config.out)
     if inputs.note:
         reporter.note(f"{', '.join(map(str, config.inputs))}: not read: {inputs.note}")
     if manifest := _finished(config, settings, inputs, reporter):

@@ -115,6 +115,37 @@ def test_text_file_that_is_not_utf8_names_line_and_byte(config: PrepareConfig, t
         prepare(one_file(config, tmp_path, "latin.txt", b"line one\n\xe9t\xe9\n"))
 
 
+@pytest.mark.parametrize("kind", ["stream", "file"])
+def test_folder_of_save_to_disk_is_read(config: PrepareConfig, tmp_path: Path, kind: str) -> None:
+    """The files that the datasets library writes, beside what it notes of them."""
+    folder = tmp_path / "set"
+    folder.mkdir()
+    (folder / "state.json").write_text("{}")
+    (folder / "dataset_info.json").write_text("{}")
+    table = pa.table({"id": list(range(3000)), "text": [f"row {number} of a set" for number in range(3000)]})
+    for name in ("data-00000-of-00001.arrow", "cache-0123456789abcdef.arrow"):
+        make = pa.ipc.new_stream if kind == "stream" else pa.ipc.new_file
+        with make(str(folder / name), table.schema) as writer:
+            writer.write_table(table, max_chunksize=1000)
+    manifest = prepare(changed(config, inputs=(folder,)))
+    assert manifest.statistics["documents"] == 3000
+    (path,) = folder.glob("data-*.arrow")
+    path.write_bytes(path.read_bytes()[:40_000])
+    with pytest.raises(CorpusError, match=r"data-00000-of-00001\.arrow: not a whole Arrow file"):
+        prepare(changed(config, inputs=(folder,), out=tmp_path / "other"))
+    path.unlink()
+    with pa.OSFile(str(path), "wb") as sink:
+        writer = pa.ipc.new_stream(sink, table.schema)
+        writer.write_table(table)
+        whole = sink.tell()  # before the mark of its end
+        writer.close()
+    with pytest.raises(CorpusError, match=r"no column 'body'.*its columns are: id, text"):
+        prepare(changed(config, inputs=(folder,), out=tmp_path / "third", text_field="body"))
+    path.write_bytes(path.read_bytes()[:whole])
+    with pytest.raises(CorpusError, match="its end is missing"):
+        prepare(changed(config, inputs=(folder,), out=tmp_path / "fourth"))
+
+
 def test_parquet_without_the_column_lists_its_columns(config: PrepareConfig, tmp_path: Path) -> None:
     pq.write_table(pa.table({"id": [1], "body": ["b"]}), tmp_path / "a.parquet")
     with pytest.raises(CorpusError, match=r"a\.parquet: no column 'text'.*its columns are: id, body.*--text-field"):

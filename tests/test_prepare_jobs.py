@@ -23,11 +23,14 @@ from pipeline.launch.settings import SubmitConfig
 from pipeline.launch.slurm import write_scripts
 from pipeline.runs.ephemeral import EphemeralFiles
 from pipeline.runs.heartbeat import WORKERS
+from pipeline.settings import load_config
 from pipeline.stores.local_store import LocalStore
 from pipeline.submit import job_of, submit
+from stages.cache_logits.settings import CacheConfig
 from stages.prepare.plan import Plan
 from stages.prepare.run import prepare
 from stages.prepare.settings import PrepareConfig
+from stages.train_student.settings import TrainConfig
 from tests.support.helpers import tiny_tokenizer, wait_until
 from tests.support.launching import ROOT, run
 
@@ -192,3 +195,22 @@ def test_mistakes_show_before_anything_is_started(job: Path) -> None:
 
     with pytest.raises(ConfigError, match="not a type of input"):
         submit(SubmitConfig(launcher="local", prepare=job), Reporter())
+
+
+def test_walk_from_raw_text_to_the_student_parses() -> None:
+    """The commands of docs/cluster.md are taken by the command line, and each reads what the one before has written."""
+    text = (ROOT / "docs" / "cluster.md").read_text(encoding="utf-8")
+    section = text.partition("## Text first")[2].partition("\n## ")[0]
+    code = "\n".join(line[4:] for line in section.splitlines() if line.startswith("    "))
+    commands = [shlex.split(line) for line in code.replace("\\\n", " ").splitlines() if line]
+    assert [command[1] for command in commands] == ["submit", "status", "submit", "status"]
+    for command in commands:
+        parsed = main.commands[command[1]].make_context(command[1], command[2:])
+        assert parsed.params
+    preparing, capturing = commands[0], commands[2]
+    prepared = load_config(PrepareConfig, ROOT / preparing[preparing.index("--prepare") + 1])
+    captured = load_config(CacheConfig, ROOT / capturing[capturing.index("--cache-logits") + 1])
+    trained = load_config(TrainConfig, ROOT / capturing[capturing.index("--train-student") + 1])
+    assert str(prepared.inputs[0]).startswith("s3://")
+    assert (prepared.out, captured.out) == (captured.corpus, trained.cache)
+    assert [command[2] for command in (commands[1], commands[3])] == [str(prepared.out), str(captured.out)]

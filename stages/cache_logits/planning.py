@@ -18,7 +18,6 @@ from pipeline.hub import name_of
 from pipeline.lifecycle.reuse import KnownTargets
 from pipeline.settings import resolved
 from pipeline.sketch import checksum_of
-from pipeline.stores.places import store_of
 from stages.cache_logits.settings import CacheConfig
 from stages.cache_logits.teacher import Teacher, read_teacher
 
@@ -148,7 +147,7 @@ def _manifest(
         settings=resolved(config) | {"teacher": name_of(config.teacher)},
         software=_versions(),
         chat_template=corpus.manifest.settings.get("chat_template"),
-        tokenizer_files=store_of(config.corpus / TOKENIZER).hashes(),
+        tokenizer_files=(config.corpus / TOKENIZER).hashes(),
         sketch=None if sketch is None else checksum_of(sketch),
         largest_token_id=largest_token_id,
         end_token_ids=_end_token_ids(corpus),

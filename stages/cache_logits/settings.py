@@ -146,7 +146,7 @@ class TeacherConfig(Settings):
 class CacheConfig(TeacherConfig):
     """Settings of `pipeline cache-logits`."""
 
-    corpus: Path = required("Folder that `pipeline prepare` wrote.")
+    corpus: Store = required("Folder or URL that `pipeline prepare` wrote to.")
     out: Store = required("Folder or URL to write the cache to.")
     format: str = setting("arrow", "Container of the shards.", choices=CONTAINERS.names)
     shard_tokens: int = setting(1_048_576, "Tokens in one shard: the work that a crash can lose.")

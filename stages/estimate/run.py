@@ -20,6 +20,7 @@ from pipeline.hub import located
 from pipeline.models import read_model, text_body
 from pipeline.progress import Reporter, duration
 from pipeline.settings import load_config
+from pipeline.stores.store import Store
 from stages.cache_logits.settings import CacheConfig
 from stages.estimate.devices import DEVICES
 from stages.estimate.settings import EstimateConfig
@@ -91,7 +92,7 @@ class Amount:
     sequence_length: int
 
     @classmethod
-    def of(cls, config: EstimateConfig, corpus: Path) -> "Amount":
+    def of(cls, config: EstimateConfig, corpus: Store) -> "Amount":
         """The prepared corpus', if no number was given."""
         if config.tokens is not None:
             return cls(num_tokens=config.tokens, num_targets=config.tokens, sequence_length=config.sequence_length)

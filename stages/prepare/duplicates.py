@@ -5,14 +5,15 @@ stretches, sorts them together, and writes down all but the first of equal keys.
 the order of work. Memory is that of MERGE_KEYS keys, whatever their number: a bucket with more is done in parts.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 
 from pipeline.errors import CorpusError
 from pipeline.stores.store import Store
-from stages.prepare.staging import FinishedTask, SortedKeys, StagedFile, write_staged
+from stages.prepare.staging import ENTRY_BYTES, FinishedTask, StagedFile, read_keys, write_staged
 
 BUCKET_BYTES = 1 << 30
 """Input for each bucket: some hundred thousand documents, or a few million short ones."""
@@ -32,12 +33,12 @@ def find_duplicates(
     folder: Store, task: int, bucket: int, buckets: int, units: Sequence[StagedFile], merge_keys: int = MERGE_KEYS
 ) -> FinishedTask:
     """Write down all but the first of equal keys of a bucket; the order of `units` is that of the input."""
-    keys = [SortedKeys(unit.on_this_machine(folder, check=False)) for unit in units]
-    found = [
-        _repeated(keys, first, stop)
-        for first, stop in _parts(keys, KEY_SPACE * bucket // buckets, KEY_SPACE * (bucket + 1) // buckets, merge_keys)
-    ]
-    repeated = np.concatenate(found) if found else np.zeros((0, 2), np.uint32)
+    paths = [unit.on_this_machine(folder, check=False) for unit in units]
+    count = sum(unit.bytes for unit in units) // ENTRY_BYTES // buckets  # about: keys are spread evenly
+    parts = buckets * max(-(-count // merge_keys), 1)
+    borders = [KEY_SPACE * part // parts for part in range(parts + 1)]
+    mine = slice(bucket * parts // buckets, (bucket + 1) * parts // buckets + 1)
+    repeated = np.concatenate([_repeated(paths, first, stop) for first, stop in pairwise(borders[mine])])
     repeated = repeated[np.lexsort((repeated[:, 1], repeated[:, 0]))]
 
     def write(path: Path) -> None:
@@ -67,21 +68,12 @@ class Duplicates:
         return sorted({int(unit) for units, _ in self._buckets for unit in np.unique(units)})
 
 
-def _parts(keys: Sequence[SortedKeys], first: int, stop: int, merge_keys: int) -> Iterator[tuple[int, int]]:
-    """The range divided so that each part has about `merge_keys` keys, which are spread evenly."""
-    count = sum(part.stop - part.start for part in (each.between(first, stop) for each in keys))
-    parts = -(-count // merge_keys)
-    for part in range(parts):
-        yield first + (stop - first) * part // parts, first + (stop - first) * (part + 1) // parts
-
-
-def _repeated(keys: Sequence[SortedKeys], first: int, stop: int) -> np.ndarray:
+def _repeated(paths: Sequence[Path], first: int, stop: int) -> np.ndarray:
     """uint32 [n, 2]: unit and place of all but the first of equal keys in a range."""
-    slices = [each.between(first, stop) for each in keys]
-    high = np.concatenate([each.high[part] for each, part in zip(keys, slices)])
-    low = np.concatenate([each.low[part] for each, part in zip(keys, slices)])
-    place = np.concatenate([each.places[part] for each, part in zip(keys, slices)])
-    unit = np.repeat(np.arange(len(keys), dtype=np.uint32), [part.stop - part.start for part in slices])
+    found = [read_keys(path, first, stop) for path in paths]
+    unit = np.repeat(np.arange(len(paths), dtype=np.uint32), [len(places) for _, _, places in found])
+    high, low, place = (np.concatenate(column) for column in zip(*found))
+    del found
     order = np.lexsort((low, high))  # stable, and a unit has a key once: equal ones stay in the units' order
     high, low = high[order], low[order]
     same = (high[1:] == high[:-1]) & (low[1:] == low[:-1])
@@ -90,8 +82,8 @@ def _repeated(keys: Sequence[SortedKeys], first: int, stop: int) -> np.ndarray:
 
 
 def _read(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Units and places, uint32 [n] each."""
-    content = np.fromfile(str(path), "<u4")
+    """Units and places, uint32 [n] each, mapped."""
+    content = np.memmap(str(path), "<u4", "r")
     if len(content) % 2:
         raise CorpusError(f"{path}: not a file of duplicates; prepare the corpus again.")
     return content[: len(content) // 2], content[len(content) // 2 :]

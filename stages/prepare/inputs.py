@@ -7,10 +7,11 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from pipeline.errors import ConfigError, CorpusError
+from pipeline.parallel import map_in_threads
 from pipeline.stores.places import store_of
 from pipeline.stores.store import Store
 
-SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".json", ".md")
+SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".arrow", ".json", ".md")
 NO_TEXT = (
     "requirements*.txt",
     "constraints*.txt",
@@ -20,6 +21,8 @@ NO_TEXT = (
     "dataset_dict.json",
     "state.json",
     "package*.json",
+    "cache-*.arrow",
+    "indices*.arrow",
 )
 """Names of files that lie in folders of text and are none; read only if they are given themselves."""
 UNIT_BYTES = 64 << 20
@@ -28,6 +31,8 @@ DIVISIBLE = (".jsonl", ".parquet")
 """Types of which a part can be read without what stands before it; other files are read as a whole."""
 
 
+REQUESTS = 16
+"""Files of a store that are asked for at the same time."""
 SHOWN = 8
 """Kinds of ignored files that are named."""
 
@@ -87,14 +92,22 @@ def suffix_of(path: Path | Store) -> str:
     return next((suffix for suffix in SUFFIXES if name.endswith(suffix)), "")
 
 
-def find_inputs(paths: Sequence[Path], out: Path | None) -> InputFiles:
+def find_inputs(paths: Sequence[Path | Store], out: Store | None) -> InputFiles:
     """The input files at `paths`, folders searched in sorted order; raises ConfigError or CorpusError."""
-    found: dict[Path, InputFile] = {}
+    found: dict[object, InputFile] = {}
     left = _LeftOut()
-    for given in paths:
+    for place in map(store_of, paths):
+        given = place.path
+        if given is None:
+            if out is not None and f"{out}/".startswith(f"{place}/"):
+                raise ConfigError(f"{out}: --out lies inside the input {place}; choose another place.")
+            files = _in_a_store(place, left)
+            left.repeated += sum(str(file.path) in found for file in files)
+            found |= {str(file.path): file for file in files if str(file.path) not in found}
+            continue
         if not given.exists():
             raise ConfigError(f"{given}: no such file or folder; check the path of this input.")
-        if out is not None and out.resolve().is_relative_to(given.resolve()):
+        if out is not None and out.path is not None and out.path.resolve().is_relative_to(given.resolve()):
             raise ConfigError(f"{out}: --out lies inside the input {given}; choose a folder outside of it.")
         if not given.is_dir() and not suffix_of(given):
             raise ConfigError(f"{given}: not a type of input; expected one of: {', '.join(SUFFIXES)}.")
@@ -164,6 +177,31 @@ def _files_in(given: Path, left: _LeftOut) -> Iterator[Path]:
                 left.ignored[path.suffix.lower() or "without a suffix"] += 1
             else:
                 yield path
+
+
+def _in_a_store(given: Store, left: _LeftOut) -> list[InputFile]:
+    """The file of an object store, or those below a prefix but for hidden names; raises ConfigError."""
+    if suffix_of(given) and given.is_file():
+        return [describe(given, given.name)]
+    names: list[tuple[Store, str]] = []
+    folders = [(given, given.name)]
+    while folders:
+        folder, name = folders.pop()
+        for part in sorted(folder.names(), reverse=True):
+            place, below = folder / part, f"{name}/{part}" if name else part
+            if part.startswith("."):
+                left.hidden += 1
+            elif any(fnmatch(part.lower(), pattern.lower()) for pattern in NO_TEXT):
+                left.ignored[part] += 1
+            elif suffix_of(place):
+                names.append((place, below))
+            elif "." in part and place.is_file():
+                left.ignored[f".{part.rpartition('.')[2].lower()}"] += 1
+            else:
+                folders.append((place, below))
+    if not names:
+        raise ConfigError(f"{given}: no such file, and none of text below it; expected {', '.join(SUFFIXES)}.")
+    return map_in_threads(lambda pair: describe(*pair), sorted(names, key=lambda pair: pair[1]), REQUESTS)
 
 
 def describe(path: Path | Store, name: str) -> InputFile:

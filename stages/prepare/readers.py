@@ -4,6 +4,7 @@ A broken record goes to `BadLines`, which stops the run or counts it; a broken f
 """
 
 import codecs
+import contextlib
 import gzip
 import io
 import json
@@ -27,6 +28,7 @@ from stages.prepare.json_files import json_values
 EXAMPLES = 3
 """Skipped records that are shown."""
 PARQUET_ROWS = 1024
+ARROW_MAGIC, END_OF_STREAM = b"ARROW1", b"\xff\xff\xff\xff\x00\x00\x00\x00"
 READ_BYTES = 1 << 20
 REMOTE_BYTES = 8 << 20
 """Bytes that an object store is asked for at a time."""
@@ -103,6 +105,8 @@ def read_records(
         return _read_text(file, text_field, bad_lines)
     if suffix == ".parquet":
         return _read_parquet(piece, text_field, more_fields)
+    if suffix == ".arrow":
+        return _read_arrow(file, text_field, more_fields)
     if suffix == ".json":
         return _read_json(file, bad_lines)
     return _read_lines(piece, DECOMPRESSORS[suffix], bad_lines)
@@ -204,7 +208,7 @@ def _read_parquet(piece: Piece, text_field: str, more_fields: tuple[str, ...]) -
     """The rows of the groups that begin in the piece."""
     file = piece.file
     source = file.path.path or _source(file)
-    with _readable_parquet(file), pq.ParquetFile(source, memory_map=True) as parquet:
+    with _readable_columns(file, "Parquet"), pq.ParquetFile(source, memory_map=True) as parquet:
         columns = _columns(file, parquet.schema_arrow.names, text_field, more_fields)
         groups, row, rows = _row_groups(parquet.metadata, piece)
         done = 0
@@ -212,6 +216,30 @@ def _read_parquet(piece: Piece, text_field: str, more_fields: tuple[str, ...]) -
             for fields in batch.to_pylist():
                 row, done = row + 1, done + 1
                 yield Record(f"{file.path}: row {row}", fields, piece.size * done // rows, file.name)
+
+
+def _read_arrow(file: InputFile, text_field: str, more_fields: tuple[str, ...]) -> Generator[Record, None, None]:
+    """The rows of an Arrow file, or of a stream, as `save_to_disk` of the datasets library writes it."""
+    with _readable_columns(file, "Arrow"), contextlib.ExitStack() as stack:
+        local = file.path.path
+        source = stack.enter_context(
+            pa.memory_map(str(local)) if local is not None else pa.PythonFile(_source(file), mode="r")
+        )
+        is_file = source.read(len(ARROW_MAGIC)) == ARROW_MAGIC
+        if not is_file:  # a stream that is cut off between two batches would look whole
+            source.seek(max(file.size - len(END_OF_STREAM), 0))
+            if source.read() != END_OF_STREAM:
+                raise pa.ArrowInvalid("its end is missing")
+        source.seek(0)
+        reader = stack.enter_context(pa.ipc.open_file(source) if is_file else pa.ipc.open_stream(source))
+        columns = _columns(file, reader.schema.names, text_field, more_fields)
+        batches = map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader
+        row = 0
+        for batch in batches:
+            for start in range(0, batch.num_rows, PARQUET_ROWS):
+                for fields in batch.select(columns).slice(start, PARQUET_ROWS).to_pylist():
+                    row += 1
+                    yield Record(f"{file.path}: row {row}", fields, min(source.tell(), file.size), file.name)
 
 
 def _row_groups(metadata: Any, piece: Piece) -> tuple[list[int], int, int]:
@@ -241,12 +269,12 @@ def _columns(file: InputFile, names: list[str], text_field: str, more_fields: tu
 
 
 @contextmanager
-def _readable_parquet(file: InputFile) -> Iterator[None]:
+def _readable_columns(file: InputFile, kind: str) -> Iterator[None]:
     try:
         yield
     except (pa.ArrowException, OSError, UnicodeDecodeError) as exc:
         reason = " ".join(str(exc).split())
-        raise CorpusError(f"{file.path}: not a whole Parquet file ({reason}); write or fetch this file again.") from exc
+        raise CorpusError(f"{file.path}: not a whole {kind} file ({reason}); write or fetch this file again.") from exc
 
 
 class _ZstdFile(io.RawIOBase):

@@ -50,18 +50,9 @@ def prepare(config: PrepareConfig, reporter: Reporter | None = None, *, unit_byt
     """
     reporter = reporter or Reporter()
     config = located(config, "tokenizer", reporter, with_weights=False)
-    check_folder(config.out)
-    tokenizer = load_tokenizer(config.tokenizer, trust_remote_code=config.trust_remote_code, note=reporter.note)
-    settings = _compared_settings(config, tokenizer, identify(tokenizer))
-    if config.worker_from_env and (plan := _plan_there(config.out)) is not None:
-        check_same(config.out, plan.settings, settings)
-        if (config.out / MANIFEST).is_file():
-            return CorpusManifest.read(config.out)
-    else:
-        found = _planned(config, settings, tokenizer, reporter, unit_bytes)
-        if isinstance(found, CorpusManifest):
-            return found
-        plan = found
+    plan, tokenizer = _begun(config, reporter, unit_bytes)
+    if isinstance(plan, CorpusManifest):
+        return plan
     if config.retry_failed:
         forget_failures(config.out / UNITS)
     if (local := config.out.path) is not None:
@@ -80,19 +71,35 @@ def prepare(config: PrepareConfig, reporter: Reporter | None = None, *, unit_byt
 def plan_corpus(config: PrepareConfig, reporter: Reporter | None = None) -> None:
     """Check everything that can be checked and write the plan, for workers that are started then."""
     reporter = reporter or Reporter()
-    config = located(config, "tokenizer", reporter, with_weights=False)
+    _begun(located(config, "tokenizer", reporter, with_weights=False), reporter, UNIT_BYTES)
+
+
+def _begun(config: PrepareConfig, reporter: Reporter, unit_bytes: int) -> tuple[Plan | CorpusManifest, Any]:
+    """The plan, written if need be, or the manifest of a corpus that is finished; and the tokenizer."""
     check_folder(config.out)
+    plan = _plan_there(config.out) if config.worker_from_env else None
+    inputs = find_inputs(config.inputs, config.out) if plan is None else None
+    if inputs is not None and inputs.note:
+        reporter.note(f"{', '.join(map(str, config.inputs))}: not read: {inputs.note}")
     tokenizer = load_tokenizer(config.tokenizer, trust_remote_code=config.trust_remote_code, note=reporter.note)
-    _planned(config, _compared_settings(config, tokenizer, identify(tokenizer)), tokenizer, reporter, UNIT_BYTES)
+    settings = _compared_settings(config, tokenizer, identify(tokenizer))
+    if plan is not None:
+        check_same(config.out, plan.settings, settings)
+        is_finished = (config.out / MANIFEST).is_file()
+        return CorpusManifest.read(config.out) if is_finished else plan, tokenizer
+    assert inputs is not None
+    return _planned(config, settings, tokenizer, inputs, reporter, unit_bytes), tokenizer
 
 
 def _planned(
-    config: PrepareConfig, settings: dict[str, Any], tokenizer: Any, reporter: Reporter, unit_bytes: int
+    config: PrepareConfig,
+    settings: dict[str, Any],
+    tokenizer: Any,
+    inputs: InputFiles,
+    reporter: Reporter,
+    unit_bytes: int,
 ) -> Plan | CorpusManifest:
-    """The plan, written if need be; the manifest of a corpus that is finished."""
-    inputs = find_inputs(config.inputs, config.out.path)
-    if inputs.note:
-        reporter.note(f"{', '.join(map(str, config.inputs))}: not read: {inputs.note}")
+    """The plan for these inputs, written if need be, or the manifest of their finished corpus."""
     if manifest := _finished(config, settings, inputs, reporter):
         return manifest
     with _alone(config):

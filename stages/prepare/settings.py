@@ -24,8 +24,9 @@ OVERLONG = DROP, TRUNCATE, CUT = "drop", "truncate", "cut"
 class TextConfig(Settings):
     """How text becomes sequences."""
 
-    inputs: tuple[Path, ...] = required(
-        "Files or folders: .txt, .md, .json, .jsonl, .jsonl.gz, .jsonl.zst, .parquet.", argument=True
+    inputs: tuple[Store, ...] = required(
+        "Files, folders or URLs: .txt, .md, .json, .jsonl, .jsonl.gz, .jsonl.zst, .parquet, .arrow.",
+        argument=True,
     )
     tokenizer: Path = required("Folder of the teacher's tokenizer, or the teacher's name on a model hub.")
     sequence_length: int = setting(2048, "Longest sequence, in tokens.")

@@ -137,21 +137,17 @@ def write_keys(path: Path, keys: Sequence[bytes]) -> None:
             file.write(column[order].tobytes())
 
 
-class SortedKeys:
-    """The keys of a unit, mapped: two halves of each, uint64 [n], and places, uint32 [n], in the order of the keys."""
+def read_keys(path: Path, first: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The keys of a file whose first half lies in [first, stop): both halves, uint64 [n], and places, uint32 [n].
 
-    def __init__(self, path: Path) -> None:
-        num_bytes = path.stat().st_size
-        count = num_bytes // ENTRY_BYTES
-        if count * ENTRY_BYTES != num_bytes:
-            raise CorpusError(f"{path}: not a file of keys; prepare the corpus again.")
-        contents = np.memmap(str(path), np.uint8, "r") if num_bytes else np.zeros(0, np.uint8)
-        self.high = contents[: 8 * count].view("<u8")
-        self.low = contents[8 * count : 16 * count].view("<u8")
-        self.places = contents[16 * count :].view("<u4")
-
-    def between(self, first: int, stop: int) -> slice:
-        """Those whose first half lies in [first, stop)."""
-        begin = int(np.searchsorted(self.high, np.uint64(first)))
-        end = len(self.high) if stop >= 1 << 64 else int(np.searchsorted(self.high, np.uint64(stop)))
-        return slice(begin, end)
+    The file is mapped, and let go of at once: there may be more of them than a process may have open.
+    """
+    count, rest = divmod(path.stat().st_size, ENTRY_BYTES)
+    if rest:
+        raise CorpusError(f"{path}: not a file of keys; prepare the corpus again.")
+    contents = np.memmap(str(path), np.uint8, "r") if count else np.zeros(0, np.uint8)
+    high = contents[: 8 * count].view("<u8")
+    begin = int(np.searchsorted(high, np.uint64(first)))
+    end = count if stop >= 1 << 64 else int(np.searchsorted(high, np.uint64(stop)))
+    low, places = contents[8 * count : 16 * count].view("<u8"), contents[16 * count :].view("<u4")
+    return np.array(high[begin:end]), np.array(low[begin:end]), np.array(places[begin:end])

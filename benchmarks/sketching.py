@@ -1,4 +1,4 @@
-"""What a tail sketch of the pretrained teacher is worth, on held-out text: its error, bytes, and the noise that it saves.
+"""What a tail sketch of the pretrained teacher is worth, on held-out text: its error, bytes, and noise that it saves.
 
     python -m benchmarks.sketching [--work data/real] [--rows 512] [--sketch k8-r16 --sketch k64-r32]
 

@@ -33,8 +33,6 @@ SKETCH = "sketch-"
 """What the name of its file begins with."""
 LARGEST_FILE = 1 << 30
 """Bytes: a vocabulary of 500,000 by 1,000 coefficients."""
-LARGEST_LEVEL = 32_767
-"""Coefficients are int16."""
 _DTYPES = {"offset": np.float32, "basis": np.float16, "mean": np.float32, "encoder": np.float32}
 
 

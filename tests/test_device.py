@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from stages.cache_logits.draws import reduce_rows
 from stages.cache_logits.engine import Request
 from stages.cache_logits.reduction import LANE, Reduction
+from stages.cache_logits.sketching import RowSketch
 from stages.train_student.divergences import DIVERGENCES
 from stages.train_student.sketch import SketchHead
 from stages.train_student.tails import DIVERGING_TAILS, TAILS
@@ -116,17 +117,23 @@ def _with_a_card(function: Any, cases: list[tuple[int, ...]]) -> list[dict[str, 
         return [function(fake, *case) for case in cases]
 
 
-def _reduction(num_draws: int) -> Reduction:
-    return Reduction(8, (1.0, 2.0), num_draws, 2.0 if num_draws else None)
+def _reduction(num_draws: int, rank: int = 0) -> Reduction:
+    return Reduction(8, (1.0, 2.0), num_draws, 2.0 if num_draws else None, rank)
 
 
-def _reduce_rows(fake: FakeTensorMode, num_draws: int, ranks: int) -> dict[str, Any]:
+def _reduce_rows(fake: FakeTensorMode, num_draws: int, ranks: int, tail_rank: int) -> dict[str, Any]:
     logits, uniforms = on_the_card(fake, ROWS, VOCAB), on_the_card(fake, ROWS)
     labels = on_the_card(fake, ROWS, dtype=torch.int64)
     place = {"ranks": ranks, "rank": ranks - 1, "gather": lambda columns: columns.repeat(1, ranks)}
+    if tail_rank:
+        sizes = {"mean_H": (HIDDEN,), "encoder_RH": (tail_rank, HIDDEN), "basis_VR": (VOCAB, tail_rank)}
+        tensors = {name: on_the_card(fake, *size) for name, size in sizes.items()}
+        sketch = RowSketch(**tensors, offset_V=on_the_card(fake, VOCAB), softcap=30.0)
+        place |= {"sketch": sketch, "hidden_NH": on_the_card(fake, ROWS, HIDDEN, dtype=torch.bfloat16)}
+    reduction = _reduction(num_draws, tail_rank)
     with Work() as work:
-        packed = reduce_rows(_reduction(num_draws), logits, labels, uniforms, **place)
-    assert (str(packed.device), packed.dtype, packed.shape) == (CARD, torch.int32, (ROWS, _reduction(num_draws).width))
+        packed = reduce_rows(reduction, logits, labels, uniforms, **place)
+    assert (str(packed.device), packed.dtype, packed.shape) == (CARD, torch.int32, (ROWS, reduction.width))
     return vars_of(work)
 
 
@@ -135,8 +142,8 @@ def vars_of(work: Work) -> dict[str, Any]:
 
 
 def test_reduction_stays_on_its_device():
-    cases = [(num_draws, ranks) for num_draws in (0, NUM_DRAWS) for ranks in (1, 3)]
-    for (num_draws, _), work in zip(cases, in_a_process(_reduce_rows, cases), strict=True):
+    cases = [(num_draws, ranks, rank) for num_draws in (0, NUM_DRAWS) for ranks in (1, 3) for rank in (0, 4)]
+    for (num_draws, *_), work in zip(cases, in_a_process(_reduce_rows, cases), strict=True):
         assert (work.uploads, work.downloads, work.on_host) == (0, 0, [])
         assert_little_float64(work, num_draws)
 

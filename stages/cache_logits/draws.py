@@ -60,8 +60,8 @@ def reduce_rows(
     `logits_NV` are the columns from `first_id` on that this rank holds; `gather` puts the columns of all
     ranks side by side. Every rank returns the same. `sketch`, of these columns, encodes the rows' hidden states.
     """
-    measured_M = measured_rows(uniforms_N.to(logits_NV.device))
-    measured_MV = None if sketch is None else logits_NV[measured_M].float()
+    measured_M = None if sketch is None else measured_rows(uniforms_N.to(logits_NV.device))
+    measured_MV = None if measured_M is None else logits_NV[measured_M].float()
     kernel = kernel_of(logits_NV.device) if reduction.num_candidates <= MOST_CANDIDATES else None
     reduce = _by_torch if kernel is None else functools.partial(_by_kernel, kernel)
     shard_NW, tail_of = reduce(reduction, logits_NV, labels_N, first_id)
@@ -71,7 +71,7 @@ def reduce_rows(
         tail = tail_of() if logits_NV.shape[1] else None
         draws_ND = draw(reduction, tail, shards_NRW, uniforms_N, rank, first_id)
         parts.append(gather(draws_ND.contiguous()).unflatten(1, (ranks, reduction.tail_samples)).amax(1))
-    if sketch is not None and hidden_NH is not None and measured_MV is not None:
+    if sketch is not None and hidden_NH is not None and measured_M is not None and measured_MV is not None:
         parts += _sketched(reduction, sketch, hidden_NH, measured_M, measured_MV, parts[0], first_id, gather)
     return torch.cat(parts, dim=1)
 

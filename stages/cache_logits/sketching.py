@@ -6,13 +6,17 @@ H hidden size, K stored entries, T temperatures.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.sketch import LARGEST_LEVEL, FittedSketch
+if TYPE_CHECKING:  # a machine with a GPU may have no more than torch
+    from pipeline.sketch import FittedSketch
 
+LARGEST_LEVEL = 32_767
+"""Coefficients are stored as int16."""
 MEASURED = 16
 """Of so many rows the error of one is measured, which costs a second pass over its logits."""
 
@@ -28,7 +32,7 @@ class RowSketch:
     softcap: float | None
 
     @classmethod
-    def of(cls, fitted: FittedSketch, device: torch.device, ids: slice = slice(None)) -> "RowSketch":
+    def of(cls, fitted: "FittedSketch", device: torch.device, ids: slice = slice(None)) -> "RowSketch":
         """The part of a sketch that stands for some of the ids."""
         parts = {
             "mean_H": fitted.encoder.mean,

@@ -32,7 +32,13 @@ class SparseTargetPooler(Pooler):
     """Reduces logits at the requested positions; int32 [rows, Reduction.width] a request."""
 
     def __init__(
-        self, model: nn.Module, *, reduction: dict[str, Any], row_chunk: int, vocab_size: int, sketch: str | None
+        self,
+        model: nn.Module,
+        *,
+        reduction: dict[str, Any],
+        row_chunk: int,
+        vocab_size: int,
+        sketch: str | None = None,
     ) -> None:
         super().__init__()
         # A closure: as a submodule the model would be registered inside itself.

@@ -74,10 +74,11 @@ class Outline:
 def outline_of(place: str | Path | Store) -> Outline:
     """The run at a cache or a corpus; raises CacheError or CorpusError."""
     folder = store_of(place)
-    if (folder / UNITS / OUTLINE).is_file():
-        return _of_units(folder / UNITS)
-    if (folder / CORPUS_MANIFEST).is_file() and not (folder / MANIFEST).is_file():
-        return _of_corpus(folder)
+    if not (folder / MANIFEST).is_file():
+        if (folder / UNITS / OUTLINE).is_file():
+            return _of_units(folder / UNITS)
+        if (folder / CORPUS_MANIFEST).is_file():
+            return _of_corpus(folder)
     manifest = CacheManifest.read(folder)
 
     def amounts(partition: int) -> Amounts | None:

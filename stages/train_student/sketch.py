@@ -8,11 +8,13 @@ P the sketch's vocabulary with padding behind it.
 
 import dataclasses
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from pipeline.sketch import TailSketch
+if TYPE_CHECKING:  # a machine with a GPU may have little more than torch
+    from pipeline.sketch import TailSketch
 
 _ALIGNMENT = 16
 """Rows are multiples of so many elements: the kernel of a GPU reads them in vectors."""
@@ -43,7 +45,7 @@ class SketchHead:
         return cls(torch.nn.functional.pad(weight_SV, (0, -len(offset_V) % _ALIGNMENT)), len(offset_V), softcap)
 
     @classmethod
-    def of_cache(cls, sketch: TailSketch) -> "SketchHead":
+    def of_cache(cls, sketch: "TailSketch") -> "SketchHead":
         """Of what a cache holds."""
         return cls.of(torch.from_numpy(sketch.offset), torch.from_numpy(sketch.basis), sketch.softcap)
 

@@ -10,7 +10,7 @@ FLOORS = (
     (
         *("pipeline.cpu", "pipeline.documents", "pipeline.drain", "pipeline.errors", "pipeline.exit_codes"),
         *("pipeline.files", "pipeline.handover", "pipeline.ipc", "pipeline.library_logs", "pipeline.pages"),
-        *("pipeline.parallel", "pipeline.processes", "pipeline.progress", "pipeline.redaction", "pipeline.sketch"),
+        *("pipeline.parallel", "pipeline.processes", "pipeline.progress", "pipeline.redaction"),
         *(
             "pipeline.starting",
             "pipeline.stopping",
@@ -33,7 +33,7 @@ FLOORS = (
         ),
         *("pipeline.settings", "pipeline.spelling", "pipeline.tokenizer", "pipeline.vocabulary", "pipeline.weights"),
     ),
-    ("pipeline.formats",),
+    ("pipeline.formats", "pipeline.sketch"),
     ("pipeline.cache",),
     ("pipeline.inspection", "pipeline.lifecycle"),
     ("pipeline.runs",),

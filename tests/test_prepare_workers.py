@@ -21,7 +21,7 @@ import pytest
 
 from pipeline.cache.commits import list_commits
 from pipeline.corpus import Corpus
-from pipeline.errors import CorpusError
+from pipeline.errors import ConfigError, CorpusError
 from pipeline.progress import KeptLines
 from pipeline.stores.local_store import LocalStore
 from stages.prepare.duplicates import Duplicates, find_duplicates
@@ -251,3 +251,43 @@ def test_damaged_staged_tokens_are_noticed(config: PrepareConfig, monkeypatch: p
     with pytest.raises(CorpusError, match=r"00003-.*checksum"):
         prepare(config, unit_bytes=UNIT)
     assert 3 in list_commits(config.out / "units")
+
+
+def _sourced(folder: Path, kind: str) -> Path:
+    records = [{"text": f"record {n}", "from": "web" if n % 4 else "books", "id": n} for n in range(2000)]
+    path = folder / f"a.{kind}"
+    if kind == "parquet":
+        pq.write_table(pa.Table.from_pylist(records), path, row_group_size=100)
+    else:
+        path.write_text("\n".join(map(json.dumps, records)))
+    return path
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_sources_are_counted_and_a_share_of_one_is_taken(config: PrepareConfig, tmp_path: Path, kind: str) -> None:
+    config = replace(config, inputs=(_sourced(tmp_path, kind),), source_field="from")
+    manifest = prepare(config, unit_bytes=UNIT)
+    assert {name: sums[0] for name, sums in manifest.settings["sources"].items()} == {"books": 500, "web": 1500}
+    some = replace(config, out=tmp_path / "some", source_weights=("web=0.25",))
+    fewer = prepare(some, unit_bytes=UNIT)
+    documents = {name: sums[0] for name, sums in fewer.settings["sources"].items()}
+    assert documents["books"] == 500
+    assert abs(documents["web"] - 375) < 6 * (1500 * 0.25 * 0.75) ** 0.5
+    assert fewer.statistics["left_out_by_weight"] == 1500 - documents["web"]
+    whole = prepare(replace(some, out=tmp_path / "whole"), unit_bytes=1 << 30)  # whatever the units
+    assert whole.settings["sources"] == fewer.settings["sources"]
+    assert sum(tokens for _, tokens in fewer.settings["sources"].values()) < manifest.num_tokens
+
+
+def test_files_are_sources_unless_a_field_names_them(config: PrepareConfig, text: Path) -> None:
+    manifest = prepare(config, unit_bytes=UNIT)
+    assert list(manifest.settings["sources"]) == [f"input/{index}.jsonl" for index in range(5)]
+    assert sum(documents for documents, _ in manifest.settings["sources"].values()) == manifest.statistics["documents"]
+
+
+def test_sources_that_cannot_be_meant_are_refused(config: PrepareConfig, tmp_path: Path) -> None:
+    for given in ("web", "web=", "web=2", "=0.5", "web=nan"):
+        with pytest.raises(ConfigError, match=f"source_weights has '{given}'"):
+            replace(config, source_weights=(given,))
+    with pytest.raises(CorpusError, match=r"line 1: field 'id' names no source.*found 0"):
+        prepare(replace(config, inputs=(_sourced(tmp_path, "jsonl"),), source_field="id"))

@@ -195,6 +195,13 @@ def _held_out_rows(model: Any, teacher: StoredTeacher) -> Iterator[tuple[Tensor,
         yield hidden_MH, weight_VH, _int64(labels), teacher_MH
 
 
+@torch.inference_mode()
+def states_of(model: Any, held_out: StoredTeacher) -> tuple[Tensor, Tensor]:
+    """float32 [N, H] of a student at all held-out targets, in order, and its head [V, H]."""
+    parts = list(_held_out_rows(model.eval(), held_out))
+    return torch.cat([hidden_MH for hidden_MH, *_ in parts]), parts[0][1]
+
+
 def _int64(values: np.ndarray) -> Tensor:
     return torch.from_numpy(values.astype(np.int64))
 

@@ -85,7 +85,7 @@ class Job:
         command = "prepare" if self.stage == "prepare" else "cache-logits"
         return [python, *PIPELINE, command, "--config", path, "--worker-from-env"]
 
-    def gate_command(self, python: str = sys.executable) -> list[str]:
+    def gate_command(self, python: str) -> list[str]:
         """What looks at all that the workers have written; a corpus is checked as it is read."""
         return [python, *PIPELINE, *(("status",) if self.stage == "prepare" else ("verify",)), str(self.cache)]
 

@@ -170,7 +170,7 @@ def write_scripts(job: Job) -> None:
         "cwd": shlex.quote(str(Path.cwd())),
         "setup": "\n".join(submit.setup),
         "worker": shlex.join(job.worker_command()),
-        "check": shlex.join(job.gate_command()),
+        "check": shlex.join(job.gate_command(sys.executable)),
         "pipeline": shlex.join([sys.executable, *PIPELINE]),
     }
     write_script(

@@ -20,6 +20,8 @@ from stages.prepare.tokens import Document, Text, TextEncoder
 
 BATCH_DOCUMENTS = 1024
 BATCH_CHARACTERS = 1 << 19
+LONGEST_SOURCE = 1000
+"""Characters of a source's name."""
 COUNTS = (
     "records",
     "empty_documents",
@@ -101,7 +103,19 @@ class DocumentEncoder:
             return None
         return text
 
+    def _source(self, record: Record) -> str:
+        field = self._config.source_field
+        if field is None:
+            return record.source
+        name = record.fields.get(field)
+        if not isinstance(name, str) or not name or len(name) > LONGEST_SOURCE:
+            raise Refused(
+                f"field {field!r} names no source; expected up to {LONGEST_SOURCE} characters, found {name!r:.80}"
+            )
+        return name
+
     def _read(self, record: Record) -> Text | None:
+        source = self._source(record)
         fields, text_field = record.fields, self._config.text_field
         content = content_of(fields, text_field, bool(self._tokenizer.chat_template))
         present = [name for name, value in fields.items() if value is not None]
@@ -114,19 +128,17 @@ class DocumentEncoder:
             )
             return None
         if isinstance(content, str):
-            return Text(content, where=record.where, source=record.source)
+            return Text(content, where=record.where, source=source)
         if isinstance(content, Completion):
             whole = content.prompt + content.completion
-            return Text(
-                whole, [(len(content.prompt), len(whole))], "completion", where=record.where, source=record.source
-            )
+            return Text(whole, [(len(content.prompt), len(whole))], "completion", where=record.where, source=source)
         if self._config.last_turn_only:
             content = content.last_turn_only()
         rendered = self._template(content, record.where).render(content)
         self._counts["inserted_thoughts"] += rendered.inserted_thoughts
         self._counts["messages_not_written"] += rendered.unwritten
         self._counts["thoughts_not_written"] += rendered.unwritten_thoughts
-        return _chat(rendered, content, record.where, record.source)
+        return _chat(rendered, content, record.where, source)
 
     def _template(self, conversation: Conversation, where: object) -> ChatTemplate:
         has_tools = conversation.tools is not None

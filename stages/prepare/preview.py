@@ -109,7 +109,7 @@ def _first_rows(config: PreviewConfig, tokenizer: Any, said: Reporter) -> tuple[
     counts: Counter[str] = Counter()
     keys: set[bytes] = set()
     tokens = 0
-    with closing(_records(inputs.files, config.text_field, bad_lines)) as records:
+    with closing(_records(inputs.files, config, bad_lines)) as records:
         for document in encoder.encode(records):
             if document.key in keys:
                 counts["duplicate_documents"] += 1
@@ -123,9 +123,10 @@ def _first_rows(config: PreviewConfig, tokenizer: Any, said: Reporter) -> tuple[
     return rows[: config.rows], Counter(bad_lines=bad_lines.count) + encoder.counts + counts + packer.counts
 
 
-def _records(files: Sequence[InputFile], text_field: str, bad_lines: BadLines) -> Generator[Record, None, None]:
+def _records(files: Sequence[InputFile], config: PreviewConfig, bad_lines: BadLines) -> Generator[Record, None, None]:
+    more_fields = () if config.source_field is None else (config.source_field,)
     for file in files:
-        with closing(read_records(Piece.whole(file), text_field, bad_lines)) as records:
+        with closing(read_records(Piece.whole(file), config.text_field, bad_lines, more_fields)) as records:
             yield from records
 
 

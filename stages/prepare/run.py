@@ -61,7 +61,8 @@ def prepare(config: PrepareConfig, reporter: Reporter | None = None, *, unit_byt
     if tokenizer.eos_token_id is None:
         reporter.note(f"{config.tokenizer}: has no end-of-sequence token; what does not end with one stays without.")
     with _alone(config):
-        _do(config, plan, tokenizer, reporter)
+        if not (config.out / MANIFEST).is_file():  # another may have finished it since
+            _do(config, plan, tokenizer, reporter)
         manifest = CorpusManifest.read(config.out)
         _tidy(config)
     reporter.log(f"{config.out}: {_summary(manifest)}")
@@ -240,6 +241,8 @@ def _compared_settings(config: PrepareConfig, tokenizer: Any, identity: Tokenize
         "overlong": config.overlong,
         "last_turn_only": config.last_turn_only,
         "partition_tokens": config.partition_tokens,
+        "source_field": config.source_field,
+        "source_weights": list(config.source_weights) or None,
         **{f"tokenizer_{name}": value for name, value in identity.to_dict().items()},
         "tokenizer_special_ids": list(tokenizer("", verbose=False)["input_ids"]),
         "tokenizer_eos_id": tokenizer.eos_token_id,

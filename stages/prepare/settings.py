@@ -31,6 +31,9 @@ class TextConfig(Settings):
     tokenizer: Path = required("Folder of the teacher's tokenizer, or the teacher's name on a model hub.")
     sequence_length: int = setting(2048, "Longest sequence, in tokens.")
     text_field: str = setting("text", "Field or column that holds a document's text.")
+    source_field: str | None = setting(
+        None, "Field or column that names what a record came from; none takes the name of its file."
+    )
     packing: str = setting(
         "isolated",
         "How short documents share a sequence: 'isolated' keeps attention inside each document, "
@@ -62,6 +65,9 @@ class PrepareConfig(TextConfig):
     out: Store = required("Folder or URL to write the tokenised corpus to.")
     partition_tokens: int = setting(16_777_216, "Tokens in one file of the corpus.")
     skip_bad_lines: bool = setting(False, "Count and skip records that cannot be read, instead of stopping.")
+    source_weights: tuple[str, ...] = setting(
+        (), "NAME=SHARE: of a source only that share of its documents, chosen by their content; repeatable."
+    )
     workers: int | None = setting(
         None, "Processes that share the work; none takes all cores, and one where a launcher starts the workers."
     )
@@ -78,7 +84,24 @@ class PrepareConfig(TextConfig):
         super().check()
         for name in ("partition_tokens", "workers", "max_failures"):
             self.at_least(name, 1)
+        self.shares()
         self.positive("lease_s", (self.lease_s,))
+
+    def shares(self) -> dict[str, float]:
+        """The share of each source that is not taken whole; raises ConfigError."""
+        shares = {}
+        for given in self.source_weights:
+            name, _, share = given.rpartition("=")
+            try:
+                shares[name] = float(share)
+            except ValueError:
+                shares[name] = -1.0
+            if not name or not 0 <= shares[name] <= 1:
+                raise ConfigError(
+                    f"source_weights has {given!r}; expected NAME=SHARE with a share from 0 to 1: a document is in a "
+                    "corpus once, and repeated by training for more epochs."
+                )
+        return shares
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -71,6 +71,8 @@ class FinishedTask:
     partitions: tuple[CorpusPartition, ...] = ()
     """Of a unit that was packed: its files of the corpus."""
     statistics: dict[str, Count] = field(default_factory=dict)
+    sources: dict[Text, tuple[Count, Count]] = field(default_factory=dict)
+    """Of a unit that was packed: its documents and their tokens by the names of their sources."""
     done: Count = 0
     bytes: Count = 0
     """For who counts (pipeline/runs/outline.py): input that was read, and what was written of the corpus."""

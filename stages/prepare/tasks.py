@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from functools import cached_property
@@ -58,14 +58,17 @@ class Tasks:
         counting = _Counting(self._advance)
         encoder = DocumentEncoder(config, self._tokenizer, bad_lines, self._reporter, counting.inside)
         keys: dict[bytes, None] = {}
-        duplicates = 0
+        shares = config.shares()
+        counts: Counter[str] = Counter(left_out_by_weight=0, duplicate_documents=0)
 
         def documents(records: Iterator[Record]) -> Iterator[Document]:
-            nonlocal duplicates
             for document in encoder.encode(records):
                 key = document.key
+                if document.source in shares and _fraction(key) >= shares[document.source]:
+                    counts["left_out_by_weight"] += 1
+                    continue
                 if key in keys:
-                    duplicates += 1
+                    counts["duplicate_documents"] += 1
                     continue
                 keys[key] = None
                 counting.document(document)
@@ -85,7 +88,7 @@ class Tasks:
             "input_bytes": sum(piece.size for piece in pieces),
             "bad_lines": bad_lines.count,
             **encoder.counts,
-            "duplicate_documents": duplicates,
+            **counts,
         }
         return FinishedTask(
             pieces=[piece.identity for piece in pieces],
@@ -107,12 +110,14 @@ class Tasks:
         path = tokenised.documents.on_this_machine(self.folder)
         duplicates = self._duplicate_documents.of(unit)
         packer: Packer = PACKINGS[self._config.packing](self._config.sequence_length)
+        sources: dict[str, np.ndarray] = defaultdict(lambda: np.zeros(2, np.int64))
         counts: Counter[str] = Counter(duplicate_documents=len(duplicates), documents=0, duplicate_sequences=0)
         keys: dict[bytes, None] = {}
 
         def rows() -> Iterator[TokenSequence]:
             for document in _without(read_documents(path), duplicates):
                 counts["documents"] += 1
+                sources[document.source] += np.array([1, len(document.token_ids)])
                 if not is_overlong(document, self._config, counts):
                     yield from packer.add(document)
             yield from packer.flush()
@@ -130,6 +135,7 @@ class Tasks:
             keys=self._keys(task, list(keys)),
             partitions=partitions,
             statistics={**counts, **packer.counts},
+            sources={name: (int(sums[0]), int(sums[1])) for name, sums in sources.items()},
             bytes=sum(partition.bytes for partition in partitions),
         )
 
@@ -168,6 +174,7 @@ class Tasks:
                 **self._plan.resolved,
                 **self._plan.settings,
                 END_TOKEN_IDS: self._end_token_ids(statistics),
+                "sources": self._sources(),
                 "input_files": [list(file[1:]) for file in self._plan.files],
             },
             statistics=dict(statistics),
@@ -217,8 +224,9 @@ class Tasks:
     def _records(
         self, pieces: Sequence[Piece], bad_lines: BadLines, counting: "_Counting"
     ) -> Generator[Record, None, None]:
+        more_fields = () if self._config.source_field is None else (self._config.source_field,)
         for piece in pieces:
-            with closing(read_records(piece, self._config.text_field, bad_lines)) as records:
+            with closing(read_records(piece, self._config.text_field, bad_lines, more_fields)) as records:
                 for record in records:
                     counting.at(record.offset)
                     yield record
@@ -230,6 +238,15 @@ class Tasks:
             write_partition(self._config.out, f"{name}-{number:03d}", sequences)
             for number, sequences in enumerate(_divided(rows, self._config.partition_tokens))
         )
+
+    def _sources(self) -> dict[str, list[int]]:
+        """Documents and tokens by source, before what is too long is cut or dropped."""
+        sums: dict[str, list[int]] = {}
+        for packed in self._packed:
+            for name, (documents, tokens) in packed.sources.items():
+                before = sums.get(name, [0, 0])
+                sums[name] = [before[0] + documents, before[1] + tokens]
+        return sums
 
     def _end_token_ids(self, statistics: Counter[str]) -> list[int]:
         """The tokens that the documents' labels end with: where a student is to stop."""
@@ -290,6 +307,11 @@ class Speed:
         self._documents, self._tokens = self._documents + documents, self._tokens + tokens
         seconds = max(time.monotonic() - self._started, 1e-9)
         return f"{self._documents:,} documents, {self._tokens:,} tokens, {self._tokens / seconds:,.0f} tokens/s"
+
+
+def _fraction(key: bytes) -> float:
+    """A number in [0, 1) that a document's content decides, evenly spread and whatever else is in the corpus."""
+    return int.from_bytes(key[8:], "little") / 2**64
 
 
 def counts_of(manifest: CorpusManifest) -> str:

@@ -10,6 +10,7 @@ from safetensors import safe_open
 from transformers import LlamaForCausalLM
 
 from pipeline import open_cache
+from pipeline.approximate import approximated
 from pipeline.errors import ConfigError, PipelineError
 from stages.train_student.agreement import require_agreement
 from stages.train_student.dataset import Collate
@@ -90,16 +91,23 @@ def test_adapted_head_agrees_with_the_dense_loss(cache):
         require_agreement(model, batch, settings, sketch=sketch)
 
 
-def dense_losses(folder, cache, indexes):
-    """Mean cross-entropy and KL(p-hat_2 || q_2) of the targets of some sequences, by the student in a folder."""
+def dense_losses(folder, cache, indexes, temperature=2.0):
+    """Mean cross-entropy and KL(p-hat_T || q_T) of the targets of some sequences, by the student in a folder."""
     cross_entropies, divergences = [], []
     for sequence in map(cache.__getitem__, indexes):
         logits = true_logits(folder, sequence, cache.manifest.vocab_size)
-        p, q = rebuilt(cache.sketch, sequence, 2.0), softmax(logits, 2.0)
+        sequence = dataclasses.replace(sequence, targets=approximated(sequence.targets, cache.sketch, temperature))
+        p, q = rebuilt(cache.sketch, sequence, temperature), softmax(logits, temperature)
         labels = sequence.token_ids[sequence.target_positions + 1]
         cross_entropies += list(-np.log(softmax(logits, 1.0)[np.arange(len(labels)), labels]))
         divergences += list((p * np.log(p / q)).sum(1))
     return np.mean(cross_entropies), np.mean(divergences)
+
+
+def first_batch(config, cache):
+    """Indexes of the sequences of a training's first step."""
+    shape = StepShape(batch_size=config.batch_size, accumulation=1, rank=0, world_size=1)
+    return next(iter(StreamSampler(len(cache), config.seed, shape, config.max_steps)))
 
 
 def test_run_learns_and_keeps_the_sketch_out_of_its_checkpoints(tmp_path, cache):
@@ -107,9 +115,7 @@ def test_run_learns_and_keeps_the_sketch_out_of_its_checkpoints(tmp_path, cache)
     config = config_of(tmp_path, cache, eval_cache=cache, alpha=0.9)
     known, untrained = open_cache(cache), tmp_path / "untrained"
     read_student(config.student, known).load(config.seed).save_pretrained(untrained)
-    shape = StepShape(batch_size=config.batch_size, accumulation=1, rank=0, world_size=1)
-    batch = next(iter(StreamSampler(len(known), config.seed, shape, config.max_steps)))
-    cross_entropy, kl = dense_losses(untrained, known, batch)
+    cross_entropy, kl = dense_losses(untrained, known, first_batch(config, known))
     metrics = train_student(config)
     first = json.loads((config.out / "log.jsonl").read_text().splitlines()[0])
     assert first["kl"] == pytest.approx(kl, rel=1e-5)
@@ -148,3 +154,28 @@ def test_cache_without_a_sketch_is_refused_in_one_line(tmp_path, corpus):
         train_student(config_of(tmp_path, cache))
     assert "\n" not in str(info.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_temperature_that_was_not_captured_is_trained_at_only_where_asked_for(tmp_path, cache, corpus, caplog):
+    """And is said to be approximate: in a note, in the metrics and in the report."""
+    config = config_of(tmp_path, cache, temperature=1.5, eval_cache=cache, max_steps=1, alpha=1.0)
+    with pytest.raises(ConfigError, match=r"exact at: 1, 2\. --approximate-temperature trains at others"):
+        train_student(config)
+    config = dataclasses.replace(config, approximate_temperature=True)
+    plain = make_cache(tmp_path / "plain", corpus)
+    with pytest.raises(ConfigError, match=r"exact at: 1, 2\. It holds no sketch"):
+        train_student(dataclasses.replace(config, cache=plain))
+    known, untrained = open_cache(cache), tmp_path / "untrained"
+    read_student(config.student, known).load(config.seed).save_pretrained(untrained)
+    metrics = train_student(config)
+    first = json.loads((config.out / "log.jsonl").read_text().splitlines()[0])
+    _, kl = dense_losses(untrained, known, first_batch(config, known), 1.5)
+    assert first["loss"] == pytest.approx(1.5**2 * kl, rel=1e-5)
+    _, trained = dense_losses(config.out, known, range(len(known)), 1.5)
+    assert metrics["eval_kl_sketch_1.5"] == pytest.approx(trained, rel=1e-4)
+    assert metrics["approximate_temperature"] == 1.5
+    assert "T=1.5 was not captured; targets and metrics there are approximate" in caplog.text
+    assert "Targets at T = 1.5 are approximate" in (config.out / "report.html").read_text()
+    exact = dataclasses.replace(config, temperature=2.0, out=tmp_path / "exact")
+    assert "approximate_temperature" not in train_student(exact)
+    assert caplog.text.count("was not captured") == 1

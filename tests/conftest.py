@@ -22,7 +22,10 @@ import pytest
 
 from pipeline.stores.local_store import LocalStore
 from pipeline.stores.object_store import ObjectStore
+from stages.cache_logits.run import cache_logits
+from stages.cache_logits.settings import CacheConfig
 from tests.support.object_store import Server, running
+from tests.support.sketched import sketch_settings
 from tests.support.small import make_corpus, make_teacher, random_sequences
 
 
@@ -57,6 +60,16 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """40 sequences, some of several documents, one that fills the context."""
     return make_corpus(tmp_path_factory.mktemp("corpus"), random_sequences(40, vocab_size=300))
+
+
+@pytest.fixture(scope="session")
+def sketched(tmp_path_factory: pytest.TempPathFactory, teacher: Path, corpus: Path) -> dict[str, CacheConfig]:
+    """The settings of two captures with a tail sketch, by container, whose caches are there."""
+    folder = tmp_path_factory.mktemp("sketched")
+    configs = {name: sketch_settings(teacher, corpus, folder / name, format=name) for name in ("arrow", "zarr")}
+    for config in configs.values():
+        cache_logits(config)
+    return configs
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, Qwen3Config
 
 from pipeline.cli import main
+from pipeline.corpus import Corpus
 from pipeline.errors import ConfigError, CorpusError
 from stages.cache_logits.run import cache_logits
 from stages.cache_logits.settings import LOGITS_BYTES
@@ -127,6 +128,22 @@ def test_size_of_an_arrow_cache_is_known_before(tmp_path, teacher):
     )
     assert found.capture.tokens == sum(len(sequence.token_ids) for sequence in sequences)
     assert found.storage.bytes == pytest.approx(written, rel=0.1)
+
+
+@pytest.mark.parametrize("container", ["arrow", "zarr"])
+def test_sketch_is_counted(tmp_path, teacher, corpus, sketched, container):
+    values = {"teacher": str(teacher), "corpus": str(corpus), "out": "x", "top_k": 8, "format": container}
+    found = {
+        rank: estimate(EstimateConfig(cache_logits=yaml(tmp_path / f"{rank}.yaml", **values, tail_rank=rank))).storage
+        for rank in (0, 4)
+    }
+    (path,) = sketched[container].out.glob("sketch-*")
+    assert found[4].sketch_bytes == pytest.approx(path.stat().st_size, abs=1000)  # its head
+    coefficients = {"arrow": 2, "zarr": 0.5}[container] * 4 * Corpus(corpus).manifest.num_targets
+    assert found[4].bytes - found[0].bytes == pytest.approx(coefficients + found[4].sketch_bytes, abs=1)
+    assert (found[0].sketch_bytes, found[0].sketch_flops) == (0, 0)
+    model = ModelSize.read(teacher)
+    assert found[4].sketch_flops > 200 * 128 * model.head_flops
 
 
 def test_command_says_what_does_not_fit_and_what_it_assumes(deepseek):

@@ -33,7 +33,7 @@ FLOORS = (
         ),
         *("pipeline.settings", "pipeline.spelling", "pipeline.tokenizer", "pipeline.vocabulary", "pipeline.weights"),
     ),
-    ("pipeline.formats", "pipeline.sketch"),
+    ("pipeline.formats", "pipeline.approximate", "pipeline.sketch"),
     ("pipeline.cache",),
     ("pipeline.inspection", "pipeline.lifecycle"),
     ("pipeline.runs",),

@@ -25,12 +25,13 @@ from stages.cache_logits.run import cache_logits
 from stages.cache_logits.settings import AuditConfig
 from stages.cache_logits.sketch_fitting import Head, Wanted, fit_sketch
 from stages.cache_logits.sketching import RowSketch, shared_errors, tail_errors
+from tests.support.sketched import RANK, TOP_K
 from tests.support.small import true_logits
 from tests.test_cache_logits import capture as run_capture
 from tests.test_cache_logits import settings
 from tests.test_format import checksum, read_by_the_book, read_document, read_sketch, rebuilt
 
-V, H, R, K, T = 300, 24, 4, 8, (1.0, 2.0)
+V, H, R, K, T = 300, 24, RANK, TOP_K, (1.0, 2.0)
 
 
 @pytest.fixture(scope="module")
@@ -189,21 +190,6 @@ def test_file_is_read_as_it_was_written_and_damage_is_refused(fitted):
             continue
         except Exception as exc:
             pytest.fail(f"{type(exc).__name__}: {exc}")
-
-
-@pytest.fixture(scope="module")
-def sketched(tmp_path_factory, teacher, corpus):
-    """One cache a container, of a real model."""
-    folder = tmp_path_factory.mktemp("sketched")
-    configs = {
-        container: settings(
-            teacher, corpus, folder / container, format=container, top_k=K, tail_rank=R, sketch_tokens=300
-        )
-        for container in ("arrow", "zarr")
-    }
-    for config in configs.values():
-        cache_logits(config)
-    return configs
 
 
 @pytest.mark.parametrize("container", ["arrow", "zarr"])

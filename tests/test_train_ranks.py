@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from pipeline import open_cache
 from pipeline.errors import ConfigError
 from pipeline.settings import resolved
-from stages.train_student.run import train_student
+from stages.train_student.run import read_metrics, train_student
 from stages.train_student.settings import TrainConfig
 from tests.support.kinds import kind_student
 from tests.support.small import llama_config, make_cache
@@ -105,6 +105,21 @@ def test_sharded_ranks_have_the_losses_of_one_rank(tmp_path, base, whole):
     shards = {path.name for path in (config.out / "checkpoints" / "checkpoint-6").rglob("*.distcp")}
     assert shards == {"__0_0.distcp", "__1_0.distcp"}
     assert_same_student(config, whole)
+
+
+@pytest.mark.parametrize("sharding", [pytest.param("none", marks=pytest.mark.slow), "fsdp2"])
+def test_ranks_with_a_sketched_tail_have_the_losses_of_one_rank(tmp_path, base, sketched, sharding):
+    """And its held-out metrics: every rank has the sketch beside its share of the model."""
+    cache = sketched["arrow"].out
+    alone = dataclasses.replace(base, cache=cache, eval_cache=cache, out=tmp_path / "alone", tail="sketch", max_steps=4)
+    expected = train_student(alone)
+    config = two_ranks(alone, tmp_path / "run", sharding=sharding)
+    code, errors = launch(config)
+    assert code == 0, errors
+    assert_same_student(config, alone)
+    found = read_metrics(config.out)
+    for name in ("eval_cross_entropy", "eval_kl_2", "eval_kl_sketch_1", "eval_kl_sketch_2"):
+        assert found[name] == pytest.approx(expected[name], rel=1e-5)
 
 
 @pytest.mark.slow

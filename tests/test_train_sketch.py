@@ -10,6 +10,7 @@ from safetensors import safe_open
 from transformers import LlamaForCausalLM
 
 from pipeline import open_cache
+from pipeline.approximate import approximated
 from pipeline.errors import ConfigError, PipelineError
 from stages.train_student.agreement import require_agreement
 from stages.train_student.dataset import Collate
@@ -18,30 +19,19 @@ from stages.train_student.head import attach_fused_loss
 from stages.train_student.lora import add_adapters
 from stages.train_student.loss_settings import LossSettings
 from stages.train_student.run import train_student
+from stages.train_student.sampler import StepShape, StreamSampler
 from stages.train_student.settings import TrainConfig
 from stages.train_student.sketch import SketchHead
+from stages.train_student.student import read_student
 from tests.support.oracle import softmax
-from tests.support.sketched import coefficients_of, sketch_caches, sketch_of
+from tests.support.sketched import rebuilt
 from tests.support.small import llama_config, make_cache, true_logits
 from tests.test_train_models import student_folder
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory, corpus):
-    return make_cache(tmp_path_factory.mktemp("cache"), corpus, max_kl_error=0.0)
-
-
-def rebuilt(cache, sequence, temperature):
-    """float64 [N, V]: p-hat_T of a sequence's targets, from the formula."""
-    sketch, targets = sketch_of(cache), sequence.targets
-    p = np.zeros((len(targets), cache.manifest.vocab_size))
-    for row, coefficients in enumerate(coefficients_of(sequence)):
-        logits = sketch.basis.astype(np.float64) @ coefficients + sketch.offset
-        logits = sketch.softcap * np.tanh(logits / sketch.softcap)
-        rest = np.setdiff1d(np.arange(p.shape[1]), targets.ids[row])
-        p[row, rest] = targets.tail_mass(temperature)[row] * softmax(logits[None, rest], temperature)[0]
-        p[row, targets.ids[row]] = targets.probs(temperature)[row]
-    return p
+@pytest.fixture
+def cache(sketched):
+    return sketched["arrow"].out
 
 
 def config_of(tmp_path, cache, **changes):
@@ -50,15 +40,16 @@ def config_of(tmp_path, cache, **changes):
     return TrainConfig(student=student, cache=cache, out=tmp_path / "run", tail="sketch", **values | changes)
 
 
+@pytest.mark.parametrize("softcap", [None, 4.0])
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_loss_in_the_model_equals_the_dense_one(cache, monkeypatch, divergence):
+def test_loss_in_the_model_equals_the_dense_one(cache, divergence, softcap):
     """Packing, padding, padded vocabulary; hidden states and head in float64."""
-    sketch_caches(monkeypatch)
     known = open_cache(cache)
+    decoder = dataclasses.replace(known.sketch, softcap=softcap)
     torch.manual_seed(0)
     model = LlamaForCausalLM(llama_config(known.manifest.vocab_size + 11, num_hidden_layers=1)).double()
     settings = LossSettings(alpha=1.0, vocab_size=known.manifest.vocab_size, tail="sketch", divergence=divergence)
-    sketch = SketchHead.of_cache(known.sketch)
+    sketch = SketchHead.of_cache(decoder)
     attach_fused_loss(model, settings, sketch=sketch)
     sequences = [known[index] for index in (3, 8, 1)]
     batch = Collate(settings)(sequences)
@@ -68,7 +59,7 @@ def test_loss_in_the_model_equals_the_dense_one(cache, monkeypatch, divergence):
         with torch.no_grad():
             logits = model(input_ids=ids[None], position_ids=positions[None], use_cache=False).logits[0]
         q = softmax(logits[sequence.target_positions, : known.manifest.vocab_size].numpy(), 2.0)
-        p = rebuilt(known, sequence, 2.0)
+        p = rebuilt(decoder, sequence, 2.0)
         mean = (p + q) / 2
         values += {
             "forward": list((p * np.log(p / q)).sum(1)),
@@ -84,8 +75,7 @@ def test_loss_in_the_model_equals_the_dense_one(cache, monkeypatch, divergence):
         require_agreement(model, one, settings, sketch=other)
 
 
-def test_adapted_head_agrees_with_the_dense_loss(cache, monkeypatch):
-    sketch_caches(monkeypatch)
+def test_adapted_head_agrees_with_the_dense_loss(cache):
     known = open_cache(cache)
     model = add_adapters(LlamaForCausalLM(llama_config(known.manifest.vocab_size)), rank=3, alpha=6.0, on_head=True)
     with torch.no_grad():
@@ -101,20 +91,41 @@ def test_adapted_head_agrees_with_the_dense_loss(cache, monkeypatch):
         require_agreement(model, batch, settings, sketch=sketch)
 
 
-def test_run_learns_and_keeps_the_sketch_out_of_its_checkpoints(tmp_path, cache, monkeypatch):
-    """And its held-out metric is that of float64, over the whole vocabulary."""
-    sketch_caches(monkeypatch)
-    config = config_of(tmp_path, cache, eval_cache=cache)
+def dense_losses(folder, cache, indexes, temperature=2.0):
+    """Mean cross-entropy and KL(p-hat_T || q_T) of the targets of some sequences, by the student in a folder."""
+    cross_entropies, divergences = [], []
+    for sequence in map(cache.__getitem__, indexes):
+        logits = true_logits(folder, sequence, cache.manifest.vocab_size)
+        sequence = dataclasses.replace(sequence, targets=approximated(sequence.targets, cache.sketch, temperature))
+        p, q = rebuilt(cache.sketch, sequence, temperature), softmax(logits, temperature)
+        labels = sequence.token_ids[sequence.target_positions + 1]
+        cross_entropies += list(-np.log(softmax(logits, 1.0)[np.arange(len(labels)), labels]))
+        divergences += list((p * np.log(p / q)).sum(1))
+    return np.mean(cross_entropies), np.mean(divergences)
+
+
+def first_batch(config, cache):
+    """Indexes of the sequences of a training's first step."""
+    shape = StepShape(batch_size=config.batch_size, accumulation=1, rank=0, world_size=1)
+    return next(iter(StreamSampler(len(cache), config.seed, shape, config.max_steps)))
+
+
+def test_run_learns_and_keeps_the_sketch_out_of_its_checkpoints(tmp_path, cache):
+    """And its first loss and its held-out metrics are those of float64, over the whole vocabulary."""
+    config = config_of(tmp_path, cache, eval_cache=cache, alpha=0.9)
+    known, untrained = open_cache(cache), tmp_path / "untrained"
+    read_student(config.student, known).load(config.seed).save_pretrained(untrained)
+    cross_entropy, kl = dense_losses(untrained, known, first_batch(config, known))
     metrics = train_student(config)
-    log = [json.loads(line) for line in (config.out / "log.jsonl").read_text().splitlines()]
-    steps = [entry["kl"] for entry in log if "kl" in entry]
-    assert steps[-1] < 0.9 * steps[0]
-    known = open_cache(cache)
+    first = json.loads((config.out / "log.jsonl").read_text().splitlines()[0])
+    assert first["kl"] == pytest.approx(kl, rel=1e-5)
+    assert first["loss"] == pytest.approx(0.1 * cross_entropy + 0.9 * 4 * kl, rel=1e-5)
+    assert metrics["eval_kl_sketch_2"] < 0.95 * dense_losses(untrained, known, range(len(known)))[1]
     for temperature in (1, 2):
         divergences = []
         for sequence in known:
             q = softmax(true_logits(config.out, sequence, known.manifest.vocab_size), temperature)
-            p = rebuilt(known, sequence, temperature)
+            p = rebuilt(known.sketch, sequence, temperature)
             divergences += list((p * np.log(p / q)).sum(1))
         assert metrics[f"eval_kl_sketch_{temperature}"] == pytest.approx(np.mean(divergences), rel=1e-4)
         assert 0 < metrics[f"eval_kl_{temperature}"] < metrics[f"eval_kl_sketch_{temperature}"]
@@ -128,18 +139,43 @@ def test_run_learns_and_keeps_the_sketch_out_of_its_checkpoints(tmp_path, cache,
     assert train_student(config)["eval_kl_sketch_2"] == pytest.approx(metrics["eval_kl_sketch_2"], rel=1e-6)
 
 
-def test_other_tails_train_and_are_measured_as_before(tmp_path, cache, monkeypatch):
-    sketch_caches(monkeypatch)
+def test_other_tails_train_and_are_measured_as_before(tmp_path, cache):
     config = config_of(tmp_path, cache, eval_cache=cache, max_steps=2)
     metrics = train_student(dataclasses.replace(config, tail="ghost"))
     assert "eval_kl_2" in metrics
     assert not [name for name in metrics if "sketch" in name]
 
 
-def test_cache_without_a_sketch_is_refused_in_one_line(tmp_path, cache):
+def test_cache_without_a_sketch_is_refused_in_one_line(tmp_path, corpus):
+    cache = make_cache(tmp_path / "cache", corpus)
     with pytest.raises(
         ConfigError, match=r"holds no sketch of the tail, which tail 'sketch' needs; .* --tail-rank"
     ) as info:
         train_student(config_of(tmp_path, cache))
     assert "\n" not in str(info.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_temperature_that_was_not_captured_is_trained_at_only_where_asked_for(tmp_path, cache, corpus, caplog):
+    """And is said to be approximate: in a note, in the metrics and in the report."""
+    config = config_of(tmp_path, cache, temperature=1.5, eval_cache=cache, max_steps=1, alpha=1.0)
+    with pytest.raises(ConfigError, match=r"exact at: 1, 2\. --approximate-temperature trains at others"):
+        train_student(config)
+    config = dataclasses.replace(config, approximate_temperature=True)
+    plain = make_cache(tmp_path / "plain", corpus)
+    with pytest.raises(ConfigError, match=r"exact at: 1, 2\. It holds no sketch"):
+        train_student(dataclasses.replace(config, cache=plain))
+    known, untrained = open_cache(cache), tmp_path / "untrained"
+    read_student(config.student, known).load(config.seed).save_pretrained(untrained)
+    metrics = train_student(config)
+    first = json.loads((config.out / "log.jsonl").read_text().splitlines()[0])
+    _, kl = dense_losses(untrained, known, first_batch(config, known), 1.5)
+    assert first["loss"] == pytest.approx(1.5**2 * kl, rel=1e-5)
+    _, trained = dense_losses(config.out, known, range(len(known)), 1.5)
+    assert metrics["eval_kl_sketch_1.5"] == pytest.approx(trained, rel=1e-4)
+    assert metrics["approximate_temperature"] == 1.5
+    assert "T=1.5 was not captured; targets and metrics there are approximate" in caplog.text
+    assert "Targets at T = 1.5 are approximate" in (config.out / "report.html").read_text()
+    exact = dataclasses.replace(config, temperature=2.0, out=tmp_path / "exact")
+    assert "approximate_temperature" not in train_student(exact)
+    assert caplog.text.count("was not captured") == 1

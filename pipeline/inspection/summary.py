@@ -9,8 +9,10 @@ import numpy as np
 
 from pipeline.cache.commits import ShardCommit
 from pipeline.cache.reader import PartialCache
+from pipeline.cache.statistics import SKETCH_KL
 from pipeline.documents import short
 from pipeline.formats.codec import is_lossless
+from pipeline.sketch import sketch_name
 
 PARTS = {
     "ids": (
@@ -19,6 +21,7 @@ PARTS = {
     ),
     "logits": ("logits", "steps", "levels"),
     "draws": ("draws",),
+    "sketch": ("coefficients",),
     "tails, entropies, labels": (
         *("logsumexps", "tail_logprobs", "entropies", "label_logits"),
         *("tails", "nats", "label_steps"),
@@ -61,6 +64,10 @@ class Summary:
     """What rounding has cost, nats, where it cost most; None if a record does not say it."""
     mean_entries: float | None
     """Entries of a target, where targets have different numbers of them; None if a record does not say it."""
+    sketch_kl: tuple[float, ...]
+    """KL(p_T || what the tail sketch makes of it) a temperature, nats; empty without, or if a record does not say it."""
+    sketch_bytes: int | None
+    """Of the tail sketch's file; None if there is none."""
 
     @classmethod
     def of(cls, cache: PartialCache) -> "Summary":
@@ -75,6 +82,8 @@ class Summary:
             certainty=_certainty(cache, totals["num_targets"]),
             kl_error=_kl_error(cache),
             mean_entries=_mean_entries(cache, totals["num_targets"]),
+            sketch_kl=_sketch_kl(cache, totals["num_targets"]),
+            sketch_bytes=_sketch_bytes(cache),
             **totals,
         )
 
@@ -107,6 +116,8 @@ class Summary:
                 f"{mean.cross_entropy:.3f} nats (perplexity {exponential(mean.cross_entropy)})"
                 + (f"; outside the entries {mean.tail_mass:.3f}" if manifest.top_k else ""),
             )
+        if manifest.sketch is not None:
+            yield "sketch", self._sketch()
         yield (
             "size",
             f"{self.bytes / 1e6:,.2f} MB as {manifest.container}, {self._a_target(self.bytes):.1f} bytes a target",
@@ -141,6 +152,13 @@ class Summary:
             cost = "" if self.kl_error is None else f", {self.kl_error:.1e} measured"
             rounding = f"rounded within {manifest.max_kl_error:g} nats{cost}"
         return f"{' and '.join(what)}, exact at T = {temperatures}; {rounding}"
+
+    def _sketch(self) -> str:
+        manifest = self.cache.manifest
+        known = [f"{kl:.3f} nats at T = {T:g}" for T, kl in zip(manifest.temperatures, self.sketch_kl)]
+        error = f"; KL of the teacher from what it makes of the tail {', '.join(known)}" if known else ""
+        size = "file missing" if self.sketch_bytes is None else f"{self.sketch_bytes / 1e6:,.2f} MB for the whole cache"
+        return f"{manifest.tail_rank} coefficients a target, {size}{error}"
 
     def _a_target(self, num_bytes: int) -> float:
         return num_bytes / max(self.num_targets, 1)
@@ -193,6 +211,20 @@ def _mean_entries(cache: PartialCache, num_targets: int) -> float | None:
     found = [record.statistics.get("num_entries") for record in cache.records.values()]
     known = [value for value in found if isinstance(value, int | float) and math.isfinite(value)]
     return sum(known) / num_targets if num_targets and len(known) == len(found) else None
+
+
+def _sketch_kl(cache: PartialCache, num_targets: int) -> tuple[float, ...]:
+    records = list(cache.records.values())
+    found = [_said(record, SKETCH_KL, len(cache.manifest.temperatures)) for record in records]
+    if not num_targets or any(values is None for values in found):
+        return ()
+    return tuple(np.average(found, axis=0, weights=[record.num_targets for record in records]).tolist())
+
+
+def _sketch_bytes(cache: PartialCache) -> int | None:
+    checksum = cache.manifest.sketch
+    path = None if checksum is None else cache.folder / sketch_name(checksum)
+    return path.size_and_time()[0] if path is not None and path.is_file() else None
 
 
 def _said(record: ShardCommit, name: str, num_temperatures: int) -> np.ndarray | None:

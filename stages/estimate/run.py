@@ -29,6 +29,8 @@ from stages.train_student.settings import TrainConfig
 ARCHIVE = {"grid": (1.2, 12.4), "lossless": (4.16, 22.4)}
 """Bytes of a stored entry and of the rest of a target in Zarr, as docs/storage.md measured them at k from 8 to 64."""
 ARCHIVED_DRAW = 2.3
+ARCHIVED_COEFFICIENT = 0.5
+"""As measured at rank 16 on the fidelity study's teacher, with the default --max-sketch-error."""
 STATE_BYTES = 16
 """Bytes of a trained parameter: itself, its gradient and AdamW's two moments, all float32."""
 FROZEN_BYTES = 4
@@ -146,6 +148,10 @@ class Storage:
     partitions: int
     partition_seconds: float
     """For which one worker has a partition in hand: what a crash loses at most, and what a drain waits for."""
+    sketch_bytes: int
+    """Of the tail sketch's file, in `bytes` too; 0 without one."""
+    sketch_flops: float
+    """Operations of its fit, which each worker that begins before it is there makes on its CPU; 0 without one."""
     top_p: float | None
     """As few entries are kept as reach this mass: how many depends on the teacher, and `bytes` is a bound."""
 
@@ -195,6 +201,11 @@ def describe(found: Estimate) -> list[str]:
         f"  shards   {storage.partitions:,}; one takes a worker {duration(storage.partition_seconds)}, "
         "which is what a crash can lose and a drain waits for",
     ]
+    if storage.sketch_bytes:
+        lines.append(
+            f"  sketch   {storage.sketch_bytes / 1e6:,.1f} MB of the storage; its fit takes about "
+            f"{storage.sketch_flops / 1e12:,.1f} TFLOP on a worker's CPU before the capture"
+        )
     if found.training is not None:
         lines += _describe(found, "training", found.training)
     return [
@@ -298,7 +309,10 @@ def _storage(config: EstimateConfig, cache: CacheConfig, amount: Amount, seconds
     size = layout.num_bytes
     if CONTAINERS[cache.format].is_compressed:
         entry, rest = ARCHIVE["grid" if layout.on_grid else "lossless"]
-        size = round(amount.num_targets * (entry * cache.top_k + rest + ARCHIVED_DRAW * cache.tail_samples))
+        a_target = entry * cache.top_k + rest + ARCHIVED_DRAW * cache.tail_samples
+        size = round(amount.num_targets * (a_target + ARCHIVED_COEFFICIENT * cache.tail_rank))
+    sketch_bytes, sketch_flops = _sketch(config, cache)
+    size += sketch_bytes
     partitions = max(1, round(amount.num_tokens / cache.shard_tokens))
     return Storage(
         container=cache.format,
@@ -306,8 +320,23 @@ def _storage(config: EstimateConfig, cache: CacheConfig, amount: Amount, seconds
         bytes_per_target=size / max(amount.num_targets, 1),
         partitions=partitions,
         partition_seconds=seconds * config.workers / partitions,
+        sketch_bytes=sketch_bytes,
+        sketch_flops=sketch_flops,
         top_p=cache.top_p,
     )
+
+
+def _sketch(config: EstimateConfig, cache: CacheConfig) -> tuple[int, float]:
+    """Bytes of the tail sketch's file, and operations of its fit: products of the head and, with gradients, its own."""
+    if not cache.tail_rank:
+        return 0, 0.0
+    from stages.cache_logits.sketch_fitting import BATCH_ROWS, STEPS
+
+    size = ModelSize.read(cache.teacher, config.trust_remote_code)
+    hidden_size = round(size.head_flops / (2 * size.vocab_size))
+    of_ids = size.vocab_size * (4 + 2 * cache.tail_rank)
+    flops = STEPS * BATCH_ROWS * (size.head_flops + 3 * 2 * size.vocab_size * cache.tail_rank)
+    return of_ids + 4 * hidden_size * (1 + cache.tail_rank), flops
 
 
 def _share_of_experts(text: Any) -> float:

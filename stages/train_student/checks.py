@@ -34,7 +34,7 @@ NOT_IN_CACHE = ("container", "partitions")
 
 def require_targets(config: TrainConfig, manifest: CacheManifest) -> None:
     """Refuse a temperature or a tail that the cache does not hold."""
-    _require_temperature(config.cache, manifest, config.temperature)
+    _require_temperature(config.cache, manifest, config)
     if manifest.top_k == 0 and config.tail != "sampled":
         raise ConfigError(f"{config.cache}: holds draws alone (top_k is 0); take --tail sampled, not {config.tail!r}.")
     if manifest.top_k > 0 and config.tail == "sampled":
@@ -69,12 +69,26 @@ def require_sketch(config: TrainConfig, cache: Cache) -> SketchHead | None:
     return sketch
 
 
+def approximation_note(config: TrainConfig, caches: list[Cache]) -> str | None:
+    """That the targets of some of the caches are approximate, and how near their sketch came where that is known."""
+    temperature = config.temperature
+    without = [cache for cache in caches if temperature not in cache.manifest.temperatures]
+    if not without or (fitted := without[0].fitted_sketch()) is None:
+        return None
+    record, names = fitted.record, " and ".join(str(cache.folder) for cache in without)
+    known = ", ".join(f"{kl:.3g} nats at T={T:g}" for T, kl in zip(record.temperatures, record.mean_kl))
+    return (
+        f"{names}: T={temperature:g} was not captured; targets and metrics there are approximate, by a sketch of the "
+        f"tail whose KL from the teacher was {known}."
+    )
+
+
 def require_same_targets(config: TrainConfig, train: CacheManifest, held_out: CacheManifest) -> None:
     """Refuse a held-out cache that the student cannot be measured on."""
     difference = held_out.tokenizer.difference(train.tokenizer)
     if difference:
         raise CacheMismatchError(f"{config.eval_cache}: its tokenizer is not that of {config.cache}: {difference}.")
-    _require_temperature(config.eval_cache, held_out, config.temperature)
+    _require_temperature(config.eval_cache, held_out, config)
     if held_out.top_k == 0:
         raise ConfigError(f"{config.eval_cache}: holds draws alone (top_k is 0); an evaluation needs a top k.")
 
@@ -151,8 +165,15 @@ def _json(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _require_temperature(cache: Any, manifest: CacheManifest, temperature: float) -> None:
+def _require_temperature(cache: Any, manifest: CacheManifest, config: TrainConfig) -> None:
+    if config.approximate_temperature and manifest.tail_rank:
+        return
+    hint = ""
+    if manifest.tail_rank:
+        hint = " --approximate-temperature trains at others, whose targets are approximate."
+    elif config.approximate_temperature:
+        hint = " It holds no sketch of the tail, by which others are approximated; cache again with --tail-rank."
     try:
-        column_of(manifest.temperatures, temperature)
+        column_of(manifest.temperatures, config.temperature)
     except ConfigError as exc:
-        raise ConfigError(f"{cache}: {exc}") from exc
+        raise ConfigError(f"{cache}: {exc}{hint}") from exc

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from pipeline.approximate import approximated
 from pipeline.cache.reader import Cache
 from pipeline.formats.layout import CachedSequence
 from pipeline.targets import SparseTargets, restricted
@@ -22,10 +23,15 @@ from stages.train_student.targets import DistillationTargets, TeacherTargets, re
 
 
 class CacheDataset(Dataset[CachedSequence]):
-    """A cache as a torch dataset, in the student's vocabulary; every worker process opens its own files."""
+    """A cache as a torch dataset, in the student's vocabulary; every worker process opens its own files.
 
-    def __init__(self, cache: Cache, vocab_size: int) -> None:
+    With `approximate`, a temperature, targets have that one too, approximated by the cache's sketch of the tail if it
+    was not captured; a cache without either raises ConfigError when it is read.
+    """
+
+    def __init__(self, cache: Cache, vocab_size: int, approximate: float | None = None) -> None:
         self.cache, self._vocab_size = cache, vocab_size
+        self._approximate = None if approximate in cache.manifest.temperatures else approximate
         self._is_restricted = vocab_size < cache.manifest.vocab_size
 
     def __len__(self) -> int:
@@ -33,6 +39,9 @@ class CacheDataset(Dataset[CachedSequence]):
 
     def __getitem__(self, index: int) -> CachedSequence:
         sequence = self.cache[index]
+        if self._approximate is not None:
+            targets = approximated(sequence.targets, self.cache.sketch, self._approximate)
+            sequence = replace(sequence, targets=targets)
         if self._is_restricted:
             sequence = replace(sequence, targets=restricted(sequence.targets, self._vocab_size))
         return sequence

@@ -75,6 +75,8 @@ def _curve(log: list[dict[str, Any]], key: str, title: str, unit: str) -> Markup
 
 def _summary(metrics: dict[str, Any]) -> str:
     steps = f"{metrics['steps']:,} steps, about {metrics['tokens_seen']:,} tokens."
+    if "approximate_temperature" in metrics:
+        steps += f" Targets at T = {metrics['approximate_temperature']:g} are approximate: it was not captured."
     if "eval_cross_entropy" not in metrics:
         return f"{steps} No held-out cache was given."
     teacher = metrics.get("eval_teacher_cross_entropy")

@@ -34,6 +34,7 @@ from stages.train_student.checkpoints import (
 )
 from stages.train_student.checks import (
     alone_in,
+    approximation_note,
     open_folder,
     require_room,
     require_same_targets,
@@ -110,11 +111,14 @@ def _train_student(config: TrainConfig, reporter: Reporter, until_the_end: ExitS
         with reporter.waiting("loading the student") if rank() == 0 else nullcontext():
             trainer = _trainer(config, student, cache, sketch, held_out, shape, drain, watchdog, reporter)
         train_seconds = _train(trainer, config, cache, student, tokenizer, reporter)
+    caches = [cache] if held_out is None else [cache, held_out]
     metrics: dict[str, float | None] = {
         "train_seconds": train_seconds,
         "steps": trainer.state.global_step,
         "tokens_seen": _tokens_seen(trainer, shape, cache),
     }
+    if any(config.temperature not in known.manifest.temperatures for known in caches):
+        metrics["approximate_temperature"] = config.temperature
     if held_out is not None:
         metrics |= trainer.evaluate()
         metrics["eval_teacher_cross_entropy"] = _teacher_cross_entropy(held_out)
@@ -199,14 +203,16 @@ def _trainer(
         logit_softcap=student.model.logit_softcap,
     )
     collate = Collate(settings)
-    dataset = CacheDataset(cache, student.vocab_size)
+    approximate = config.temperature if config.approximate_temperature else None
+    dataset = CacheDataset(cache, student.vocab_size, approximate)
+    held_out_data = None if held_out is None else CacheDataset(held_out, student.vocab_size, approximate)
     batch = collate([next(sequence for sequence in dataset if len(sequence.targets))])
     model, check = _ready_student(config, student, cache, sketch, held_out, batch, settings, arguments, reporter)
     evaluation = None
-    if held_out is not None:
+    if held_out is not None and held_out_data is not None:
         temperatures = tuple(sorted({config.temperature, *({1.0} & set(held_out.manifest.temperatures))}))
         evaluation = Evaluation(
-            CacheDataset(held_out, student.vocab_size),
+            held_out_data,
             settings,
             temperatures,
             config.batch_size,
@@ -219,7 +225,7 @@ def _trainer(
         model=model,
         args=arguments,
         train_dataset=dataset,
-        eval_dataset=CacheDataset(held_out, student.vocab_size) if held_out is not None else None,
+        eval_dataset=held_out_data,
         batches=BatchLoader(dataset, collate, sampler, num_workers=workers, pin=on_gpu, watchdog=watchdog),
         alpha=AlphaSchedule(
             shape=config.alpha_schedule,
@@ -267,7 +273,8 @@ def _ready_student(
     notes = _try_out(model, check, functools.partial(computation, arguments), probes)
     if world_size() > 1 and config.sharding == "none":
         arguments.ddp_find_unused_parameters = on_any_rank(not _reaches_all(model, batch))
-    for note in [*coverage_notes(model), *notes, router_note]:
+    approximate_note = approximation_note(config, caches) if rank() == 0 else None
+    for note in [*coverage_notes(model), *notes, router_note, approximate_note]:
         if note is not None and rank() == 0:
             reporter.note(note)
     return model, check

@@ -24,6 +24,11 @@ class TrainConfig(Settings):
     out: Path = required("Folder for checkpoints, logs and the finished student.")
     alpha: float = setting(0.5, "Weight of the distillation term; 0 trains from the labels alone.")
     temperature: float = setting(2.0, "Temperature T of the distillation term; the cache must hold it.")
+    approximate_temperature: bool = setting(
+        False,
+        "Train at a temperature that the cache does not hold: its targets there are approximated, by the cache's "
+        "sketch of the tail.",
+    )
     alpha_schedule: str = setting(
         "constant",
         "Course of alpha: 'linear' goes to --alpha-end; 'wsd' rises from 0 as the learning rate does, stays, and goes "

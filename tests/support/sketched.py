@@ -1,36 +1,33 @@
-"""Caches that answer as if a capture had sketched their tails: random sketches, which the tests' oracles then know."""
+"""Caches with a tail sketch that a capture has written, and what they say of a teacher, written out in float64."""
 
-import hashlib
+from pathlib import Path
 
 import numpy as np
 
-from pipeline.cache.reader import Cache
 from pipeline.formats.layout import CachedSequence
 from pipeline.sketch import TailSketch
+from stages.cache_logits.settings import CacheConfig
+from tests.support.oracle import softmax
 
-RANK = 3
-
-
-def sketch_of(cache: Cache, softcap: float | None = 4.0) -> TailSketch:
-    """The same one of the same vocabulary."""
-    random, size = np.random.default_rng(5), cache.manifest.vocab_size
-    return TailSketch(*(random.normal(size=shape).astype(np.float32) for shape in (size, (size, RANK))), softcap)
+TOP_K, RANK = 8, 4
 
 
-def coefficients_of(sequence: CachedSequence) -> np.ndarray:
-    """float32 [N, R], by the sequence's content."""
-    seed = int.from_bytes(hashlib.sha256(sequence.key).digest()[:4], "little")
-    return np.random.default_rng(seed).normal(size=(len(sequence.targets), RANK)).astype(np.float32)
+def sketch_settings(teacher: Path, corpus: Path, out: Path, **changes: object) -> CacheConfig:
+    """Settings of a lossless capture with a sketch, in several shards."""
+    values = {"top_k": TOP_K, "tail_rank": RANK, "sketch_tokens": 300, "shard_tokens": 500, "batch_tokens": 128}
+    values |= {"engine": "transformers", "enforce_eager": True, "max_kl_error": 0.0}
+    return CacheConfig(teacher=teacher, corpus=corpus, out=out, **values | changes)
 
 
-def sketch_caches(monkeypatch) -> None:
-    """Every cache has a sketch from here on, and every sequence coefficients."""
-    read = Cache.__getitem__
-
-    def with_coefficients(self: Cache, index: int) -> CachedSequence:
-        sequence = read(self, index)
-        object.__setattr__(sequence.targets, "coefficients", coefficients_of(sequence))
-        return sequence
-
-    monkeypatch.setattr(Cache, "__getitem__", with_coefficients)
-    monkeypatch.setattr(Cache, "sketch", property(sketch_of), raising=False)
+def rebuilt(sketch: TailSketch, sequence: CachedSequence, temperature: float) -> np.ndarray:
+    """float64 [N, V]: p-hat_T of a sequence's targets, row by row, from the formula."""
+    targets = sequence.targets
+    p_NV = np.zeros((len(targets), len(sketch.offset)))
+    for row, coefficients in enumerate(targets.coefficients):
+        logits = sketch.basis.astype(np.float64) @ coefficients + sketch.offset
+        if sketch.softcap is not None:
+            logits = sketch.softcap * np.tanh(logits / sketch.softcap)
+        rest = np.setdiff1d(np.arange(p_NV.shape[1]), targets.ids[row])
+        p_NV[row, rest] = targets.tail_mass(temperature)[row] * softmax(logits[None, rest], temperature)[0]
+        p_NV[row, targets.ids[row]] = targets.probs(temperature)[row]
+    return p_NV

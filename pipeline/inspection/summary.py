@@ -65,7 +65,7 @@ class Summary:
     mean_entries: float | None
     """Entries of a target, where targets have different numbers of them; None if a record does not say it."""
     sketch_kl: tuple[float, ...]
-    """KL(p_T || what the tail sketch makes of it) a temperature, nats; empty without, or if a record does not say it."""
+    """KL(p_T || what the sketch makes of it) a temperature, nats; empty without, or if a record does not say it."""
     sketch_bytes: int | None
     """Of the tail sketch's file; None if there is none."""
 

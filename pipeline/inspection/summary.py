@@ -65,7 +65,7 @@ class Summary:
     mean_entries: float | None
     """Entries of a target, where targets have different numbers of them; None if a record does not say it."""
     sketch_kl: tuple[float, ...]
-    """KL(p_T || what the tail sketch makes of it) a temperature, nats; empty without, or if a record does not say it."""
+    """KL(p_T || what the sketch makes of it) a temperature, nats; empty without, or if a record does not say it."""
     sketch_bytes: int | None
     """Of the tail sketch's file; None if there is none."""
 
@@ -216,9 +216,10 @@ def _mean_entries(cache: PartialCache, num_targets: int) -> float | None:
 def _sketch_kl(cache: PartialCache, num_targets: int) -> tuple[float, ...]:
     records = list(cache.records.values())
     found = [_said(record, SKETCH_KL, len(cache.manifest.temperatures)) for record in records]
-    if not num_targets or any(values is None for values in found):
+    known = [values for values in found if values is not None]
+    if not num_targets or len(known) < len(found):
         return ()
-    return tuple(np.average(found, axis=0, weights=[record.num_targets for record in records]).tolist())
+    return tuple(np.average(known, axis=0, weights=[record.num_targets for record in records]).tolist())
 
 
 def _sketch_bytes(cache: PartialCache) -> int | None:

@@ -17,6 +17,7 @@ from pipeline.cache.reader import Cache
 from pipeline.formats.layout import CachedSequence
 from pipeline.targets import SparseTargets, restricted
 from stages.train_student.loss_settings import LossSettings
+from stages.train_student.positions import ENTROPIES
 from stages.train_student.tails import DRAWN_TAILS
 from stages.train_student.targets import DistillationTargets, TeacherTargets, require_values
 
@@ -45,8 +46,9 @@ class Collate:
     the others.
     """
 
-    def __init__(self, settings: LossSettings) -> None:
-        self._settings = settings
+    def __init__(self, settings: LossSettings, *, with_entropies: bool = False) -> None:
+        """`with_entropies` for a choice of positions by the teacher's entropy."""
+        self._settings, self._with_entropies = settings, with_entropies
 
     def __call__(self, sequences: list[CachedSequence]) -> dict[str, Any]:
         """Tensors named as the student's forward takes them; raises ValueError for targets that cannot be.
@@ -60,6 +62,7 @@ class Collate:
         teacher_entropy          float32 [M], for a tail of draws alone: of p_T over the full vocabulary, nats
         labels                   the labels again
         keys                     hexadecimal names of the sequences
+        target_entropies         float32 [M], if asked for: of the teacher's p_T over the full vocabulary, nats
 
         With a tail of draws, K counts the draws too: a repeated draw is one entry with its draws' weight,
         and the place of the others is padding, which repeats the row's first id with probability 0.
@@ -73,6 +76,9 @@ class Collate:
         batch = {"input_ids": input_ids, "position_ids": position_ids, "target_rows": _int64(rows)}
         batch |= targets.as_batch()
         batch["labels"] = targets.labels_M  # the Trainer counts target tokens only where it sees this name
+        if self._with_entropies:
+            entropies = [sequence.targets.entropy(self._settings.temperature) for sequence in sequences]
+            batch[ENTROPIES] = torch.from_numpy(np.concatenate(entropies))
         return batch | {"keys": [sequence.key.hex() for sequence in sequences]}
 
     def targets(self, sequences: list[CachedSequence]) -> DistillationTargets:

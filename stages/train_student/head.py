@@ -20,6 +20,7 @@ from stages.train_student.documents import target_hidden
 from stages.train_student.loss import DistillationLoss, distillation_loss
 from stages.train_student.loss_settings import LossSettings
 from stages.train_student.routers import RouterLoss
+from stages.train_student.student_entropy import least_sure_rows
 from stages.train_student.targets import LABELS, TEACHER_COLUMNS, DistillationTargets
 
 OTHER_COLUMNS = ("labels",)
@@ -44,7 +45,9 @@ def attach_fused_loss(model: PreTrainedModel, settings: LossSettings, router: Ro
 
     `num_items_in_batch` is the number of target tokens of the whole step, over all micro-batches
     and ranks; without it the mean is over the batch. With `measure`, a HeadFunction, what it makes of the target rows
-    is returned instead. With the model's attribute `one_by_one` set, every document is computed as a row of its own.
+    is returned instead. With `kept_of_sequences`, how many targets every sequence has and how many of them are kept,
+    the loss is that of the kept ones, where the student is least sure. With the model's attribute `one_by_one` set,
+    every document is computed as a row of its own.
     Raises ConfigError for a head with a bias.
     """
     head = model.get_output_embeddings()
@@ -60,12 +63,18 @@ def token_loss(
     settings: LossSettings,
     alpha: float | None = None,
     num_target_tokens: float | None = None,
+    kept: list[tuple[int, int]] | None = None,
 ) -> HeadFunction:
-    """The loss of the target tokens, to be computed in the head's forward."""
+    """The loss of the target tokens, or of those that are `kept`, to be computed in the head's forward."""
 
     def loss(hidden_MH: Tensor, weight_VH: Tensor, *, adapter: tuple[Tensor, Tensor] | None) -> DistillationLoss:
+        chosen = targets
+        if kept is not None:
+            rows = least_sure_rows(hidden_MH, weight_VH, adapter, settings, kept)
+            hidden_MH, chosen = hidden_MH[rows], targets.rows(rows)
+            adapter = None if adapter is None else (adapter[0][rows], adapter[1])
         return distillation_loss(
-            hidden_MH, weight_VH, targets, settings, alpha=alpha, num_target_tokens=num_target_tokens, adapter=adapter
+            hidden_MH, weight_VH, chosen, settings, alpha=alpha, num_target_tokens=num_target_tokens, adapter=adapter
         )
 
     return loss
@@ -92,6 +101,7 @@ def _hooked_model(
         alpha: float | None = None,
         num_items_in_batch: float | None = None,
         measure: HeadFunction | None = None,
+        kept_of_sequences: list[tuple[int, int]] | None = None,
         **columns: Any,
     ) -> Any:
         if target_rows is None:
@@ -104,9 +114,11 @@ def _hooked_model(
         if measure is not None:
             return head(body.hidden_MH, measure)
         targets = DistillationTargets.of_batch(columns)
-        out = DistillationOutput(*head(body.hidden_MH, token_loss(targets, settings, alpha, num_items_in_batch)))
+        loss = token_loss(targets, settings, alpha, num_items_in_batch, kept_of_sequences)
+        out = DistillationOutput(*head(body.hidden_MH, loss))
         if balanced is not None:
-            share = 1.0 if num_items_in_batch is None else len(target_rows) / num_items_in_batch
+            num_kept = len(targets) if kept_of_sequences is None else sum(kept for _, kept in kept_of_sequences)
+            share = 1.0 if num_items_in_batch is None else num_kept / num_items_in_batch
             _add_balance(out, balanced, body.router_logits, share)
         return out
 

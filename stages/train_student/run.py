@@ -46,6 +46,7 @@ from stages.train_student.isolation import Documents, isolate_documents, probe
 from stages.train_student.loader import BatchLoader, watch_reading
 from stages.train_student.lora import add_adapters
 from stages.train_student.loss_settings import LossSettings
+from stages.train_student.positions import PositionRule
 from stages.train_student.progress import ReportProgress, tensorboard_callbacks
 from stages.train_student.ranks import on_any_rank, own_process_group, rank, world_size
 from stages.train_student.report import write_report
@@ -53,6 +54,7 @@ from stages.train_student.routers import router_loss
 from stages.train_student.sampler import StepShape, StreamSampler
 from stages.train_student.schedules import AlphaSchedule
 from stages.train_student.settings import TrainConfig
+from stages.train_student.step_positions import StepPositions
 from stages.train_student.student import Student, read_student, special_token_notes
 from stages.train_student.trainer import DistillationTrainer
 
@@ -187,7 +189,8 @@ def _trainer(
         logit_scale=student.model.logit_scale,
         logit_softcap=student.model.logit_softcap,
     )
-    collate = Collate(settings)
+    rule = None if config.positions is None else PositionRule.parse(config.positions)
+    collate = Collate(settings, with_entropies=rule is not None and rule.by == "entropy")
     dataset = CacheDataset(cache, student.vocab_size)
     batch = collate([next(sequence for sequence in dataset if len(sequence.targets))])
     model, check = _ready_student(config, student, cache, held_out, batch, settings, arguments, reporter)
@@ -217,6 +220,7 @@ def _trainer(
         epochs_per_step=shape.global_batch / len(cache),
         log_note=reporter.note,
         has_router_loss=check.router is not None,
+        positions=None if rule is None else StepPositions(rule, config.seed),
         before_training=check.where_it_is_sharded,
     )
     trainer.add_callback(MarkWhole(config.keep_checkpoints, trainer.progress))
@@ -296,7 +300,7 @@ def _announcement(config: TrainConfig, trainer: DistillationTrainer, cache: Cach
     return (
         f"{config.out}: training {sum(trained) / 1e6:,.1f}M parameters on {len(cache):,} sequences "
         f"({cache.manifest.num_targets:,} targets), alpha {config.alpha:g}, T {config.temperature:g}, "
-        f"{config.tail} tail, {start}"
+        f"{config.tail} tail, {'' if config.positions is None else f'positions {config.positions}, '}{start}"
     )
 
 

@@ -8,6 +8,7 @@ from pipeline.settings import COMPUTED_IN, Settings, required, setting
 from pipeline.stores.store import Store
 from stages.train_student.divergences import DIVERGENCES
 from stages.train_student.guards import BAD_LOSS_ACTIONS
+from stages.train_student.positions import PositionRule
 from stages.train_student.schedules import ALPHA_SCHEDULES, SCHEDULES
 from stages.train_student.shardings import SHARDINGS
 from stages.train_student.tails import TAILS
@@ -38,6 +39,11 @@ class TrainConfig(Settings):
     )
     divergence: str = setting(
         "forward", "Forward KL, reverse KL or Jensen-Shannon; the last two with the ghost tail.", choices=DIVERGENCES
+    )
+    positions: str | None = setting(
+        None,
+        "Keep the loss on a share of the target positions: 'entropy:0.2' where the teacher's entropy at T is largest, "
+        "'student-entropy:0.2' the student's, 'random:0.2' by chance; none keeps all.",
     )
     eval_cache: Store | None = setting(None, "A held-out cache to evaluate on.")
     epochs: float = setting(1.0, "Passes over the cache; --max-steps takes precedence.")
@@ -107,6 +113,8 @@ class TrainConfig(Settings):
         self.at_least("loader_workers", 0)
         self.at_least("lora_rank", 1)
         self.positive("lora_alpha", (self.lora_alpha,))
+        if self.positions is not None:
+            PositionRule.parse(self.positions)
         if self.eval_steps is not None and self.eval_cache is None:
             raise ConfigError(
                 f"eval_steps is {self.eval_steps} without eval_cache: there is nothing to evaluate on; give "

@@ -17,7 +17,9 @@ from stages.train_student.evaluation import Evaluation
 from stages.train_student.gradients import GradientWatch
 from stages.train_student.guards import StepGuard
 from stages.train_student.loader import BatchLoader
+from stages.train_student.ranks import from_all_ranks
 from stages.train_student.schedules import AlphaSchedule
+from stages.train_student.step_positions import StepPositions
 
 TERMS = ("loss", "cross_entropy", "kl")
 
@@ -43,6 +45,7 @@ class DistillationTrainer(Trainer):
         epochs_per_step: float,
         log_note: Callable[[str], None],
         has_router_loss: bool = False,
+        positions: StepPositions | None = None,
         before_training: Callable[["DistillationTrainer"], None] = lambda trainer: None,
         **kwargs: Any,
     ) -> None:
@@ -55,7 +58,7 @@ class DistillationTrainer(Trainer):
         self.drained = False
         self.guard = StepGuard()
         self._batches, self._alpha, self._evaluation = batches, alpha, evaluation
-        self._drain, self._on_bad_step = drain, on_bad_step
+        self._drain, self._on_bad_step, self._positions = drain, on_bad_step, positions
         self.epochs_per_step = epochs_per_step
         self._tokens = 0
         self._grad_norm: float | None = None
@@ -83,9 +86,14 @@ class DistillationTrainer(Trainer):
         return self._batches
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
-        """The micro-batches of a step and the number of their targets on all ranks, which no loss then waits for."""
+        """The micro-batches of a step and the number of their targets on all ranks, which no loss then waits for.
+
+        Of targets that `positions` does not keep there is neither loss nor count.
+        """
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._tokens += sum(batch["input_ids"].numel() for batch in batches)
+        if self._positions is not None:
+            num_items = self._positions.keep(batches, self.state.global_step)
         return batches, None if num_items is None else int(num_items)
 
     def compute_loss(
@@ -138,11 +146,7 @@ class DistillationTrainer(Trainer):
         self._step_terms, self._step_keys, self._grad_norm = None, [], None
 
     def _all_keys(self) -> list[str]:
-        if self.args.world_size == 1:
-            return self._step_keys
-        gathered: list[list[str] | None] = [None] * self.args.world_size
-        torch.distributed.all_gather_object(gathered, self._step_keys)
-        return [key for keys in gathered for key in keys or []]
+        return [key for keys in from_all_ranks(self._step_keys) for key in keys]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Means over the good steps since the last line, in the place of the Trainer's own loss; and the speed."""

@@ -22,7 +22,7 @@ Every other column is an array of its own name. Without a grid (lossless) so are
 tail_logprobs, entropies and label_logits; `codes` are plain and `modes` have no level.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 import numpy as np
 
@@ -144,6 +144,43 @@ def unpack(arrays: Arrays, model: ContextModel | None, layout: ShardLayout) -> A
     for name in ("tails", "nats", "label_steps"):
         del columns[name]
     return columns
+
+
+def arrays_of(names: Collection[str], layout: ShardLayout) -> set[str] | None:
+    """The arrays that some columns alone are made of; None if that takes all of them, as ids do."""
+    if "ids" in names or ("label_logits" in names and layout.on_grid):
+        return None
+    return {array for name in names for array in (_WITHOUT_IDS.get(name, (name,)) if layout.on_grid else (name,))}
+
+
+_WITHOUT_IDS = {"logits": ("steps", "modes"), "levels": ("modes",)} | {
+    name: PACKED[name] for name in ("tail_logprobs", "entropies")
+}
+"""Columns on the grid that are read without the ids, and the arrays that they are made of."""
+
+
+def unpack_some(arrays: Arrays, names: Collection[str], layout: ShardLayout) -> Arrays:
+    """Columns that `arrays_of` knows arrays of, from those."""
+    if not layout.on_grid:
+        return {name: arrays[name] for name in names}
+    made: dict[str, Callable[[], np.ndarray]] = {
+        "tail_logprobs": lambda: tail_values().take(arrays["tails"]),
+        "entropies": lambda: arrays["nats"] * np.float32(ENTROPY_STEP),
+        "levels": lambda: (arrays["modes"] >> 1).astype(np.uint8),
+        "logits": lambda: _unpack_logits(arrays, grid_of(layout.spec.temperatures)),
+    }
+    return {name: made[name]() if name in made else arrays[name] for name in names}
+
+
+def _unpack_logits(arrays: Arrays, grid: Grid) -> np.ndarray:
+    modes = arrays["modes"]
+    steps = arrays.get("steps", np.zeros((len(modes), 0), np.uint16))
+    logits = np.empty((len(modes), steps.shape[1] + 1), np.float32)
+    for rows in row_blocks(max(1, len(modes))):
+        places = np.zeros(logits[rows].shape, np.int32)
+        places[:, 1:] = steps[rows]
+        logits[rows] = grid.logits(np.cumsum(places, axis=1, dtype=np.int32), modes[rows] >> 1)
+    return logits
 
 
 def neighbours(columns: Arrays) -> tuple[np.ndarray, np.ndarray]:

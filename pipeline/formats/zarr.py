@@ -9,7 +9,7 @@ import contextlib
 import threading
 import warnings
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from pipeline.formats.archive import Archive, ArchivedArray, bundles
 from pipeline.formats.containers import Container
 from pipeline.formats.contexts import ContextModel
 from pipeline.formats.layout import ALIGNMENT, ShardLayout
-from pipeline.formats.packing import MODEL, Packer, array_specs, model_of, unpack
+from pipeline.formats.packing import MODEL, Packer, array_specs, arrays_of, model_of, unpack, unpack_some
 from pipeline.parallel import ALONE, Threads
 
 CHUNK_VALUES = 32_768
@@ -120,18 +120,26 @@ class ZarrShard:
     def __len__(self) -> int:
         return len(self._arrays["key"])
 
-    def columns(self, start: int, stop: int) -> dict[str, np.ndarray]:
-        """The stored columns of sequences `start` to `stop`."""
+    def columns(self, start: int, stop: int, names: Collection[str] | None = None) -> dict[str, np.ndarray]:
+        """The stored columns of sequences `start` to `stop`, or those of `names` alone: few arrays, if not the ids."""
         with self._damage_is_named():
+            needed = None if names is None else arrays_of(names, self._layout)
+            if names is not None and needed is not None:
+                return unpack_some(self._found(start, stop, needed), names, self._layout)
             if self._model is None and self._layout.spec.top_k:
                 arrays = {name: array[:] for name, array in self._model_arrays.items()}
                 self._model = model_of(arrays, self._previous_tables)
-            found = {name: values[start:stop] for name, values in self._heads.items()}
-            first, last = ({name: int(ends[at]) for name, ends in self._offsets.items()} for at in (start, stop))
-            for name, counted in self._counted.items():
+            columns = unpack(self._found(start, stop, self._arrays), self._model, self._layout)
+            return {name: columns[name] for name in names or self._names}
+
+    def _found(self, start: int, stop: int, names: Collection[str]) -> dict[str, np.ndarray]:
+        """The arrays of these names, of some sequences."""
+        found = {name: values[start:stop] for name, values in self._heads.items() if name in names}
+        first, last = ({name: int(ends[at]) for name, ends in self._offsets.items()} for at in (start, stop))
+        for name, counted in self._counted.items():
+            if name in names:
                 found[name] = self._arrays[name][first[counted] : last[counted]]
-            columns = unpack(found, self._model, self._layout)
-            return {name: columns[name] for name in self._names}
+        return found
 
     def parts(self) -> dict[str, int]:
         """Bytes of every array, compressed, with the indexes and checksums of its chunks."""
@@ -256,4 +264,4 @@ def _attributes(layout: ShardLayout) -> dict[str, Any]:
     return FORMAT | named
 
 
-CONTAINER = Container(".zarr.zip", ZarrShardWriter, ZarrShard, is_compressed=True)
+CONTAINER = Container(".zarr.zip", ZarrShardWriter, ZarrShard, is_compressed=True, checks_columns=True)

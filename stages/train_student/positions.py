@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipeline.errors import ConfigError
+from pipeline.hashes import seeded
 
 RULES = ("entropy", "student-entropy", "random")
 """By the teacher's entropy, by the student's (SE-KD, arXiv 2602.01395), and a control."""
@@ -56,20 +57,5 @@ def largest(scores_N: np.ndarray, count: int) -> np.ndarray:
 
 
 def random_scores(count: int, seed: int, step: int) -> np.ndarray:
-    """uint64 [count]: numbers that look random, other ones in every step; the same on all machines.
-
-    splitmix64 (Steele et al., 2014) from a state that seed and step decide.
-    """
-    with np.errstate(over="ignore"):
-        start = _mixed(_mixed(np.array([seed], np.uint64)) ^ np.uint64(step))
-        return _mixed(start + np.arange(count, dtype=np.uint64) * _GOLDEN)
-
-
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-
-
-def _mixed(values: np.ndarray) -> np.ndarray:
-    values = values + _GOLDEN
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
+    """uint64 [count]: numbers that look random, other ones in every step."""
+    return seeded(np.arange(count, dtype=np.uint64), seed, step)

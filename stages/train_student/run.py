@@ -85,7 +85,7 @@ def _train_student(config: TrainConfig, reporter: Reporter, until_the_end: ExitS
     student = read_student(config.student, cache, trust_remote_code=config.trust_remote_code)
     if held_out is not None:
         require_room(config, student.model.context_length, held_out.manifest)
-    tokenizer = load_tokenizer(config.cache / TOKENIZER, trust_remote_code=config.trust_remote_code)
+    tokenizer = load_tokenizer(cache.folder / TOKENIZER, trust_remote_code=config.trust_remote_code)
     shape = StepShape(
         batch_size=config.batch_size,
         accumulation=config.gradient_accumulation,
@@ -97,7 +97,7 @@ def _train_student(config: TrainConfig, reporter: Reporter, until_the_end: ExitS
         reporter.log(f"{config.out}: finished before; nothing to do.")
         return read_metrics(config.out)
     until_the_end.enter_context(alone_in(config.out))
-    watchdog = until_the_end.enter_context(closing(watch_reading(config.cache, config.stall_s, reporter)))
+    watchdog = until_the_end.enter_context(closing(watch_reading(cache.folder, config.stall_s, reporter)))
     with Drain() as drain:
         with reporter.waiting("loading the student") if rank() == 0 else nullcontext():
             trainer = _trainer(config, student, cache, held_out, shape, drain, watchdog, reporter)

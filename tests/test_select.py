@@ -14,7 +14,7 @@ from pipeline import open_cache
 from pipeline.cache.manifest import TOKENIZER
 from pipeline.cache.reader import PartialCache
 from pipeline.cache.verify import verify_cache
-from pipeline.cache.view import read_view
+from pipeline.cache.view import read_view, write_view
 from pipeline.corpus import Corpus
 from pipeline.errors import CacheCorruptError, CacheMismatchError, ConfigError, PipelineError
 from pipeline.lifecycle.convert import convert_cache
@@ -329,8 +329,6 @@ def read_view_of(contents, out):
 
 
 def write_forged(out, view, changes):
-    from pipeline.cache.view import write_view
-
     write_view(store_of(out), store_of(view.cache), dataclasses.replace(view, **changes))
 
 

@@ -13,7 +13,7 @@ from pipeline.progress import Reporter
 from pipeline.stores.patience import patience_s
 from pipeline.stores.store import Store
 from pipeline.watchdog import Watchdog, end_process
-from stages.train_student.dataset import CacheDataset, Collate
+from stages.train_student.dataset import CacheDataset, Collate, MixedDataset
 from stages.train_student.sampler import StreamSampler
 
 AHEAD = 4
@@ -50,7 +50,7 @@ class BatchLoader:
 
     def __init__(
         self,
-        dataset: CacheDataset,
+        dataset: CacheDataset | MixedDataset,
         collate: Collate,
         sampler: StreamSampler,
         *,

@@ -15,6 +15,7 @@ import torch
 
 from stages.train_student.positions import ENTROPIES, KEPT, PositionRule, largest, random_scores
 from stages.train_student.ranks import from_all_ranks, rank
+from stages.train_student.sources import SOURCES
 from stages.train_student.targets import DistillationTargets
 
 
@@ -64,4 +65,5 @@ def _take(batch: dict[str, Any], rows: torch.Tensor) -> None:
     """Leave some of a micro-batch's targets."""
     batch["target_rows"] = batch["target_rows"][rows]
     batch |= DistillationTargets.of_batch(batch).rows(rows).as_batch()
-    batch["labels"] = batch["labels"][rows]
+    for name in {"labels", SOURCES} & batch.keys():
+        batch[name] = batch[name][rows]

@@ -20,6 +20,7 @@ from pipeline.cache.pieces import Piece
 from pipeline.cache.settings import VIEW_SUFFIX
 from pipeline.cache.shard import StoredShard
 from pipeline.cache.view import Selected, fingerprint, read_view
+from pipeline.documents import printable
 from pipeline.errors import CacheCorruptError, CacheIncompleteError, CacheMismatchError, ConfigError
 from pipeline.files import canonical_json
 from pipeline.formats.containers import Shard
@@ -198,8 +199,10 @@ class CacheView(Cache):
             name = os.path.join(path.absolute().parent, name)
         try:
             base = Cache(name)
-        except CacheIncompleteError as exc:
-            raise CacheMismatchError(f"{self.place}: selects from a cache that is not there: {exc}") from exc
+        except (CacheIncompleteError, ConfigError) as exc:
+            raise CacheMismatchError(
+                f"{self.place}: selects from a cache that is not there, or not finished: {printable(str(exc))}"
+            ) from exc
         if fingerprint(base.manifest) != self.view.fingerprint:
             raise CacheMismatchError(
                 f"{self.place}: selects from {base.folder}, which holds another cache now; select again."

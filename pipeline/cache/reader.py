@@ -14,7 +14,7 @@ import xxhash
 from pipeline.cache.commits import ShardCommit, read_commit
 from pipeline.cache.folder import CacheFolder
 from pipeline.cache.index import REQUESTS, open_index
-from pipeline.cache.manifest import MANIFEST
+from pipeline.cache.manifest import MANIFEST, CacheManifest
 from pipeline.cache.masking import without_documents
 from pipeline.cache.pieces import Piece
 from pipeline.cache.settings import VIEW_SUFFIX
@@ -178,17 +178,24 @@ class CacheView(Cache):
         self.folder, self.commits = self.base.folder, self.base.commits
         try:
             self.selected = Selected.of(self.view, len(self.base))
+            self.manifest = self._manifest()
         except ValueError as exc:
             raise CacheCorruptError(f"{self.place}: {exc}; select again.") from exc
         self._starts = self.base._starts
-        bounds = np.searchsorted(self.selected.rows, self._starts)
-        digest = xxhash.xxh3_128(self.selected.keys.tobytes())
-        digest.update((self.view.documents or "").encode())
-        self.manifest = dataclasses.replace(
-            self.base.manifest,
-            corpus=xxhash.xxh3_128_hexdigest(canonical_json([self.base.manifest.corpus, digest.hexdigest()])),
-            num_tokens=self.view.num_tokens,
-            num_targets=self.view.num_targets,
+
+    def _manifest(self) -> CacheManifest:
+        """That of a cache of its sequences; raises ValueError for counts that cannot be."""
+        view, selected, manifest = self.view, self.selected, self.base.manifest
+        if not (0 < view.num_targets <= manifest.num_targets and view.num_tokens <= manifest.num_tokens):
+            raise ValueError(f"{view.num_targets} targets of {view.num_tokens} tokens are none or more than there are")
+        bounds = np.searchsorted(selected.rows, np.array(manifest.partitions))
+        digest = xxhash.xxh3_128(selected.keys.tobytes())
+        digest.update((view.documents or "").encode())
+        return dataclasses.replace(
+            manifest,
+            corpus=xxhash.xxh3_128_hexdigest(canonical_json([manifest.corpus, digest.hexdigest()])),
+            num_tokens=view.num_tokens,
+            num_targets=view.num_targets,
             partitions=tuple(dict.fromkeys(bounds.tolist())),
         )
 

@@ -3,6 +3,7 @@
 The same inputs, settings and tokenizer give the same files, interrupted or not.
 """
 
+import contextlib
 import shutil
 import time
 from collections import Counter
@@ -27,12 +28,16 @@ from pipeline.documents import entry_of, printable
 from pipeline.errors import ConfigError, CorpusError
 from pipeline.files import replacing
 from pipeline.hub import located
-from pipeline.progress import Progress, Reporter
+from pipeline.progress import KeptLines, Progress, Reporter
 from pipeline.settings import resolved
 from pipeline.tokenizer import TokenizerIdentity, identify, load_tokenizer, save_tokenizer
+from stages.prepare.conversations import Refused
 from stages.prepare.documents import DocumentEncoder, is_overlong
+from stages.prepare.forms import Undesirable, content_of
 from stages.prepare.inputs import UNIT_BYTES, InputFile, InputFiles, describe, divide, find_inputs, same_files
+from stages.prepare.near_duplicates import near_duplicates, require_datasketch
 from stages.prepare.packing import Packer
+from stages.prepare.quality import rules_of
 from stages.prepare.readers import BadLines, Record, read_records
 from stages.prepare.settings import PACKINGS, PrepareConfig
 from stages.prepare.tokens import ENDED_BY, Document, spoken
@@ -40,12 +45,14 @@ from stages.prepare.units import (
     FinishedUnit,
     check_folder,
     check_same,
+    collect_rejected,
     commit,
     document_keys_of,
     exclusive,
     remove_units,
     resume,
     start,
+    write_rejected,
 )
 
 PROGRESS_BYTES = 1 << 20
@@ -58,6 +65,8 @@ def prepare(config: PrepareConfig, reporter: Reporter | None = None, *, unit_byt
     """
     reporter = reporter or Reporter()
     config = located(config, "tokenizer", reporter, with_weights=False)
+    if config.near_duplicates is not None:
+        require_datasketch()
     check_folder(config.out)
     inputs = find_inputs(config.inputs, config.out)
     if inputs.note:
@@ -72,7 +81,8 @@ def prepare(config: PrepareConfig, reporter: Reporter | None = None, *, unit_byt
             return manifest
         start(config.out, settings)
         _save_tokenizer(tokenizer, config)
-        units = _run(config, tokenizer, divide(inputs.files, unit_bytes), reporter)
+        dropped = _near_duplicates(config, tokenizer, inputs.files, reporter)
+        units = _run(config, tokenizer, divide(inputs.files, unit_bytes), dropped, reporter)
         statistics = sum((Counter(unit.statistics) for unit in units), Counter())
         names = [*dict.fromkeys(name for unit in units for name in unit.statistics), *inputs.counts]
         statistics.update(inputs.counts)
@@ -94,6 +104,8 @@ def prepare(config: PrepareConfig, reporter: Reporter | None = None, *, unit_byt
                 f"{', '.join(map(str, config.inputs))}: nothing to train on is left ({_counts(manifest)}); "
                 "give more text, or look at the loss masks."
             )
+        if config.rejected is not None:
+            collect_rejected(config.out, len(units), config.rejected)
         manifest.write(config.out)
         remove_units(config.out)
     reporter.log(f"{config.out}: {_summary(manifest)}")
@@ -101,7 +113,11 @@ def prepare(config: PrepareConfig, reporter: Reporter | None = None, *, unit_byt
 
 
 def _run(
-    config: PrepareConfig, tokenizer: Any, groups: Sequence[Sequence[InputFile]], reporter: Reporter
+    config: PrepareConfig,
+    tokenizer: Any,
+    groups: Sequence[Sequence[InputFile]],
+    dropped: set[bytes],
+    reporter: Reporter,
 ) -> list[FinishedUnit]:
     units = resume(config.out, groups, config.skip_bad_lines)
     with reporter.progress("prepare", sum(file.size for files in groups for file in files), "bytes") as progress:
@@ -109,7 +125,7 @@ def _run(
             reporter.note(
                 f"{config.tokenizer}: has no end-of-sequence token; what does not end with one stays without."
             )
-        work = _Work(config, tokenizer, reporter, progress)
+        work = _Work(config, tokenizer, dropped, reporter, progress)
         for index, unit in enumerate(units):
             work.recall(index, unit)
         for index in range(len(units), len(groups)):
@@ -120,8 +136,10 @@ def _run(
 class _Work:
     """Does one unit after the other; remembers every key, about 90 bytes of memory a document and a row."""
 
-    def __init__(self, config: PrepareConfig, tokenizer: Any, reporter: Reporter, progress: Progress) -> None:
-        self._config = config
+    def __init__(
+        self, config: PrepareConfig, tokenizer: Any, dropped: set[bytes], reporter: Reporter, progress: Progress
+    ) -> None:
+        self._config, self._dropped = config, dropped
         self._tokenizer = tokenizer
         self._reporter = reporter
         self._progress = progress
@@ -145,7 +163,9 @@ class _Work:
         """Read, pack and write one unit, and commit it."""
         config = self._config
         bad_lines = BadLines(config.skip_bad_lines, self._reporter)
-        encoder = DocumentEncoder(config, self._tokenizer, bad_lines, self._reporter, self._advance_inside)
+        encoder = DocumentEncoder(
+            config, self._tokenizer, bad_lines, self._reporter, self._advance_inside, self._dropped
+        )
         packer: Packer = PACKINGS[config.packing](config.sequence_length)
         counts: Counter[str] = Counter(duplicate_documents=0, documents=0, duplicate_sequences=0)
         partitions: list[CorpusPartition] = []
@@ -173,6 +193,8 @@ class _Work:
             **counts,
             **packer.counts,
         }
+        if config.quality or config.near_duplicates is not None:
+            write_rejected(config.out, index, encoder.rejected)
         return commit(config.out, index, files, partitions, statistics, b"".join(keys))
 
     def _records(self, files: Sequence[InputFile], bad_lines: BadLines) -> Generator[Record, None, None]:
@@ -227,6 +249,27 @@ class _Work:
             yield sequences
 
 
+def _near_duplicates(
+    config: PrepareConfig, tokenizer: Any, files: Sequence[InputFile], reporter: Reporter
+) -> set[bytes]:
+    """Keys of the texts to drop, from a pass of its own over all inputs; nothing unless it is asked for."""
+    if config.near_duplicates is None:
+        return set()
+    bad_lines = BadLines(True, KeptLines())  # they are named when they are read again
+
+    def texts() -> Iterator[str]:
+        with reporter.progress("near duplicates", sum(file.size for file in files), "bytes") as progress:
+            for file in files:
+                for record in read_records(file, config.text_field, bad_lines):
+                    with contextlib.suppress(Refused, Undesirable):
+                        content = content_of(record.fields, config.text_field, bool(tokenizer.chat_template))
+                        if isinstance(content, str):
+                            yield content
+                progress.advance(file.size)
+
+    return near_duplicates(texts(), config.near_duplicates, rules_of(config.quality))
+
+
 def _compared_settings(config: PrepareConfig, tokenizer: Any, identity: TokenizerIdentity) -> dict[str, Any]:
     """What decides the tokens, other than the inputs; `skip_bad_lines` does so only where a record was skipped."""
     template = tokenizer.chat_template
@@ -237,6 +280,8 @@ def _compared_settings(config: PrepareConfig, tokenizer: Any, identity: Tokenize
         "overlong": config.overlong,
         "last_turn_only": config.last_turn_only,
         "partition_tokens": config.partition_tokens,
+        "quality": list(rules_of(config.quality)) or None,  # none in what earlier versions made
+        "near_duplicates": config.near_duplicates,
         **{f"tokenizer_{name}": value for name, value in identity.to_dict().items()},
         "tokenizer_special_ids": list(tokenizer("", verbose=False)["input_ids"]),
         "tokenizer_eos_id": tokenizer.eos_token_id,
@@ -271,6 +316,8 @@ def _finished(
             "(path, size or time of change); choose another --out, or delete this folder."
         )
     remove_units(config.out)
+    if config.rejected is not None and not config.rejected.is_file():
+        reporter.note(f"{config.rejected}: cannot be listed again for a finished corpus; delete {config.out} to do so.")
     reporter.log(f"{config.out}: already finished by the same settings and inputs; {_summary(manifest)}")
     return manifest
 

@@ -3,12 +3,14 @@
     CORPUS/units/
       settings.json    marks the folder as ours, and says how the unfinished corpus is made
       00000.keys       the 16-byte keys of the unit's documents, against duplicates in later units
+      00000.rejected   what of it quality rules and nearness to other texts have dropped, if they are on
       00000.json       written last: a unit without it is not finished
       lock             held by the process that writes
 
 The folder is removed when the corpus is finished.
 """
 
+import json
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -92,6 +94,24 @@ def check_same(out: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None
                 f"{out}: was made with {name} {short(found.get(name))}, this run has {short(value)}; "
                 "choose another --out, or delete this folder."
             )
+
+
+def write_rejected(out: Path, index: int, rejected: Sequence[dict[str, str]]) -> None:
+    """What unit `index` has dropped, before it is declared finished."""
+    with replacing(_rejected_path(out, index)) as partial:
+        partial.write_text("".join(json.dumps(entry) + "\n" for entry in rejected), encoding="utf-8")
+
+
+def collect_rejected(out: Path, num_units: int, file: Path) -> None:
+    """One list of what all units have dropped, in the order of the inputs."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(file) as partial, partial.open("wb") as target:
+        for index in range(num_units):
+            target.write(_rejected_path(out, index).read_bytes())
+
+
+def _rejected_path(out: Path, index: int) -> Path:
+    return out / UNITS / f"{index:05d}.rejected"
 
 
 def commit(

@@ -100,8 +100,8 @@ def test_copy_that_reads_back_otherwise_is_not_committed(tmp_path, corpus, monke
     source = make_cache(tmp_path / "source", corpus)
     split = pieces.split
 
-    def lossy(columns):
-        for sequence in split(columns):
+    def lossy(columns, layout):
+        for sequence in split(columns, layout):
             yield sequence | {"ids": sequence["ids"] + (len(calls) < 3)}
             calls.append(1)
 

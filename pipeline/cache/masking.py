@@ -10,17 +10,19 @@ from dataclasses import replace
 import numpy as np
 
 from pipeline.corpus import TokenSequence, target_positions
-from pipeline.formats.layout import RAGGED, CachedSequence, checksum_of
+from pipeline.formats.layout import CachedSequence, ShardLayout, checksum_of
 
 Columns = dict[str, np.ndarray]
 
 
-def mask_documents(columns: Columns, kept_D: np.ndarray) -> Columns:
+def mask_documents(columns: Columns, kept_D: np.ndarray, layout: ShardLayout) -> Columns:
     """The stored columns of one or more sequences without the targets of the other documents.
 
     `key` and `checksum` are those of the whole sequences still: `renamed` makes the others. Of columns that do not
     hold all, tokens and masks must be there.
     """
+    counted_by = layout.ragged()
+    assert set(counted_by.values()) <= {"num_tokens", "num_documents", "num_targets"}, "rows of nothing that is known"
     kept_M = np.repeat(kept_D, columns["document_lengths"])
     firsts_S = np.cumsum(columns["num_tokens"]) - columns["num_tokens"]
     is_target_M = columns["loss_mask"].copy()
@@ -28,7 +30,7 @@ def mask_documents(columns: Columns, kept_D: np.ndarray) -> Columns:
     sequence_of_M = np.repeat(np.arange(len(firsts_S)), columns["num_tokens"])
     still_N = kept_M[is_target_M]
     masked = {
-        name: values[still_N] if RAGGED.get(name) == "num_targets" else values for name, values in columns.items()
+        name: values[still_N] if counted_by.get(name) == "num_targets" else values for name, values in columns.items()
     }
     counts = np.bincount(sequence_of_M[is_target_M & kept_M], minlength=len(firsts_S))
     return masked | {

@@ -13,7 +13,7 @@ from pipeline.cache.masking import Columns, mask_documents, renamed
 from pipeline.cache.shard import StoredShard
 from pipeline.errors import CacheCorruptError, CacheMismatchError
 from pipeline.formats.containers import CONTAINERS, Shard
-from pipeline.formats.layout import RAGGED, ShardLayout, checksum_of
+from pipeline.formats.layout import ShardLayout, checksum_of
 
 BLOCK_TARGETS = 65_536
 """Targets that are held at a time."""
@@ -61,7 +61,7 @@ class Piece:
     def sequences(self, shard: Shard, names: Collection[str] | None = None) -> Iterator[Columns]:
         """The stored columns of every sequence, or those of `names`, in order; a block of them is held at a time."""
         for columns in self.blocks(shard, names):
-            for own in split(columns):
+            for own in split(columns, self.shard.layout):
                 yield own if self.documents is None or names is not None else renamed(own)
 
     def blocks(self, shard: Shard, names: Collection[str] | None = None) -> Iterator[Columns]:
@@ -74,12 +74,13 @@ class Piece:
         for first, last, inside in _blocks(len(shard), self.shard.layout, self.rows):
             columns = self._read(shard, first, last, names)
             if len(inside) < last - first:
-                columns = _take(columns, inside - first)
+                columns = _take(columns, inside - first, self.shard.layout)
             self._require_keys(columns["key"], sequences)
             sequences += len(inside)
             if self.documents is not None:
                 count = int(columns["num_documents"].sum())
-                columns = mask_documents(columns, self.documents[documents : documents + count])
+                kept = self.documents[documents : documents + count]
+                columns = mask_documents(columns, kept, self.shard.layout)
                 documents += count
             yield columns
 
@@ -94,7 +95,7 @@ class Piece:
         if CONTAINERS[self.shard.container].checks_columns:
             return shard.columns(first, last, names)
         columns = shard.columns(first, last)
-        for row, own in enumerate(split(columns), start=first):
+        for row, own in enumerate(split(columns, self.shard.layout), start=first):
             if checksum_of(own) != own["checksum"][0]:
                 raise CacheCorruptError(
                     f"{self.shard.where(row)}: the sequence does not match its checksum; the shard is damaged."
@@ -105,7 +106,7 @@ class Piece:
 def sequences_of_shard(shard: Shard, layout: ShardLayout) -> Iterator[Columns]:
     """The stored columns of every sequence of a shard, in order; a block of them is held at a time."""
     for first, last, _ in _blocks(len(shard), layout, None):
-        yield from split(shard.columns(first, last))
+        yield from split(shard.columns(first, last), layout)
 
 
 def _blocks(count: int, layout: ShardLayout, rows: np.ndarray | None) -> Iterator[tuple[int, int, np.ndarray]]:
@@ -118,18 +119,25 @@ def _blocks(count: int, layout: ShardLayout, rows: np.ndarray | None) -> Iterato
             yield int(inside[0]), int(inside[-1]) + 1, inside
 
 
-def split(columns: Columns) -> Iterator[Columns]:
+def split(columns: Columns, layout: ShardLayout) -> Iterator[Columns]:
     """The columns of each of several sequences."""
-    ends = {name: np.concatenate([[0], np.cumsum(columns[name])]) for name in COUNTS if name in columns}
+    counted_by = layout.ragged()
+    counts = set(counted_by.values()) & columns.keys()
+    ends = {name: np.concatenate([[0], np.cumsum(columns[name])]) for name in counts}
     for row in range(len(columns["num_tokens"])):
         bounds = {counted: slice(offsets[row], offsets[row + 1]) for counted, offsets in ends.items()}
         own = slice(row, row + 1)
-        yield {name: values[bounds[RAGGED[name]] if name in RAGGED else own] for name, values in columns.items()}
+        yield {
+            name: values[bounds[counted_by[name]] if name in counted_by else own] for name, values in columns.items()
+        }
 
 
-def _take(columns: Columns, rows: np.ndarray) -> Columns:
+def _take(columns: Columns, rows: np.ndarray, layout: ShardLayout) -> Columns:
     """The columns of some of several sequences."""
     is_taken = np.zeros(len(columns["num_tokens"]), bool)
     is_taken[rows] = True
-    taken = {counted: np.repeat(is_taken, columns[counted]) for counted in COUNTS if counted in columns}
-    return {name: values[taken[RAGGED[name]] if name in RAGGED else is_taken] for name, values in columns.items()}
+    counted_by = layout.ragged()
+    taken = {name: np.repeat(is_taken, columns[name]) for name in set(counted_by.values()) & columns.keys()}
+    return {
+        name: values[taken[counted_by[name]] if name in counted_by else is_taken] for name, values in columns.items()
+    }

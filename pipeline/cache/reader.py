@@ -181,6 +181,7 @@ class CacheView(Cache):
             self.manifest = self._manifest()
         except ValueError as exc:
             raise CacheCorruptError(f"{self.place}: {exc}; select again.") from exc
+        self.view = dataclasses.replace(self.view, rows="", keys="", document_counts=None, documents=None)  # megabytes
         self._starts = self.base._starts
 
     def _manifest(self) -> CacheManifest:

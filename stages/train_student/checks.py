@@ -52,9 +52,13 @@ def require_targets(config: TrainConfig, place: Store, manifest: CacheManifest) 
 
 
 def require_same_ids(place: Store, manifest: CacheManifest, first: Store, known: CacheManifest) -> None:
-    """Refuse a cache whose ids do not mean what they mean in the first one, or whose teacher has other ones."""
+    """Refuse a cache whose ids do not mean what they mean in the first one."""
     if difference := manifest.tokenizer.difference(known.tokenizer):
         raise CacheMismatchError(f"{place}: its tokenizer is not that of {first}: {difference}.")
+
+
+def require_same_vocabulary(place: Store, manifest: CacheManifest, first: Store, known: CacheManifest) -> None:
+    """Refuse a cache whose teacher knows other ids than that of the first one: their tails would be of other ids."""
     if manifest.vocab_size != known.vocab_size:
         raise CacheMismatchError(
             f"{place}: a vocabulary of {manifest.vocab_size}; {first} has {known.vocab_size}; take caches by teachers "

@@ -8,7 +8,13 @@ from fractions import Fraction
 import numpy as np
 
 from pipeline.cache.reader import Cache, open_cache
-from stages.train_student.checks import require_measurable, require_room, require_same_ids, require_targets
+from stages.train_student.checks import (
+    require_measurable,
+    require_room,
+    require_same_ids,
+    require_same_vocabulary,
+    require_targets,
+)
 from stages.train_student.dataset import CacheDataset, MixedDataset
 from stages.train_student.sampler import MixedSampler, Mixture, StepShape, StreamSampler
 from stages.train_student.settings import TrainConfig
@@ -37,6 +43,8 @@ class Sources:
         held_out = {source.name: open_cache(source.place) for source in sources_of(config.eval_cache)}
         for cache in [*caches[1:], *held_out.values()]:
             require_same_ids(cache.place, cache.manifest, caches[0].place, caches[0].manifest)
+        for cache in caches[1:]:
+            require_same_vocabulary(cache.place, cache.manifest, caches[0].place, caches[0].manifest)
         for cache in held_out.values():
             require_measurable(config, cache.place, cache.manifest)
         return cls(

@@ -92,7 +92,8 @@ def _train_student(config: TrainConfig, reporter: Reporter, until_the_end: ExitS
         reporter.log(f"{config.out}: finished before; nothing to do.")
         return read_metrics(config.out)
     until_the_end.enter_context(alone_in(config.out))
-    watchdog = until_the_end.enter_context(closing(watch_reading(cache.place, config.stall_s, reporter)))
+    places = ", ".join(str(cache.place) for cache in sources.caches)
+    watchdog = until_the_end.enter_context(closing(watch_reading(places, config.stall_s, reporter)))
     with Drain() as drain:
         with reporter.waiting("loading the student") if rank() == 0 else nullcontext():
             trainer = _trainer(config, student, sources, shape, drain, watchdog, reporter)

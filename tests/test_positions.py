@@ -23,6 +23,7 @@ from stages.train_student.positions import PositionRule, largest, random_scores
 from stages.train_student.run import train_student
 from stages.train_student.settings import TrainConfig
 from stages.train_student.step_positions import StepPositions
+from tests.support.kinds import kind_student
 from tests.support.small import llama_config, make_cache
 from tests.test_train_student import dense_loss
 
@@ -241,3 +242,18 @@ def test_an_evaluation_is_over_all_positions(base, tmp_path):
     )
     for name in ("eval_cross_entropy", "eval_kl_2", "eval_top1_agreement", "eval_calibration_error"):
         assert some[name] == pytest.approx(every[name], rel=1e-6), name
+
+
+@pytest.mark.parametrize("kind", ["llama", "mamba2", "qwen3_moe"])
+def test_every_kind_of_student_keeps_the_positions_where_it_is_least_sure(base, tmp_path, kind):
+    """An adapted head, documents computed one by one, experts: sequence by sequence as all at once."""
+    changes = {"lora_rank": 4, "lora_alpha": 8.0, "lora_head": True}
+    if kind != "llama":
+        vocab_size = open_cache(base.cache[0]).manifest.vocab_size
+        student = kind_student(tmp_path / "student", kind, vocab_size)
+        changes = {"student": student, "router_aux_loss": 0.0 if kind == "qwen3_moe" else None}
+    whole = dataclasses.replace(base, out=tmp_path / "whole", positions="student-entropy:0.2", max_steps=2, **changes)
+    train_student(whole)
+    ones = dataclasses.replace(whole, out=tmp_path / "ones", batch_size=1, gradient_accumulation=8)
+    train_student(ones)
+    assert losses(ones.out) == pytest.approx(losses(whole.out), rel=1e-4)

@@ -407,3 +407,16 @@ def test_damage_in_what_is_measured_is_noticed(folder, tmp_path):
     path.write_bytes(contents)
     with pytest.raises(CacheCorruptError, match="checksum"):
         select(config(tmp_path / "cache", tmp_path / "view.json", keep=5, order="largest:entropy"))
+
+
+def test_caches_and_views_may_lie_in_an_object_store(url, corpus, tmp_path):
+    """A view in the store beside its cache, and one on this machine."""
+    make_cache(url, corpus, container="zarr")
+    keys = []
+    for out in (url.parent / "view.json", tmp_path / "view.json"):
+        select(config(url, out, keep=7, order="smallest:entropy"))
+        keys.append([sequence.key for sequence in open_cache(str(out))])
+        assert read_view(store_of(out)).cache == str(url)
+        assert run("inspect", out)[0] == 0
+    assert keys[0] == keys[1]
+    assert len(keys[0]) == 7

@@ -25,8 +25,8 @@ from pipeline.stores.sealed import read_json, write_json
 from pipeline.stores.store import Store
 
 FORMAT, FORMAT_VERSION = "sparse-target-view", 1
-LARGEST_VIEW = 4 << 30
-"""Bytes: some hundred million sequences."""
+LARGEST_VIEW = 1 << 30
+"""Bytes: some 30 million sequences."""
 HOW_IT_IS_KEPT = ("container", "partitions")
 """Entries of a cache's identity that do not change which sequences it has, nor their order."""
 

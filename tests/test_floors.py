@@ -9,16 +9,10 @@ ROOT = Path(__file__).parent.parent
 FLOORS = (
     (
         *("pipeline.cpu", "pipeline.documents", "pipeline.drain", "pipeline.errors", "pipeline.exit_codes"),
-        *("pipeline.files", "pipeline.handover", "pipeline.ipc", "pipeline.library_logs", "pipeline.pages"),
-        *("pipeline.parallel", "pipeline.processes", "pipeline.progress", "pipeline.redaction", "pipeline.sketch"),
-        *(
-            "pipeline.starting",
-            "pipeline.stopping",
-            "pipeline.streams",
-            "pipeline.tables",
-            "pipeline.targets",
-            "pipeline.watchdog",
-        ),
+        *("pipeline.files", "pipeline.handover", "pipeline.hashes", "pipeline.ipc", "pipeline.library_logs"),
+        *("pipeline.pages", "pipeline.parallel", "pipeline.processes", "pipeline.progress", "pipeline.redaction"),
+        *("pipeline.sketch", "pipeline.starting", "pipeline.stopping", "pipeline.streams", "pipeline.tables"),
+        *("pipeline.targets", "pipeline.watchdog"),
     ),
     ("pipeline.stores",),
     (
@@ -35,7 +29,7 @@ FLOORS = (
     ),
     ("pipeline.formats",),
     ("pipeline.cache",),
-    ("pipeline.inspection", "pipeline.lifecycle"),
+    ("pipeline.inspection", "pipeline.lifecycle", "pipeline.selection"),
     ("pipeline.runs",),
     ("pipeline.launch",),
     ("stages.prepare", "stages.cache_logits", "stages.train_student"),

@@ -24,6 +24,7 @@ from pipeline.options import config_command
 from pipeline.processes import follow_parent
 from pipeline.progress import TerminalReporter
 from pipeline.runs.settings import StatusConfig
+from pipeline.selection.settings import SelectConfig
 from pipeline.stopping import Stopped, Unwinding
 from pipeline.streams import close_streams, open_streams, remark, require_utf8, say
 from stages.cache_logits.settings import AuditConfig, CacheConfig
@@ -210,6 +211,23 @@ def inspect_command(config: InspectConfig) -> None:
     for line in inspect_cache(config, TerminalReporter()):
         if not say(line):
             break
+
+
+@main.command("select")
+@config_command(SelectConfig)
+def select_command(config: SelectConfig) -> None:
+    """Select sequences or documents of a cache by what the teacher said of them: a view, which copies no target.
+
+    `train-student`, `inspect`, `export` and `merge` take the view in the place of the cache; so does `select` itself.
+    """
+    from pipeline.selection.run import select
+
+    if config.student is None:
+        select(config, TerminalReporter())
+    else:
+        from stages.train_student.losses import student_losses
+
+        select(config, TerminalReporter(), student_losses)
 
 
 @main.command("audit")

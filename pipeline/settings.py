@@ -62,7 +62,11 @@ class Settings:
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(type(self))
         for spec in dataclasses.fields(self):
-            value = _expanded(getattr(self, spec.name), value_type(hints[spec.name])[0])
+            kind, several = value_type(hints[spec.name])
+            value = getattr(self, spec.name)
+            if several and not isinstance(value, tuple) and (value is not None or not spec.metadata["required"]):
+                value = () if value is None else (value,)
+            value = _expanded(value, kind)
             object.__setattr__(self, spec.name, value)
             if value is None and spec.metadata["required"]:
                 raise ConfigError(f"{flag_of(spec)} is missing; give it as a flag or as `{spec.name}:` in the file.")

@@ -11,11 +11,11 @@ import psutil
 import pytest
 
 from pipeline import open_cache
+from pipeline.cache import pieces
 from pipeline.cache.commits import COMMITS, SHARDS, commit_path
 from pipeline.cache.manifest import CacheManifest
 from pipeline.cache.verify import verify_cache
 from pipeline.errors import CacheCorruptError, CacheIncompleteError, CacheMismatchError, ConfigError
-from pipeline.lifecycle import copying
 from pipeline.lifecycle.convert import convert_cache
 from pipeline.lifecycle.settings import ConvertConfig
 from tests.support.helpers import run, wait_until
@@ -98,15 +98,15 @@ def test_damaged_source_is_refused_and_nothing_of_it_is_committed(tmp_path, corp
 def test_copy_that_reads_back_otherwise_is_not_committed(tmp_path, corpus, monkeypatch):
     """A container's library that loses a value."""
     source = make_cache(tmp_path / "source", corpus)
-    write = copying._split
+    split = pieces.split
 
     def lossy(*arguments):
-        for sequence in write(*arguments):
+        for sequence in split(*arguments):
             yield sequence | {"ids": sequence["ids"] + (len(calls) < 3)}
             calls.append(1)
 
     calls: list[int] = []
-    monkeypatch.setattr(copying, "_split", lossy)
+    monkeypatch.setattr(pieces, "split", lossy)
     with pytest.raises(CacheCorruptError, match="column 'ids' of sequence 0 was read back with other values"):
         convert_cache(ConvertConfig(cache=source, format="zarr", out=tmp_path / "other", workers=1))
     assert list((tmp_path / "other" / COMMITS).iterdir()) == []
@@ -144,12 +144,12 @@ def test_workers_end_with_a_parent_that_was_killed(tmp_path):
 
 
 def test_blocks_give_every_sequence_once(tmp_path, corpus, monkeypatch):
-    monkeypatch.setattr(copying, "BLOCK_TARGETS", 40)
+    monkeypatch.setattr(pieces, "BLOCK_TARGETS", 40)
     cache = open_cache(make_cache(tmp_path / "source", corpus))
     commit, layout = cache.commits[0], cache.shard(0).layout
     shard = cache.shard(0).open()
-    keys = [row["key"].tobytes() for row in copying.sequences_of_shard(shard, layout)]
+    keys = [row["key"].tobytes() for row in pieces.sequences_of_shard(shard, layout)]
     assert keys == [cache[index].key for index in range(commit.num_sequences)]
     rows = np.array([0, 2, commit.num_sequences - 1])
-    some = copying.sequences_of_shard(shard, layout, rows)
+    some = pieces.Piece(cache.shard(0), rows).sequences(shard)
     assert [row["key"].tobytes() for row in some] == [keys[row] for row in rows]

@@ -241,6 +241,25 @@ def test_loss_and_its_gradients_never_wait_for_the_device():
         assert (work.uploads, work.downloads, work.on_host, work.float64) == (0, 0, [], []), case
 
 
+def _choose(fake: FakeTensorMode, has_cap: bool) -> dict[str, Any]:
+    """The rows where the student is least sure, of three sequences."""
+    from stages.train_student.loss_settings import LossSettings
+    from stages.train_student.student_entropy import least_sure_rows
+
+    torch.is_autocast_enabled, torch.autocast = lambda device: False, lambda *_, **__: contextlib.nullcontext()
+    hidden, head = on_the_card(fake, ROWS, HIDDEN), on_the_card(fake, VOCAB, HIDDEN)
+    settings = LossSettings(vocab_size=VOCAB - 3, logit_softcap=30.0 if has_cap else None)
+    with Work() as work:
+        rows = least_sure_rows(hidden, head, None, settings, [(10, 2), (0, 0), (14, 3)])
+    assert (str(rows.device), rows.shape) == (CARD, (5,))
+    return vars_of(work)
+
+
+def test_choice_of_the_students_positions_never_waits_for_the_device():
+    for case, work in zip((False, True), in_a_process(_choose, [(False,), (True,)]), strict=True):
+        assert (work.uploads, work.downloads, work.on_host, work.float64) == (0, 0, [], []), case
+
+
 def test_benchmark_for_a_gpu_needs_torch_alone():
     """A machine with a GPU may have no more than torch, and this package as a folder."""
     root = Path(__file__).parent.parent

@@ -6,7 +6,7 @@ import os
 import random
 import resource
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +22,21 @@ from pipeline.cache.verify import verify_cache
 from pipeline.corpus import Corpus
 from pipeline.documents import is_file_name
 from pipeline.errors import PipelineError
+from pipeline.inspection.run import inspect_cache
+from pipeline.inspection.settings import InspectConfig
 from pipeline.lifecycle.convert import convert_cache
 from pipeline.lifecycle.export import RECORD, export_cache
 from pipeline.lifecycle.merge import merge_caches
 from pipeline.lifecycle.reuse import KnownTargets
 from pipeline.lifecycle.settings import ConvertConfig, ExportConfig, MergeConfig
+from pipeline.progress import Reporter
 from pipeline.runs.events import EVENTS
 from pipeline.runs.failures import Failure, read_failure, record_failure
 from pipeline.runs.heartbeat import WORKERS
 from pipeline.runs.leases import LEASES
 from pipeline.runs.status import StatusReader, describe
+from pipeline.selection.run import select
+from pipeline.selection.settings import SelectConfig
 from pipeline.stores.places import store_of
 from pipeline.stores.sealed import read_json, write_json
 from stages.prepare.run import prepare
@@ -166,9 +171,9 @@ def train(cache: Path, scene: Scene) -> None:
         student=scene.root / "student" / "config.json", cache=cache, out=out, temperature=2.0, tail="hybrid"
     )
     manifest = CacheManifest.read(cache)
-    require_targets(config, manifest)
-    open_training(config, manifest, None, SHAPE)
-    open_training(config, manifest, None, SHAPE)
+    require_targets(config, config.cache[0], manifest)
+    open_training(config, [manifest], [], SHAPE)
+    open_training(config, [manifest], [], SHAPE)
 
 
 def plan(cache: Path, scene: Scene) -> None:
@@ -290,12 +295,19 @@ def forge_training(work: Path, scene: Scene, take: Callable[[list], list]) -> in
     config = TrainConfig(
         student=scene.root / "student" / "config.json", cache=cache, out=out, temperature=2.0, tail="hybrid"
     )
-    count = forge(out / RUN, scene, (lambda: open_training(config, CacheManifest.read(cache), None, SHAPE),), take)
+    count = forge(out / RUN, scene, (lambda: open_training(config, [CacheManifest.read(cache)], [], SHAPE),), take)
     count += forge(checkpoint / MARK, scene, (lambda: read_mark(newest_whole_checkpoint(out / "checkpoints")),), take)
     count += forge(out / METRICS, scene, (lambda: read_metrics(out),), take)
     settings = ExportConfig(cache=cache, to="parquet", out=work / "exported", temperature=1.0, workers=1)
     export_cache(settings)
-    return count + forge(settings.out / RECORD, scene, (lambda: export_cache(settings),), take)
+    count += forge(settings.out / RECORD, scene, (lambda: export_cache(settings),), take)
+    view = work / "view.json"
+    select(SelectConfig(cache=cache, out=view, by="document", keep=0.5))
+    return count + forge(view, scene, (lambda: list(open_cache(view)), lambda: list(inspected(view))), take)
+
+
+def inspected(view: Path) -> Iterator[str]:
+    return inspect_cache(InspectConfig(cache=view, worst=1, sample=0), Reporter())
 
 
 def test_forged_documents_of_corpora_trainings_and_exports(scene, work, corpus_of_files):
@@ -305,7 +317,7 @@ def test_forged_documents_of_corpora_trainings_and_exports(scene, work, corpus_o
         return some.sample(cases, min(12, len(cases)))
 
     assert forge_corpus(corpus_of_files, scene, take) >= 48
-    assert forge_training(work, scene, take) == 48
+    assert forge_training(work, scene, take) == 72
 
 
 @pytest.mark.slow

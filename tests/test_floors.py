@@ -9,7 +9,14 @@ ROOT = Path(__file__).parent.parent
 FLOORS = (
     (
         *("pipeline.cpu", "pipeline.documents", "pipeline.drain", "pipeline.errors", "pipeline.exit_codes"),
-        *("pipeline.files", "pipeline.handover", "pipeline.ipc", "pipeline.library_logs", "pipeline.pages"),
+        *(
+            "pipeline.files",
+            "pipeline.handover",
+            "pipeline.hashes",
+            "pipeline.ipc",
+            "pipeline.library_logs",
+            "pipeline.pages",
+        ),
         *("pipeline.parallel", "pipeline.processes", "pipeline.progress", "pipeline.redaction"),
         *(
             "pipeline.starting",
@@ -35,7 +42,7 @@ FLOORS = (
     ),
     ("pipeline.formats", "pipeline.approximate", "pipeline.sketch"),
     ("pipeline.cache",),
-    ("pipeline.inspection", "pipeline.lifecycle"),
+    ("pipeline.inspection", "pipeline.lifecycle", "pipeline.selection"),
     ("pipeline.runs",),
     ("pipeline.launch",),
     ("stages.prepare", "stages.cache_logits", "stages.train_student"),

@@ -12,7 +12,7 @@ import pytest
 from pipeline.cache.manifest import CacheManifest
 from pipeline.errors import CacheMismatchError, ConfigError
 from pipeline.stores.sealed import read_json, write_json
-from stages.train_student.checks import RUN, open_folder, require_room, require_same_targets
+from stages.train_student.checks import RUN, open_folder, require_measurable, require_room
 from stages.train_student.divergences import DIVERGENCES
 from stages.train_student.guards import BAD_LOSS_ACTIONS
 from stages.train_student.sampler import StepShape
@@ -39,8 +39,8 @@ def config(tmp_path, corpus) -> TrainConfig:
 
 
 def open_run(config: TrainConfig) -> None:
-    held_out = CacheManifest.read(config.eval_cache) if config.eval_cache is not None else None
-    open_folder(config, CacheManifest.read(config.cache), held_out, SHAPE)
+    held_out = [CacheManifest.read(place) for place in config.eval_cache]
+    open_folder(config, [CacheManifest.read(place) for place in config.cache], held_out, SHAPE)
 
 
 def test_moved_renamed_and_relative_paths_continue(config, tmp_path, monkeypatch):
@@ -59,7 +59,7 @@ def test_a_copy_in_the_other_container_continues(config, tmp_path, corpus):
 
 @pytest.mark.parametrize("name", ["cache", "eval_cache"])
 def test_another_cache_under_the_same_path_is_refused(config, corpus, name):
-    folder = getattr(config, name)
+    (folder,) = getattr(config, name)
     shutil.rmtree(folder)
     make_cache(folder, corpus, top_k=4)
     with pytest.raises(ConfigError, match=f"holds a run with other settings: {name}: top_k was 8, now 4; choose"):
@@ -81,7 +81,7 @@ def test_another_student_under_the_same_path_is_refused(config):
 
 
 def test_held_out_cache_that_comes_or_goes_is_refused(config):
-    with pytest.raises(ConfigError, match=r"eval_cache was '.*held-out', now None"):
+    with pytest.raises(ConfigError, match=r"eval_cache was \['.*held-out'\], now \[\]"):
         open_run(dataclasses.replace(config, eval_cache=None))
 
 
@@ -89,25 +89,25 @@ def test_run_of_a_version_that_knew_fewer_settings_continues(config):
     """It recorded paths alone, and no setting that came later."""
     path = config.out / RUN
     known = read_json(path, ConfigError)
-    early = {key: value for key, value in known.items() if ": " not in key and key != "lora_head"}
-    write_json(path, early | {"cache": "/other/place"})
+    early = {key: value for key, value in known.items() if ": " not in key and key not in ("lora_head", "shares")}
+    write_json(path, early | {"cache": "/other/place", "eval_cache": "/other/place"})
     open_run(config)
     with pytest.raises(ConfigError, match="lora_head was False, now True"):
         open_run(dataclasses.replace(config, lora_rank=4, lora_head=True))
 
 
 def test_temperature_that_the_held_out_cache_lacks_names_that_cache(config):
-    train = CacheManifest.read(config.cache)
-    held_out = dataclasses.replace(train, temperatures=(1.0,))
+    held_out = dataclasses.replace(CacheManifest.read(config.eval_cache[0]), temperatures=(1.0,))
     with pytest.raises(ConfigError, match=r"held-out: temperature 2 was not captured; the cache is exact at: 1\."):
-        require_same_targets(config, train, held_out)
+        require_measurable(config, config.eval_cache[0], held_out)
 
 
 def test_held_out_sequences_longer_than_the_context_name_that_cache(config):
-    held_out = CacheManifest.read(config.eval_cache)
-    require_room(config, held_out.sequence_length, held_out)
+    (place,) = config.eval_cache
+    held_out = CacheManifest.read(place)
+    require_room(config, place, held_out.sequence_length, held_out)
     with pytest.raises(CacheMismatchError, match=r"held-out: sequences of 96 tokens; .*student has a context of 95"):
-        require_room(config, 95, held_out)
+        require_room(config, place, 95, held_out)
 
 
 def test_help_knows_the_choices_without_torch_and_where_tensorboard_looks():

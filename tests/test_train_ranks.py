@@ -153,7 +153,7 @@ def test_sharded_bfloat16_is_of_weights_and_products_and_not_of_the_batch_or_the
 @pytest.mark.parametrize("kind", ["mamba2", "qwen3_moe", "trocr"])
 def test_every_kind_of_student_trains_on_two_ranks_as_on_one(tmp_path, base, kind, sharding):
     """Documents computed one by one; adapters on stacked experts; parameters that nothing uses."""
-    student = kind_student(tmp_path / "student", kind, open_cache(base.cache).manifest.vocab_size)
+    student = kind_student(tmp_path / "student", kind, open_cache(base.cache[0]).manifest.vocab_size)
     adapters = {"lora_rank": 2, "lora_alpha": 4.0} if kind == "qwen3_moe" else {}
     settings = {"student": student, "max_steps": 4, "router_aux_loss": 0.0, "save_steps": 100}
     alone = dataclasses.replace(base, out=tmp_path / "alone", **settings, **adapters)

@@ -204,7 +204,7 @@ def test_spike_is_written_with_the_keys_of_its_step(tmp_path, base, monkeypatch)
     shape = {"batch_size": 2, "gradient_accumulation": 3}
     steps = run(base, tmp_path / "run", max_steps=bad_step + 1, on_bad_loss="skip", **shape)
     (entry,) = map(json.loads, (tmp_path / "run" / "bad_steps.jsonl").read_text().splitlines())
-    cache = open_cache(base.cache)
+    cache = open_cache(base.cache[0])
     sampler = StreamSampler(len(cache), base.seed, StepShape(batch_size=2, accumulation=3), bad_step)
     keys = [cache[sampler.sequence_at(6 * (bad_step - 1) + place)].key.hex() for place in range(6)]
     assert (entry["step"], entry["action"], entry["keys"]) == (bad_step, "skipped", keys)

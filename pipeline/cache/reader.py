@@ -1,22 +1,32 @@
 """Reading a cache: a map from an index to a sequence and its targets, whatever the container."""
 
+import dataclasses
+import os
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xxhash
 
 from pipeline.cache.commits import ShardCommit, read_commit
 from pipeline.cache.folder import CacheFolder
 from pipeline.cache.index import REQUESTS, open_index
-from pipeline.cache.manifest import MANIFEST
+from pipeline.cache.manifest import MANIFEST, CacheManifest
+from pipeline.cache.masking import without_documents
+from pipeline.cache.pieces import Piece
+from pipeline.cache.settings import VIEW_SUFFIX
 from pipeline.cache.shard import StoredShard
-from pipeline.errors import CacheCorruptError, CacheIncompleteError
+from pipeline.cache.view import Selected, fingerprint, read_view
+from pipeline.documents import printable
+from pipeline.errors import CacheCorruptError, CacheIncompleteError, CacheMismatchError, ConfigError
+from pipeline.files import canonical_json
 from pipeline.formats.containers import Shard
 from pipeline.formats.layout import CachedSequence
 from pipeline.parallel import map_in_threads
+from pipeline.stores.places import store_of
 from pipeline.stores.store import Store
 
 OPEN_SHARDS = 64
@@ -34,6 +44,8 @@ class ReadableCache(CacheFolder, ABC):
 
     def __init__(self, folder: str | Path | Store) -> None:
         super().__init__(folder)
+        self.place = self.folder
+        """What it is called by: for a view its file."""
         self._starts = np.array(self.manifest.partitions)
         self._open: OrderedDict[int, tuple[StoredShard, Shard]] = OrderedDict()
         self._whole_copies: set[int] = set()
@@ -74,6 +86,22 @@ class ReadableCache(CacheFolder, ABC):
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_open": OrderedDict(), "_whole_copies": set()}
+
+    @property
+    def records(self) -> Mapping[int, ShardCommit]:
+        """The commit records of the partitions that are done, by partition, in order."""
+        return {partition: self.record(partition) for partition in range(self.manifest.num_partitions)}
+
+    def find(self, key: bytes) -> int | None:
+        """The number of the sequence of a key; None if none of those that are done has it. Looks into every shard."""
+        for partition in self.records:
+            if len(rows := np.flatnonzero((self.opened(partition)[1].heads()["key"] == _bytes(key)).all(axis=1))):
+                return int(self._starts[partition] + rows[0])
+        return None
+
+    def numbers_in(self, partition: int) -> tuple[int, int]:
+        """First and last (exclusive) of the sequences that are in a partition."""
+        return int(self._starts[partition]), int(self._starts[partition + 1])
 
     def shard(self, partition: int) -> StoredShard:
         """The shard of a partition."""
@@ -126,10 +154,145 @@ class Cache(ReadableCache):
         """All shards, in order."""
         return [StoredShard.of(self.folder, self.manifest, commit) for commit in self.commits]
 
+    def pieces(self) -> list[Piece]:
+        """What there is of every shard, in order."""
+        return [Piece(shard) for shard in self.shards()]
+
     def largest_token_id(self) -> int:
         """Over all sequences; reads all of them where the manifest, of an older version, does not say."""
         recorded = self.manifest.largest_token_id
         return max(int(sequence.token_ids.max()) for sequence in self) if recorded is None else recorded
+
+
+class CacheView(Cache):
+    """The sequences of a view, numbered from 0, as a finished cache of their own.
+
+    Its manifest is that of a cache with these sequences alone. `base` is the cache that holds them: shards,
+    partitions and records are its own. A sequence is refused if its key is not the one that was selected.
+    """
+
+    def __init__(self, place: str | Path | Store) -> None:
+        self.place = store_of(place)
+        self.view = read_view(self.place)
+        self.base = self._open_base()
+        self.folder, self.commits = self.base.folder, self.base.commits
+        try:
+            self.selected = Selected.of(self.view, len(self.base))
+            self.manifest = self._manifest()
+        except ValueError as exc:
+            raise CacheCorruptError(f"{self.place}: {exc}; select again.") from exc
+        self.view = dataclasses.replace(self.view, rows="", keys="", document_counts=None, documents=None)  # megabytes
+        self._starts = self.base._starts
+
+    def _manifest(self) -> CacheManifest:
+        """That of a cache of its sequences; raises ValueError for counts that cannot be."""
+        view, selected, manifest = self.view, self.selected, self.base.manifest
+        if not (0 < view.num_targets <= manifest.num_targets and view.num_tokens <= manifest.num_tokens):
+            raise ValueError(f"{view.num_targets} targets of {view.num_tokens} tokens are none or more than there are")
+        bounds = np.searchsorted(selected.rows, np.array(manifest.partitions))
+        digest = xxhash.xxh3_128(selected.keys.tobytes())
+        digest.update((view.documents or "").encode())
+        return dataclasses.replace(
+            manifest,
+            corpus=xxhash.xxh3_128_hexdigest(canonical_json([manifest.corpus, digest.hexdigest()])),
+            num_tokens=view.num_tokens,
+            num_targets=view.num_targets,
+            partitions=tuple(dict.fromkeys(bounds.tolist())),
+        )
+
+    def _open_base(self) -> Cache:
+        name = self.view.cache
+        path = self.place.path
+        if "://" not in name and path is not None:
+            name = os.path.join(path.absolute().parent, name)
+        try:
+            base = Cache(name)
+        except (CacheIncompleteError, ConfigError) as exc:
+            raise CacheMismatchError(
+                f"{self.place}: selects from a cache that is not there, or not finished: {printable(str(exc))}"
+            ) from exc
+        if fingerprint(base.manifest) != self.view.fingerprint:
+            raise CacheMismatchError(
+                f"{self.place}: selects from {base.folder}, which holds another cache now; select again."
+            )
+        return base
+
+    def __getitem__(self, index: int) -> CachedSequence:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"sequence {index} of a view of {len(self)}")
+        index = int(index) % len(self)
+        row = int(self.selected.rows[index])
+        sequence, kept = self.base[row], self.selected.documents_of(index)
+        if sequence.key != self.selected.keys[index].tobytes():
+            raise CacheMismatchError(
+                f"{self.place}: sequence {row} of {self.folder} is not the one that was selected; select again."
+            )
+        if kept is None:
+            return sequence
+        if len(kept) != len(sequence.document_lengths):
+            raise CacheCorruptError(
+                f"{self.place}: sequence {index} has {len(sequence.document_lengths)} documents, {len(kept)} here."
+            )
+        return without_documents(sequence, kept)
+
+    def pieces(self) -> list[Piece]:
+        """What is selected of every shard that it selects from, in order."""
+        return [self._piece(partition) for partition in self.partitions]
+
+    @property
+    def partitions(self) -> list[int]:
+        """Those of the cache that hold selected sequences."""
+        return np.unique(np.searchsorted(self._starts, self.selected.rows, side="right") - 1).tolist()
+
+    def _piece(self, partition: int) -> Piece:
+        selected, (first, stop) = self.selected, self.numbers_in(partition)
+        rows = selected.rows[first:stop] - self._starts[partition]
+        documents = None
+        if selected.documents is not None and selected.starts is not None:
+            documents = selected.documents[selected.starts[first] : selected.starts[stop]]
+        return Piece(self.shard(partition), rows, documents, selected.keys[first:stop])
+
+    def find(self, key: bytes) -> int | None:
+        """The number of the sequence that has a key in the cache, with all of its documents; None if none has."""
+        rows = np.flatnonzero((self.selected.keys == _bytes(key)).all(axis=1))
+        return int(rows[0]) if len(rows) else None
+
+    def numbers_in(self, partition: int) -> tuple[int, int]:
+        """First and last (exclusive) of its sequences that are in a partition of the cache."""
+        first, stop = np.searchsorted(self.selected.rows, self._starts[partition : partition + 2])
+        return int(first), int(stop)
+
+    def partition_of(self, index: int) -> int:
+        """The partition of the cache that its sequence `index` is in."""
+        return self.base.partition_of(int(self.selected.rows[index]))
+
+    @property
+    def records(self) -> Mapping[int, ShardCommit]:
+        """The commit records of the partitions of the cache that it selects from."""
+        return {partition: self.record(partition) for partition in self.partitions}
+
+    def record(self, partition: int) -> ShardCommit:
+        """The commit record of a partition of the cache."""
+        return self.base.record(partition)
+
+    def shard(self, partition: int) -> StoredShard:
+        """The shard of a partition of the cache."""
+        return self.base.shard(partition)
+
+    def opened(self, partition: int) -> tuple[StoredShard, Shard]:
+        """The shard of a partition of the cache and its open file."""
+        return self.base.opened(partition)
+
+    def shards(self) -> list[StoredShard]:
+        """The shards that it selects from, in order."""
+        return [self.shard(partition) for partition in self.partitions]
+
+    def close(self) -> None:
+        """Release all files."""
+        self.base.close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__
 
 
 class PartialCache(ReadableCache):
@@ -139,16 +302,46 @@ class PartialCache(ReadableCache):
         super().__init__(folder)
         done = sorted(self.done() & set(range(self.manifest.num_partitions)))
         commits = map_in_threads(lambda partition: read_commit(self.folder, partition), done, REQUESTS)
-        self.records = {commit.partition: commit for commit in commits if commit is not None}
-        """The commit records by partition, in order."""
+        self._records = {commit.partition: commit for commit in commits if commit is not None}
+
+    @property
+    def records(self) -> Mapping[int, ShardCommit]:
+        """The commit records of the partitions that are done, by partition, in order."""
+        return self._records
 
     def record(self, partition: int) -> ShardCommit:
         """The commit record of a partition; raises CacheIncompleteError if it is not done."""
-        if partition not in self.records:
+        if partition not in self._records:
             raise CacheIncompleteError(f"{self.folder}: partition {partition} is not captured yet.")
-        return self.records[partition]
+        return self._records[partition]
+
+
+def _bytes(key: bytes) -> np.ndarray:
+    return np.frombuffer(key, np.uint8)
 
 
 def open_cache(path: str | Path | Store) -> Cache:
-    """The finished cache in a folder or at a URL; raises CacheIncompleteError if partitions are missing."""
+    """The finished cache in a folder or at a URL, or what a view selects of one; raises CacheError.
+
+    CacheIncompleteError if partitions are missing.
+    """
+    return CacheView(path) if is_view(path) else Cache(path)
+
+
+def readable_cache(path: str | Path | Store) -> ReadableCache:
+    """What there is of a cache, finished or not, or what a view selects of a finished one."""
+    return CacheView(path) if is_view(path) else PartialCache(path)
+
+
+def whole_cache(path: str | Path | Store) -> Cache:
+    """The finished cache in a folder or at a URL; raises ConfigError for a view."""
+    if is_view(path):
+        raise ConfigError(
+            f"{path}: a view; this command takes the cache itself. `pipeline merge` copies what it selects."
+        )
     return Cache(path)
+
+
+def is_view(path: str | Path | Store) -> bool:
+    """Whether a name is that of a view, a file, in the place of a cache."""
+    return str(path).endswith(VIEW_SUFFIX)

@@ -5,6 +5,9 @@ from dataclasses import dataclass
 from pipeline.settings import Settings, required, setting
 from pipeline.stores.store import Store
 
+VIEW_SUFFIX = ".json"
+"""Of the names of views; a cache is a folder."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyConfig(Settings):

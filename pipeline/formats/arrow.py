@@ -7,6 +7,7 @@ record batches of about BATCH_TARGETS targets, so that a writer's memory stays b
 
 import contextlib
 import struct
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -112,13 +113,13 @@ class ArrowShard:
     def __len__(self) -> int:
         return int(self._starts[-1])
 
-    def columns(self, start: int, stop: int) -> dict[str, np.ndarray]:
-        """The stored columns of sequences `start` to `stop`."""
+    def columns(self, start: int, stop: int, names: Collection[str] | None = None) -> dict[str, np.ndarray]:
+        """The stored columns of sequences `start` to `stop`, or those of `names` alone."""
         first, last = np.searchsorted(self._starts, (start, stop - 1), side="right") - 1
         parts = []
         for batch in range(int(first), int(last) + 1):
             begin, end = int(self._starts[batch]), int(self._starts[batch + 1])
-            parts.append(self._slice(batch, max(start, begin) - begin, min(stop, end) - begin))
+            parts.append(self._slice(batch, max(start, begin) - begin, min(stop, end) - begin, names or self._names))
         if len(parts) == 1:
             return parts[0]
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
@@ -151,13 +152,13 @@ class ArrowShard:
         self._views.clear()
         self._batches.clear()
 
-    def _slice(self, batch: int, start: int, stop: int) -> dict[str, np.ndarray]:
+    def _slice(self, batch: int, start: int, stop: int, names: Collection[str]) -> dict[str, np.ndarray]:
         columns = {}
         for name, (values, offsets) in self._view(batch).items():
             columns[name] = values[offsets[start] : offsets[stop]]
             if name in self._counted:
                 columns[self._counted[name]] = np.diff(offsets[start : stop + 1])
-        return {name: columns[name] for name in self._names}
+        return {name: columns[name] for name in names}
 
     def _view(self, batch: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         if batch not in self._views:

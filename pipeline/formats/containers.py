@@ -4,7 +4,7 @@ Both give back the same columns, bit for bit. Arrow is the fast twin, Zarr the s
 """
 
 import mmap
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -35,8 +35,8 @@ class Shard(Protocol):
 
     def __len__(self) -> int: ...
 
-    def columns(self, start: int, stop: int) -> dict[str, np.ndarray]:
-        """The stored columns of sequences `start` to `stop`."""
+    def columns(self, start: int, stop: int, names: Collection[str] | None = None) -> dict[str, np.ndarray]:
+        """The stored columns of sequences `start` to `stop`, or those of `names` alone."""
 
     def heads(self) -> dict[str, np.ndarray]:
         """What every sequence has one of: key [S, 16], num_tokens, num_documents, num_targets [S]; reads no targets."""
@@ -62,6 +62,8 @@ class Container:
     """Of the format that new shards need."""
     is_compressed: bool = False
     """Whether how much it takes is known only when it is written."""
+    checks_columns: bool = False
+    """Whether reading some of the columns checks them; otherwise a sequence's checksum does, over all of them."""
 
 
 def structure_of(path: Path, shard: Shard) -> str:

@@ -28,7 +28,7 @@ Format version 2 has the ids by `pipeline.formats.contexts`: `modes`, twice the 
 `table_tokens`, the contexts of the tables, of which the first `previous_tables` are of the kind "previous".
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 import numpy as np
 
@@ -188,6 +188,55 @@ def unpack(arrays: Arrays, model: Model | None, layout: ShardLayout) -> Arrays:
     return columns
 
 
+def arrays_of(names: Collection[str], layout: ShardLayout, version: int) -> set[str] | None:
+    """The arrays that some columns alone are made of; None if that takes all of them, as ids do."""
+    if "ids" in names or ("label_logits" in names and layout.on_grid):
+        return None
+    if not layout.on_grid:
+        return set(names)
+    levels = "modes" if version == 2 else "levels"
+    made_of = {name: PACKED[name] for name in ("tail_logprobs", "entropies")}
+    made_of |= {"levels": (levels,), "logits": ("steps", levels, *(["counts"] if layout.spec.is_ragged else []))}
+    return {array for name in names for array in made_of.get(name, (name,))}
+
+
+def unpack_some(arrays: Arrays, names: Collection[str], layout: ShardLayout) -> Arrays:
+    """Columns that `arrays_of` knows arrays of, from those; an IndexError or ValueError if they make no sense."""
+    if not layout.on_grid:
+        return {name: arrays[name] for name in names}
+    made: dict[str, Callable[[], np.ndarray]] = {
+        "tail_logprobs": lambda: tail_values().take(arrays["tails"]),
+        "entropies": lambda: arrays["nats"] * np.float32(ENTROPY_STEP),
+        "levels": lambda: _levels(arrays).astype(np.uint8),
+        "logits": lambda: _unpack_logits(arrays, layout),
+    }
+    return {name: made[name]() if name in made else arrays[name] for name in names}
+
+
+def _levels(arrays: Arrays) -> np.ndarray:
+    return arrays["modes"] >> 1 if "modes" in arrays else arrays["levels"]
+
+
+def _unpack_logits(arrays: Arrays, layout: ShardLayout) -> np.ndarray:
+    """Logits alone, [N, K] or [E]."""
+    levels, grid = _levels(arrays), grid_of(layout.spec.temperatures)
+    steps = arrays.get("steps", np.zeros((len(levels), 0), np.uint16))
+    if layout.spec.is_ragged:
+        counts = arrays["counts"]
+        require_counts(counts, steps.size + len(counts), layout.spec.top_k)
+        parts = [
+            _ragged_logits(_ragged_steps(counts[rows], steps.reshape(-1)[later])[0], counts[rows], levels[rows], grid)
+            for rows, _, later in _blocks_of(counts)
+        ]
+        return np.concatenate(parts)
+    logits = np.empty((len(levels), steps.shape[1] + 1), np.float32)
+    for rows in row_blocks(max(1, len(levels))):
+        places = np.zeros(logits[rows].shape, np.int32)
+        places[:, 1:] = steps[rows]
+        logits[rows] = grid.logits(np.cumsum(places, axis=1, dtype=np.int32), levels[rows])
+    return logits
+
+
 def _ids(model: Model, codes: np.ndarray, tables: np.ndarray, counts: np.ndarray | None) -> np.ndarray:
     if counts is None:
         return model.decode(codes, tables)
@@ -303,19 +352,29 @@ def _unpack_ragged(
     grid: Grid,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Ids and logits [E] of such rows with different numbers of entries."""
-    starts = starts_of(counts)
-    begins = np.zeros(len(codes), bool)
-    begins[starts] = True
-    places = np.zeros(len(codes), np.int32)
-    places[~begins] = steps
-    begins |= places != 0
+    steps, begins = _ragged_steps(counts, steps)
+    begins |= steps != 0
     inside = ~begins
-    inside[starts[counts > 1] + 1] = False
+    inside[starts_of(counts)[counts > 1] + 1] = False
     ids = _ids(model, sum_differences(codes, inside), tables, counts)
     runs = np.cumsum(begins, dtype=np.int32)
-    np.cumsum(places, dtype=np.int32, out=places)
-    places += np.repeat(grid.starts_of(levels) - places[starts], counts)
-    return rising_in_runs(ids, runs), grid.values.take(places)
+    return rising_in_runs(ids, runs), _ragged_logits(steps, counts, levels, grid)
+
+
+def _ragged_steps(counts: np.ndarray, steps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """int32 [E]: the steps with a 0 for the first entry of every row; bool [E]: which entries those are."""
+    begins = np.zeros(len(steps) + len(counts), bool)
+    begins[starts_of(counts)] = True
+    whole = np.zeros(len(begins), np.int32)
+    whole[~begins] = steps
+    return whole, begins
+
+
+def _ragged_logits(steps: np.ndarray, counts: np.ndarray, levels: np.ndarray, grid: Grid) -> np.ndarray:
+    """float32 [E]; the steps of all entries, whose array is used up."""
+    places = np.cumsum(steps, dtype=np.int32, out=steps)
+    places += np.repeat(grid.starts_of(levels) - places[starts_of(counts)], counts)
+    return grid.values.take(places)
 
 
 def _blocks_of(counts: np.ndarray) -> Iterator[tuple[slice, slice, slice]]:

@@ -9,7 +9,7 @@ import contextlib
 import threading
 import warnings
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,19 @@ from pipeline.errors import CacheCorruptError
 from pipeline.formats.archive import Archive, ArchivedArray, bundles
 from pipeline.formats.containers import Container
 from pipeline.formats.layout import ALIGNMENT, ShardLayout
-from pipeline.formats.packing import FLAT, MODEL, MODEL_2, Model, Packer, array_specs, model_of, model_of_2, unpack
+from pipeline.formats.packing import (
+    FLAT,
+    MODEL,
+    MODEL_2,
+    Model,
+    Packer,
+    array_specs,
+    arrays_of,
+    model_of,
+    model_of_2,
+    unpack,
+    unpack_some,
+)
 from pipeline.parallel import ALONE, Threads
 
 CHUNK_VALUES = 32_768
@@ -102,7 +114,7 @@ class ZarrShard:
             attributes = group["attributes"]
             previous_tables = attributes.pop("previous_tables", 0)
             version = attributes["format_version"]
-            known = format_version(layout), layout.format_version
+            self._version, known = version, (format_version(layout), layout.format_version)
             if version not in known or attributes != _attributes(layout, version):
                 raise CacheCorruptError(f"{path}: its attributes are not the manifest's; it belongs to another cache.")
             if layout.counts.num_sequences * OF_A_SEQUENCE > len(self._archive.contents):
@@ -137,18 +149,26 @@ class ZarrShard:
     def __len__(self) -> int:
         return len(self._arrays["key"])
 
-    def columns(self, start: int, stop: int) -> dict[str, np.ndarray]:
-        """The stored columns of sequences `start` to `stop`."""
+    def columns(self, start: int, stop: int, names: Collection[str] | None = None) -> dict[str, np.ndarray]:
+        """The stored columns of sequences `start` to `stop`, or those of `names` alone: few arrays, if not the ids."""
         with self._damage_is_named():
+            needed = None if names is None else arrays_of(names, self._layout, self._version)
+            if names is not None and needed is not None:
+                return unpack_some(self._found(start, stop, needed), names, self._layout)
             if self._model is None and self._layout.spec.top_k:
                 arrays = {name: array[:] for name, array in self._model_arrays.items()}
                 self._model = self._model_of(arrays)
-            found = {name: values[start:stop] for name, values in self._heads.items()}
-            first, last = ({name: int(ends[at]) for name, ends in self._offsets.items()} for at in (start, stop))
-            for name, counted in self._counted.items():
+            columns = unpack(self._found(start, stop, self._arrays), self._model, self._layout)
+            return {name: columns[name] for name in names or self._names}
+
+    def _found(self, start: int, stop: int, names: Collection[str]) -> dict[str, np.ndarray]:
+        """The arrays of these names, of some sequences."""
+        found = {name: values[start:stop] for name, values in self._heads.items() if name in names}
+        first, last = ({name: int(ends[at]) for name, ends in self._offsets.items()} for at in (start, stop))
+        for name, counted in self._counted.items():
+            if name in names:
                 found[name] = self._arrays[name][first[counted] : last[counted]]
-            columns = unpack(found, self._model, self._layout)
-            return {name: columns[name] for name in self._names}
+        return found
 
     def parts(self) -> dict[str, int]:
         """Bytes of every array, compressed, with the indexes and checksums of its chunks."""
@@ -284,4 +304,4 @@ def _attributes(layout: ShardLayout, version: int) -> dict[str, Any]:
     return named
 
 
-CONTAINER = Container(".zarr.zip", ZarrShardWriter, ZarrShard, format_version, is_compressed=True)
+CONTAINER = Container(".zarr.zip", ZarrShardWriter, ZarrShard, format_version, is_compressed=True, checks_columns=True)

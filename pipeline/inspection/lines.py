@@ -5,7 +5,7 @@ import unicodedata
 from collections.abc import Iterator, Mapping
 
 from pipeline.cache.measures import Largest
-from pipeline.cache.reader import PartialCache
+from pipeline.cache.reader import ReadableCache
 from pipeline.documents import printable
 from pipeline.formats.layout import CachedSequence
 from pipeline.inspection.figures import FEWEST, WAYS, Figures
@@ -25,7 +25,7 @@ UNITS = {"surprises": "nats", "entropies": "nats of entropy", "tail_masses": "ou
 
 def summary_lines(summary: Summary) -> Iterator[str]:
     """The cache in ten seconds."""
-    yield printable(str(summary.cache.folder))
+    yield printable(str(summary.cache.place))
     for name, text in summary.rows():
         yield f"  {name:<{NAME_WIDTH}}{printable(text)}"
 
@@ -36,7 +36,7 @@ def parts_line(parts: Mapping[str, float]) -> str:
 
 
 def sequence_lines(
-    cache: PartialCache, number: int, speller: Speller, temperature: float, entries: int, longest: int
+    cache: ReadableCache, number: int, speller: Speller, temperature: float, entries: int, longest: int
 ) -> Iterator[str]:
     """One sequence, a line a target."""
     sequence = cache[number]
@@ -67,7 +67,7 @@ def sequence_lines(
         yield f"... {len(sequence.token_ids) - len(tokens):,} more tokens; --longest shows more"
 
 
-def worst_lines(cache: PartialCache, figures: Figures, speller: Speller) -> Iterator[str]:
+def worst_lines(cache: ReadableCache, figures: Figures, speller: Speller) -> Iterator[str]:
     """Positions and documents of the sample, the worst first."""
     for way, worst in figures.worst_positions.items():
         name = WAYS[way]
@@ -83,14 +83,14 @@ def quoted(text: str) -> str:
     return f"'{printable(text)}'"
 
 
-def _position_lines(cache: PartialCache, worst: Largest, speller: Speller, unit: str) -> Iterator[str]:
+def _position_lines(cache: ReadableCache, worst: Largest, speller: Speller, unit: str) -> Iterator[str]:
     for value, (number, position) in zip(worst.values.tolist(), worst.places.tolist()):
         before, label, choice = context(cache[number], position, speller)
         instead = f", teacher {quoted(choice)}" if choice else ""
         yield f"{value:9.4f} {unit}  {number}:{position}  {quoted(before)} -> {quoted(label)}{instead}"
 
 
-def _document_lines(cache: PartialCache, worst: Largest, speller: Speller, unit: str) -> Iterator[str]:
+def _document_lines(cache: ReadableCache, worst: Largest, speller: Speller, unit: str) -> Iterator[str]:
     for value, (number, document) in zip(worst.values.tolist(), worst.places.tolist()):
         start, length, text = opening(cache[number], document, speller)
         yield f"{value:9.4f} {unit}  {number}:{start}  document {document + 1}, {length:,} tokens  {quoted(text)}"

@@ -8,7 +8,7 @@ import numpy as np
 from markupsafe import Markup
 
 from pipeline.cache.measures import MASSES, Histogram, Largest
-from pipeline.cache.reader import PartialCache
+from pipeline.cache.reader import ReadableCache
 from pipeline.documents import printable
 from pipeline.inspection.charts import COLOURS, Series, chart
 from pipeline.inspection.figures import FEWEST, WAYS, Figures
@@ -56,7 +56,7 @@ def write_inspection(
     cache = sample.cache
     shown = np.random.default_rng(config.seed).permutation(sample.numbers)[: config.maps].tolist()
     numbers = list(dict.fromkeys(([] if wanted is None else [wanted]) + sorted(shown)))
-    name = str(cache.folder)
+    name = str(cache.place)
     write_page(
         config.html,
         f"inspect: {name}",
@@ -164,7 +164,7 @@ def _entries(count: int | None) -> str:
     return "more" if count is None else str(count)
 
 
-def _worst(cache: PartialCache, figures: Figures, speller: Speller) -> Iterator[tuple[str, Table]]:
+def _worst(cache: ReadableCache, figures: Figures, speller: Speller) -> Iterator[tuple[str, Table]]:
     """Tables with their titles."""
     for way, worst in figures.worst_positions.items():
         name, rows = WAYS[way], [["value", "sequence:token", "text", "label", "first choice"]]
@@ -184,7 +184,7 @@ def _of(worst: Largest) -> Iterator[tuple[float, list[int]]]:
     return zip(worst.values.tolist(), worst.places.tolist())
 
 
-def _map(config: InspectConfig, cache: PartialCache, number: int, temperature: float, speller: Speller) -> _Map:
+def _map(config: InspectConfig, cache: ReadableCache, number: int, temperature: float, speller: Speller) -> _Map:
     sequence = cache[number]
     documents = []
     for index, (num_tokens, num_targets, mean) in enumerate(document_means(sequence, temperature), start=1):

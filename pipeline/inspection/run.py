@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator
 
 from pipeline.cache.manifest import TOKENIZER, CacheManifest
-from pipeline.cache.reader import PartialCache
+from pipeline.cache.reader import ReadableCache, readable_cache
 from pipeline.errors import ConfigError
 from pipeline.hub import located
 from pipeline.inspection.figures import Figures
@@ -24,7 +24,7 @@ KEY = re.compile("[0-9a-f]{32}")
 def inspect_cache(config: InspectConfig, reporter: Reporter) -> Iterator[str]:
     """Lines to print; with `html`, a page as well. Raises ConfigError or CacheError."""
     config = located(config, "tokenizer", reporter, with_weights=False)
-    cache = PartialCache(config.cache)
+    cache = readable_cache(config.cache)
     temperature = _temperature(config, cache.manifest)
     number = None if config.sequence is None else _number_of(cache, config.sequence)
     reads_sample = bool(config.worst or config.html)
@@ -59,14 +59,12 @@ def _temperature(config: InspectConfig, manifest: CacheManifest) -> float:
     return float(config.temperature)
 
 
-def _number_of(cache: PartialCache, wanted: str) -> int:
+def _number_of(cache: ReadableCache, wanted: str) -> int:
     """The number of a sequence that is given by number or key; raises ConfigError if there is none."""
     if KEY.fullmatch(wanted):
-        for partition in cache.records:
-            keys = cache.opened(partition)[1].heads()["key"]
-            for row, key in enumerate(keys):
-                if bytes(key).hex() == wanted:
-                    return cache.manifest.partitions[partition] + row
+        number = cache.find(bytes.fromhex(wanted))
+        if number is not None:
+            return number
         raise ConfigError(f"{cache.folder}: no sequence with the key {wanted} among those that are captured.")
     if not (wanted.isascii() and wanted.isdecimal() and int(wanted) < len(cache)):
         raise ConfigError(
@@ -75,7 +73,7 @@ def _number_of(cache: PartialCache, wanted: str) -> int:
     return int(wanted)
 
 
-def _speller(config: InspectConfig, cache: PartialCache, reporter: Reporter) -> Speller:
+def _speller(config: InspectConfig, cache: ReadableCache, reporter: Reporter) -> Speller:
     """Tokens as text by the tokenizer that made them; as ids where the cache's own cannot be read, which is said."""
     place = cache.folder / TOKENIZER if config.tokenizer is None else config.tokenizer
     try:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.cache.reader import PartialCache
+from pipeline.cache.reader import ReadableCache
 from pipeline.errors import CacheIncompleteError
 from pipeline.formats.layout import CachedSequence
 from pipeline.progress import Reporter
@@ -15,14 +15,14 @@ from pipeline.progress import Reporter
 class Sample:
     """Sequences of a few shards."""
 
-    cache: PartialCache
+    cache: ReadableCache
     numbers: list[int]
     """Of the sequences, rising."""
     partitions: list[int]
     """That they are in."""
 
     @classmethod
-    def draw(cls, cache: PartialCache, count: int, num_shards: int, seed: int) -> "Sample":
+    def draw(cls, cache: ReadableCache, count: int, num_shards: int, seed: int) -> "Sample":
         """`count` sequences (0: all), all alike likely, of `num_shards` shards that are all alike likely.
 
         Of more shards if these hold too few: what is drawn from is whole shards, since one of an object store is
@@ -32,11 +32,11 @@ class Sample:
             raise CacheIncompleteError(f"{cache.folder}: no partition is captured yet; there is nothing to read.")
         random = np.random.default_rng(seed)
         shuffled = random.permutation(list(cache.records)).tolist()
-        sizes = np.cumsum([cache.records[partition].num_sequences for partition in shuffled])
+        ranges = {partition: cache.numbers_in(partition) for partition in shuffled}
+        sizes = np.cumsum([stop - first for first, stop in ranges.values()])
         enough = int(np.searchsorted(sizes, count)) + 1 if count else len(shuffled)
         chosen = sorted(shuffled[: max(enough, num_shards if count else 0)])
-        bounds = cache.manifest.partitions
-        there = np.concatenate([np.arange(bounds[partition], bounds[partition + 1]) for partition in chosen])
+        there = np.concatenate([np.arange(*ranges[partition]) for partition in chosen])
         taken = there if count == 0 or count >= len(there) else random.choice(there, count, replace=False)
         numbers = np.sort(taken).tolist()
         return cls(cache=cache, numbers=numbers, partitions=sorted({cache.partition_of(number) for number in numbers}))

@@ -11,7 +11,7 @@ from pipeline.stores.store import Store
 class InspectConfig(Settings):
     """Settings of `pipeline inspect`."""
 
-    cache: Store = required("Folder or URL that `pipeline cache-logits` writes to, finished or not.", argument=True)
+    cache: Store = required("Folder or URL of a cache, finished or not, or a view of one.", argument=True)
     sequence: str | None = setting(
         None, "Show one sequence: its number, from 0, or its key (32 hexadecimal digits), which is looked for."
     )

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipeline.cache.commits import ShardCommit
-from pipeline.cache.reader import PartialCache
+from pipeline.cache.reader import CacheView, ReadableCache
 from pipeline.cache.statistics import SKETCH_KL
+from pipeline.cache.view import described
 from pipeline.documents import short
 from pipeline.formats.codec import is_lossless
 from pipeline.sketch import sketch_name
@@ -52,7 +53,7 @@ class Certainty:
 class Summary:
     """A cache in numbers."""
 
-    cache: PartialCache
+    cache: ReadableCache
     num_sequences: int
     num_tokens: int
     num_documents: int
@@ -70,8 +71,22 @@ class Summary:
     """Of the tail sketch's file; None if there is none."""
 
     @classmethod
-    def of(cls, cache: PartialCache) -> "Summary":
-        """Added up from the records."""
+    def of(cls, cache: ReadableCache) -> "Summary":
+        """Added up from the records; of a view, which has no sums of its own, what its file says."""
+        if isinstance(cache, CacheView):
+            view = cache.view
+            counts = (view.num_sequences, view.num_tokens, view.num_documents, view.num_targets)
+            names = ("num_sequences", "num_tokens", "num_documents", "num_targets")
+            return cls(
+                cache=cache,
+                bytes=0,
+                certainty={},
+                kl_error=_kl_error(cache),
+                mean_entries=None,
+                sketch_kl=(),
+                sketch_bytes=None,
+                **dict(zip(names, counts)),
+            )
         records = list(cache.records.values())
         totals = {
             name: sum(getattr(record, name) for record in records)
@@ -102,6 +117,8 @@ class Summary:
             f"{self.num_documents:,} documents; {state} ({len(self.cache.records):,} of {manifest.num_partitions:,} "
             "shards)",
         )
+        if isinstance(self.cache, CacheView):
+            yield "selects", f"from {self.cache.folder}: {described(self.cache.view.rule)}"
         yield "teacher", self._teacher()
         yield (
             "corpus",
@@ -116,8 +133,10 @@ class Summary:
                 f"{mean.cross_entropy:.3f} nats (perplexity {exponential(mean.cross_entropy)})"
                 + (f"; outside the entries {mean.tail_mass:.3f}" if manifest.top_k else ""),
             )
-        if manifest.sketch is not None:
+        if manifest.sketch is not None and not isinstance(self.cache, CacheView):
             yield "sketch", self._sketch()
+        if isinstance(self.cache, CacheView):
+            return
         yield (
             "size",
             f"{self.bytes / 1e6:,.2f} MB as {manifest.container}, {self._a_target(self.bytes):.1f} bytes a target",
@@ -170,7 +189,7 @@ def exponential(nats: float) -> str:
     return f"{value:,.1f}" if value < 1e6 else f"{value:.1e}"
 
 
-def bytes_by_part(cache: PartialCache, partitions: list[int]) -> dict[str, float]:
+def bytes_by_part(cache: ReadableCache, partitions: list[int]) -> dict[str, float]:
     """Bytes a target of each of PARTS, in these shards; reads their directories."""
     sizes: Counter[str] = Counter()
     part_of = {name: part for part, names in PARTS.items() for name in names}
@@ -185,7 +204,7 @@ def bytes_by_part(cache: PartialCache, partitions: list[int]) -> dict[str, float
     return {part: sizes[part] / max(num_targets, 1) for part in (*PARTS, REST) if sizes[part]}
 
 
-def _certainty(cache: PartialCache, num_targets: int) -> dict[float, Certainty]:
+def _certainty(cache: ReadableCache, num_targets: int) -> dict[float, Certainty]:
     records = cache.records.values()
     temperatures = cache.manifest.temperatures
     found = [[_said(record, name, len(temperatures)) for record in records] for name in _SUMS]
@@ -201,19 +220,19 @@ def _certainty(cache: PartialCache, num_targets: int) -> dict[float, Certainty]:
 _SUMS = ("sum_entropy", "sum_tail_mass", "sum_label_logprob")
 
 
-def _kl_error(cache: PartialCache) -> float | None:
+def _kl_error(cache: ReadableCache) -> float | None:
     found = [_said(record, "mean_kl_error", len(cache.manifest.temperatures)) for record in cache.records.values()]
     known = [float(values.max()) for values in found if values is not None]
     return max(known) if known and len(known) == len(found) else None
 
 
-def _mean_entries(cache: PartialCache, num_targets: int) -> float | None:
+def _mean_entries(cache: ReadableCache, num_targets: int) -> float | None:
     found = [record.statistics.get("num_entries") for record in cache.records.values()]
     known = [value for value in found if isinstance(value, int | float) and math.isfinite(value)]
     return sum(known) / num_targets if num_targets and len(known) == len(found) else None
 
 
-def _sketch_kl(cache: PartialCache, num_targets: int) -> tuple[float, ...]:
+def _sketch_kl(cache: ReadableCache, num_targets: int) -> tuple[float, ...]:
     records = list(cache.records.values())
     found = [_said(record, SKETCH_KL, len(cache.manifest.temperatures)) for record in records]
     known = [values for values in found if values is not None]
@@ -222,7 +241,7 @@ def _sketch_kl(cache: PartialCache, num_targets: int) -> tuple[float, ...]:
     return tuple(np.average(known, axis=0, weights=[record.num_targets for record in records]).tolist())
 
 
-def _sketch_bytes(cache: PartialCache) -> int | None:
+def _sketch_bytes(cache: ReadableCache) -> int | None:
     checksum = cache.manifest.sketch
     path = None if checksum is None else cache.folder / sketch_name(checksum)
     return path.size_and_time()[0] if path is not None and path.is_file() else None

@@ -5,11 +5,12 @@ import functools
 
 from pipeline.cache.folder import CacheFolder
 from pipeline.cache.manifest import TOKENIZER, CacheManifest
-from pipeline.cache.reader import open_cache
+from pipeline.cache.pieces import Piece
+from pipeline.cache.reader import whole_cache
 from pipeline.cache.shard import StoredShard
 from pipeline.cpu import available_cores
 from pipeline.errors import ConfigError
-from pipeline.lifecycle.copying import copy_shard
+from pipeline.lifecycle.copying import copy_piece
 from pipeline.lifecycle.settings import ConvertConfig
 from pipeline.parallel import in_processes
 from pipeline.progress import Reporter
@@ -23,7 +24,7 @@ def convert_cache(config: ConvertConfig, reporter: Reporter | None = None) -> Ca
     may run at once. The new cache is what `pipeline cache-logits --format` would have made.
     """
     reporter = reporter or Reporter()
-    source = open_cache(config.cache)
+    source = whole_cache(config.cache)
     if source.manifest.container == config.format:
         raise ConfigError(f"{config.cache}: is a cache of {config.format} shards already; there is nothing to convert.")
     manifest = dataclasses.replace(source.manifest, container=config.format)
@@ -43,5 +44,5 @@ def convert_cache(config: ConvertConfig, reporter: Reporter | None = None) -> Ca
 
 
 def _convert(out: Store, shard: StoredShard) -> int:
-    copy_shard(shard, CacheFolder(out), shard.commit.partition)
+    copy_piece(Piece(shard), CacheFolder(out), shard.commit.partition)
     return shard.commit.num_tokens

@@ -10,13 +10,12 @@ from contextlib import closing
 import pyarrow.parquet as pq
 
 from pipeline.cache.manifest import CacheManifest
+from pipeline.cache.pieces import Piece
 from pipeline.cache.reader import open_cache
-from pipeline.cache.shard import StoredShard
 from pipeline.cpu import available_cores
 from pipeline.errors import CacheMismatchError, ConfigError
 from pipeline.files import remove_partials, replacing
 from pipeline.formats.layout import ALIGNMENT
-from pipeline.lifecycle.copying import sequences_of_shard
 from pipeline.lifecycle.export_layouts import ExportLayout, Row
 from pipeline.lifecycle.settings import EXPORT_LAYOUTS, ExportConfig
 from pipeline.ownership import claim, entries_that_differ, told
@@ -37,11 +36,11 @@ def export_cache(config: ExportConfig, reporter: Reporter | None = None) -> None
     if cache.manifest.top_k == 0:
         raise ConfigError(f"{config.cache}: holds draws alone (top_k is 0); an export needs a top k.")
     _open_folder(config, cache.manifest)
-    shards = cache.shards()
-    todo = [shard for shard in shards if not (config.out / file_name(shard.commit.partition)).is_file()]
-    reporter.log(f"{config.out}: {len(todo)} of {len(shards)} files to write, columns of {config.layout!r}.")
+    pieces = cache.pieces()
+    todo = [piece for piece in pieces if not (config.out / file_name(piece.shard.commit.partition)).is_file()]
+    reporter.log(f"{config.out}: {len(todo)} of {len(pieces)} files to write, columns of {config.layout!r}.")
     write = functools.partial(_write_file, config)
-    with reporter.progress("export", sum(shard.commit.num_tokens for shard in todo)) as progress:
+    with reporter.progress("export", sum(piece.shard.commit.num_tokens for piece in todo)) as progress:
         for num_tokens in in_processes(write, todo, config.workers or available_cores()):
             progress.advance(num_tokens)
     reporter.log(f"{config.out}: complete, {cache.manifest.num_targets:,} targets at T={config.temperature:g}.")
@@ -60,16 +59,16 @@ def _open_folder(config: ExportConfig, manifest: CacheManifest) -> None:
     remove_partials(config.out)
 
 
-def _write_file(config: ExportConfig, shard: StoredShard) -> int:
-    """Write one file; returns its tokens."""
+def _write_file(config: ExportConfig, piece: Piece) -> int:
+    """Write one file; returns the tokens of its shard."""
     layout: ExportLayout = EXPORT_LAYOUTS[config.layout]
     metadata = {"temperature": repr(config.temperature), "alignment": ALIGNMENT, "columns": config.layout}
     schema = layout.schema.with_metadata(metadata)
-    final = config.out / file_name(shard.commit.partition)
+    final = config.out / file_name(piece.shard.commit.partition)
     with replacing(final) as partial, pq.ParquetWriter(partial, schema, compression="zstd") as writer:
-        for rows in _row_groups(_rows(config, shard)):
+        for rows in _row_groups(_rows(config, piece)):
             writer.write_table(layout.table(rows, schema))
-    return shard.commit.num_tokens
+    return piece.shard.commit.num_tokens
 
 
 def _row_groups(rows: Iterator[Row]) -> Iterator[list[Row]]:
@@ -85,7 +84,7 @@ def _row_groups(rows: Iterator[Row]) -> Iterator[list[Row]]:
         yield group
 
 
-def _rows(config: ExportConfig, stored: StoredShard) -> Iterator[Row]:
-    with closing(stored.open()) as shard:
-        for row, columns in enumerate(sequences_of_shard(shard, stored.layout)):
-            yield from EXPORT_LAYOUTS[config.layout].rows(stored.decode(columns, row), config.temperature)
+def _rows(config: ExportConfig, piece: Piece) -> Iterator[Row]:
+    with closing(piece.shard.open()) as shard:
+        for row, columns in enumerate(piece.sequences(shard)):
+            yield from EXPORT_LAYOUTS[config.layout].rows(piece.shard.decode(columns, row), config.temperature)

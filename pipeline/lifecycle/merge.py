@@ -6,7 +6,6 @@ the first stays. A shard that loses none is copied byte for byte if the containe
 
 import dataclasses
 from collections.abc import Sequence
-from contextlib import closing
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,14 +13,14 @@ import xxhash
 
 from pipeline.cache.folder import CacheFolder
 from pipeline.cache.manifest import TOKENIZER, CacheManifest
+from pipeline.cache.pieces import Piece
 from pipeline.cache.reader import Cache, open_cache
-from pipeline.cache.shard import StoredShard
 from pipeline.corpus import comparable_keys
 from pipeline.cpu import available_cores
 from pipeline.documents import short
 from pipeline.errors import CacheMismatchError
 from pipeline.files import canonical_json
-from pipeline.lifecycle.copying import copy_shard
+from pipeline.lifecycle.copying import copy_piece
 from pipeline.lifecycle.settings import MergeConfig
 from pipeline.parallel import in_processes, map_in_threads
 from pipeline.progress import Reporter
@@ -30,12 +29,10 @@ from pipeline.stores.store import Store
 
 
 @dataclass(frozen=True)
-class _Piece:
+class _Part:
     """What becomes one partition of the new cache."""
 
-    shard: StoredShard
-    rows: np.ndarray | None
-    """Numbers of the sequences that are taken; None takes all."""
+    piece: Piece
     num_sequences: int
     num_tokens: int
     num_targets: int
@@ -51,28 +48,28 @@ def merge_caches(config: MergeConfig, reporter: Reporter | None = None) -> Cache
     caches = [open_cache(folder) for folder in config.caches]
     for cache in caches[1:]:
         _require_same_targets(caches[0], cache)
-    pieces = _plan(caches)
-    manifest = _manifest(config, caches, pieces)
-    new = CacheFolder.begin(config.out, manifest, config.caches[0] / TOKENIZER, caches[0].sketch_contents())
+    parts = _plan(caches)
+    manifest = _manifest(config, caches, parts)
+    new = CacheFolder.begin(config.out, manifest, caches[0].folder / TOKENIZER, caches[0].sketch_contents())
     new.remove_leftovers()
     todo = new.todo()
     twice = sum(len(cache) for cache in caches) - manifest.num_sequences
     reporter.log(
         f"{config.out}: {manifest.num_sequences:,} sequences; {twice:,} are in more than one cache and stored once; "
-        f"{len(todo)} of {len(pieces)} shards to copy."
+        f"{len(todo)} of {len(parts)} shards to copy."
     )
-    tasks = [(pieces[part], config.out, part) for part in todo]
-    with reporter.progress("merge", sum(pieces[part].num_tokens for part in todo)) as progress:
+    tasks = [(parts[number], config.out, number) for number in todo]
+    with reporter.progress("merge", sum(parts[number].num_tokens for number in todo)) as progress:
         for num_tokens in in_processes(_copy, tasks, config.workers or available_cores()):
             progress.advance(num_tokens)
     reporter.log(f"{config.out}: complete, {manifest.num_sequences:,} sequences, {manifest.num_targets:,} targets.")
     return manifest
 
 
-def _copy(task: tuple[_Piece, Store, int]) -> int:
-    piece, out, partition = task
-    copy_shard(piece.shard, CacheFolder(out), partition, piece.rows)
-    return piece.num_tokens
+def _copy(task: tuple[_Part, Store, int]) -> int:
+    part, out, partition = task
+    copy_piece(part.piece, CacheFolder(out), partition)
+    return part.num_tokens
 
 
 def _require_same_targets(first: Cache, other: Cache) -> None:
@@ -85,34 +82,25 @@ def _require_same_targets(first: Cache, other: Cache) -> None:
         raise CacheMismatchError(f"{other.folder}: cannot be merged with {first.folder}: {found}.")
 
 
-def _plan(caches: Sequence[Cache]) -> list[_Piece]:
+def _plan(caches: Sequence[Cache]) -> list[_Part]:
     """The partitions of the new cache; the same caches give the same."""
-    shards = [shard for cache in caches for shard in cache.shards()]
-    heads = _all_heads(shards)
+    pieces = [piece for cache in caches for piece in cache.pieces()]
+    heads = map_in_threads(Piece.heads, pieces, available_cores())
     keys = np.concatenate([head["key"] for head in heads])
     _, firsts = np.unique(comparable_keys(keys), return_index=True)
     is_first = np.zeros(len(keys), bool)
     is_first[firsts] = True
-    pieces, start = [], 0
-    for shard, head in zip(shards, heads):
-        kept = is_first[start : start + shard.commit.num_sequences]
-        start += shard.commit.num_sequences
+    parts, start = [], 0
+    for piece, head in zip(pieces, heads):
+        kept = is_first[start : start + len(head["key"])]
+        start += len(head["key"])
         if kept.any():
             sums = [int(head[name][kept].sum()) for name in ("num_tokens", "num_targets")]
-            rows = None if kept.all() else np.flatnonzero(kept)
-            pieces.append(_Piece(shard, rows, int(kept.sum()), *sums))
-    return pieces
+            parts.append(_Part(piece.some(kept, head["num_documents"]), int(kept.sum()), *sums))
+    return parts
 
 
-def _all_heads(shards: Sequence[StoredShard]) -> list[dict[str, np.ndarray]]:
-    def read(stored: StoredShard) -> dict[str, np.ndarray]:
-        with closing(stored.open()) as shard:
-            return {name: np.array(values) for name, values in shard.heads().items()}
-
-    return map_in_threads(read, shards, available_cores())
-
-
-def _manifest(config: MergeConfig, caches: Sequence[Cache], pieces: Sequence[_Piece]) -> CacheManifest:
+def _manifest(config: MergeConfig, caches: Sequence[Cache], parts: Sequence[_Part]) -> CacheManifest:
     manifests = [cache.manifest for cache in caches]
     first = manifests[0]
     largest = [manifest.largest_token_id for manifest in manifests]  # of an older version's cache it is not known
@@ -123,9 +111,9 @@ def _manifest(config: MergeConfig, caches: Sequence[Cache], pieces: Sequence[_Pi
         corpus=xxhash.xxh3_128_hexdigest(canonical_json([manifest.corpus for manifest in manifests])),
         packing="+".join(packings),
         sequence_length=max(manifest.sequence_length for manifest in manifests),
-        num_tokens=sum(piece.num_tokens for piece in pieces),
-        num_targets=sum(piece.num_targets for piece in pieces),
-        partitions=tuple(np.cumsum([0, *(piece.num_sequences for piece in pieces)]).tolist()),
+        num_tokens=sum(part.num_tokens for part in parts),
+        num_targets=sum(part.num_targets for part in parts),
+        partitions=tuple(np.cumsum([0, *(part.num_sequences for part in parts)]).tolist()),
         largest_token_id=None if None in largest else max(each for each in largest if each is not None),
         end_token_ids=tuple(sorted({token for manifest in manifests for token in manifest.end_token_ids})),
         settings=resolved(config) | {"merged": [manifest.settings for manifest in manifests]},

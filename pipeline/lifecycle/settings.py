@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.cache.settings import VIEW_SUFFIX
 from pipeline.errors import ConfigError
 from pipeline.formats.containers import CONTAINERS
 from pipeline.settings import Settings, required, setting
@@ -34,7 +35,7 @@ class MergeConfig(Settings):
     """Settings of `pipeline merge`."""
 
     caches: tuple[Store, ...] = required(
-        "Folders or URLs of two or more finished caches of one teacher.", argument=True
+        "Folders or URLs of two or more finished caches of one teacher, or views.", argument=True
     )
     out: Store = required("Folder or URL to write the new cache to.")
     format: str | None = setting(
@@ -44,15 +45,15 @@ class MergeConfig(Settings):
 
     def check(self) -> None:
         self.at_least("workers", 1)
-        if len(self.caches) < 2:
-            raise ConfigError(f"caches names {len(self.caches)} folder; a merge needs two or more.")
+        if len(self.caches) < 2 and not any(str(cache).endswith(VIEW_SUFFIX) for cache in self.caches):
+            raise ConfigError(f"caches names {len(self.caches)} folder; a merge needs two or more, or a view.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig(Settings):
     """Settings of `pipeline export`."""
 
-    cache: Store = required("Folder or URL of a finished cache.", argument=True)
+    cache: Store = required("Folder or URL of a finished cache, or a view.", argument=True)
     out: Path = required("Folder to write the files to.")
     to: str = setting("parquet", "Kind of file.", choices=("parquet",))
     layout: str = setting(

@@ -25,9 +25,9 @@ def write_json(path: Path | Store, document: dict[str, Any], *, first_wins: bool
     return True
 
 
-def read_json(path: Path | Store, error: Refusal) -> dict[str, Any]:
+def read_json(path: Path | Store, error: Refusal, at_most: int = LARGEST_DOCUMENT) -> dict[str, Any]:
     """The document that `write_json` wrote, less its checksum; raises `error(message)` if a byte has changed."""
-    contents = read_small(path, error)
+    contents = read_small(path, error, at_most)
     head, mark, _ = contents.rpartition(_MARK)
     body = head + b"\n}"
     if not mark or contents != head + _seal(body):

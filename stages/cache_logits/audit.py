@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 import numpy as np
 
 from pipeline.cache.manifest import CacheManifest
-from pipeline.cache.reader import Cache, open_cache
+from pipeline.cache.reader import Cache, whole_cache
 from pipeline.corpus import TokenSequence
 from pipeline.errors import CacheMismatchError, ConfigError
 from pipeline.formats.layout import CachedSequence, ShardCounts, encode, targets_of
@@ -65,7 +65,7 @@ def audit_cache(config: AuditConfig, reporter: Reporter | None = None) -> AuditR
     """
     reporter = reporter or Reporter()
     config = located(config, "teacher", reporter)
-    cache = open_cache(config.cache)
+    cache = whole_cache(config.cache)
     indexes = sample(len(cache), config.fraction, config.sequences, config.seed)
     capture = _capture_settings(config, cache.manifest)
     teacher = read_teacher(capture, cache.manifest, cache.folder, cache.largest_token_id)

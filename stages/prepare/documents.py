@@ -5,7 +5,7 @@ model is to write. Special tokens that a text spells out, such as <|endoftext|>,
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,8 @@ from pipeline.progress import Reporter
 from stages.prepare.chat import ChatTemplate, Rendered
 from stages.prepare.conversations import Conversation, Refused
 from stages.prepare.forms import Completion, Undesirable, content_of, forms_in
+from stages.prepare.near_duplicates import text_key
+from stages.prepare.quality import Reading, broken_rule, rules_of
 from stages.prepare.readers import BadLines, Record
 from stages.prepare.settings import CUT, TRUNCATE, TextConfig
 from stages.prepare.tokens import Document, Text, TextEncoder
@@ -22,6 +24,9 @@ BATCH_DOCUMENTS = 1024
 BATCH_CHARACTERS = 1 << 19
 LONGEST_SOURCE = 1000
 """Characters of a source's name."""
+NEAR_DUPLICATE = "near-duplicate"
+SHOWN_OF_REJECTED = 200
+"""Characters."""
 COUNTS = (
     "records",
     "empty_documents",
@@ -50,8 +55,12 @@ class DocumentEncoder:
         bad_lines: BadLines,
         reporter: Reporter,
         progress: Callable[[float], None] = lambda share: None,
+        near_duplicates: Collection[bytes] = (),
     ) -> None:
         self._config = config
+        self._rules, self._near_duplicates = rules_of(config.quality), near_duplicates
+        self.rejected: list[dict[str, str]] = []
+        """What quality or nearness to another text has dropped: where, the rule, and how it begins."""
         self._tokenizer = tokenizer
         self._bad_lines = bad_lines
         self._reporter = reporter
@@ -101,7 +110,22 @@ class DocumentEncoder:
         if text is not None and not text.text:
             self._counts["empty_documents"] += 1
             return None
-        return text
+        return None if text is None or self._is_rejected(text) else text
+
+    def _is_rejected(self, text: Text) -> bool:
+        """Whether a plain text is dropped for its quality, or as nearly one before; counts it, and its kind."""
+        if text.kind != "text" or not (self._rules or self._near_duplicates):
+            return False
+        reading = Reading(text.text)
+        rule = broken_rule(reading, self._rules)
+        if rule is None and text_key(text.text) in self._near_duplicates:
+            rule = NEAR_DUPLICATE
+        self._counts[f"{reading.kind}_texts"] += 1
+        self._counts[f"{reading.kind}_characters"] += len(text.text)
+        if rule is not None:
+            self._counts[f"rejected_{rule.replace('-', '_')}"] += 1
+            self.rejected.append({"where": str(text.where), "rule": rule, "begins": text.text[:SHOWN_OF_REJECTED]})
+        return rule is not None
 
     def _source(self, record: Record) -> str:
         field = self._config.source_field

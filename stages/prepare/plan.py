@@ -123,9 +123,20 @@ class Plan:
         return range(self.comparing_rows.stop, self.comparing_rows.stop + len(self.pieces))
 
     @property
+    def finishing(self) -> range:
+        """One task: the manifest."""
+        return range(self.dropping.stop, self.dropping.stop + 1)
+
+    @property
+    def near_duplicates(self) -> range:
+        """One task, before all others, if they are to be dropped: which texts are nearly like one before them."""
+        return range(self.finishing.stop, self.finishing.stop + (self.settings.get("near_duplicates") is not None))
+
+    @property
     def outline(self) -> WrittenOutline:
         """For `pipeline status`. What is dropped is not counted: that depends on what is found."""
         phases = {
+            **({"near duplicates found": self.near_duplicates} if self.near_duplicates else {}),
             "tokenised": self.tokenising,
             "documents compared": self.comparing_documents,
             "packed": self.packing,
@@ -134,11 +145,6 @@ class Plan:
         }
         spans = {name: (tasks.start, tasks.stop) for name, tasks in phases.items()}
         return WrittenOutline(total=self.num_bytes, unit="bytes of text", phases=spans)
-
-    @property
-    def finishing(self) -> range:
-        """One task: the manifest."""
-        return range(self.dropping.stop, self.dropping.stop + 1)
 
 
 def begin(out: Store, plan: Plan, tokenizer: Any, *, trust_remote_code: bool) -> Plan:
@@ -223,6 +229,8 @@ def _replace(out: Store, plan: Plan) -> None:
 
 def _kept(folder: Store, plan: Plan) -> dict[int, FinishedTask]:
     """What is finished by another plan, by the numbers of this plan's units."""
+    if plan.near_duplicates:
+        return {}  # what a unit has dropped depends on the other inputs
     wanted = {_known([piece.identity for piece in unit]): number for number, unit in enumerate(plan.units)}
     kept: dict[int, FinishedTask] = {}
     for number in sorted(list_commits(folder)):

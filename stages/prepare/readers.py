@@ -5,6 +5,7 @@ A broken record goes to `BadLines`, which stops the run or counts it; a broken f
 
 import codecs
 import contextlib
+import functools
 import gzip
 import io
 import json
@@ -61,19 +62,21 @@ class Line:
     """From 1 in the piece."""
 
     def __str__(self) -> str:
-        return f"{self.piece.file.path}: line {self.number + self._before()}"
+        return f"{self.piece.file.path}: line {self.number + _lines_before(self.piece)}"
 
-    def _before(self) -> int:
-        """Lines of the file that stand before the piece."""
-        left, lines = self.piece.start, 0
-        with self.piece.file.path.reader() as raw, io.BufferedReader(raw, READ_BYTES) as file:
-            while left and (block := file.read(min(left, READ_BYTES))):
-                lines += block.count(b"\n")
-                left -= len(block)
-            if self.piece.start:  # the piece begins inside a line, which belongs to the one before
-                file.seek(self.piece.start - 1)
-                lines += file.read(1) != b"\n"
-        return lines
+
+@functools.lru_cache(maxsize=1)
+def _lines_before(piece: Piece) -> int:
+    """Lines of the file that stand before the piece, which takes reading them; once where many of a piece are named."""
+    left, lines = piece.start, 0
+    with piece.file.path.reader() as raw, io.BufferedReader(raw, READ_BYTES) as file:
+        while left and (block := file.read(min(left, READ_BYTES))):
+            lines += block.count(b"\n")
+            left -= len(block)
+        if piece.start:  # the piece begins inside a line, which belongs to the one before
+            file.seek(piece.start - 1)
+            lines += file.read(1) != b"\n"
+    return lines
 
 
 class BadLines:

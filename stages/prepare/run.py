@@ -31,7 +31,9 @@ from pipeline.settings import resolved
 from pipeline.stores.store import Store
 from pipeline.tokenizer import TokenizerIdentity, identify, load_tokenizer
 from stages.prepare.inputs import UNIT_BYTES, InputFiles, find_inputs, same_files
+from stages.prepare.near_duplicates import require_datasketch
 from stages.prepare.plan import LOCK, Plan, begin, check_folder, check_same, remove_run
+from stages.prepare.quality import rules_of
 from stages.prepare.settings import PrepareConfig
 from stages.prepare.staging import STAGED
 from stages.prepare.tasks import Speed, Tasks, counts_of
@@ -77,6 +79,8 @@ def plan_corpus(config: PrepareConfig, reporter: Reporter | None = None) -> None
 
 def _begun(config: PrepareConfig, reporter: Reporter, unit_bytes: int) -> tuple[Plan | CorpusManifest, Any]:
     """The plan, written if need be, or the manifest of a corpus that is finished; and the tokenizer."""
+    if config.near_duplicates is not None:
+        require_datasketch()
     check_folder(config.out)
     plan = _plan_there(config.out) if config.worker_from_env else None
     inputs = find_inputs(config.inputs, config.out) if plan is None else None
@@ -243,6 +247,8 @@ def _compared_settings(config: PrepareConfig, tokenizer: Any, identity: Tokenize
         "partition_tokens": config.partition_tokens,
         "source_field": config.source_field,
         "source_weights": list(config.source_weights) or None,
+        "quality": list(rules_of(config.quality)) or None,  # none in what earlier versions made
+        "near_duplicates": config.near_duplicates,
         **{f"tokenizer_{name}": value for name, value in identity.to_dict().items()},
         "tokenizer_special_ids": list(tokenizer("", verbose=False)["input_ids"]),
         "tokenizer_eos_id": tokenizer.eos_token_id,
@@ -271,6 +277,8 @@ def _finished(
             "(path, size or time of change); choose another --out, or delete this folder."
         )
     _tidy(config)
+    if config.rejected is not None and not config.rejected.is_file():
+        reporter.note(f"{config.rejected}: cannot be listed again for a finished corpus; delete {config.out} to do so.")
     reporter.log(f"{config.out}: already finished by the same settings and inputs; {_summary(manifest)}")
     return manifest
 

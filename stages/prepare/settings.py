@@ -8,6 +8,7 @@ from pipeline.errors import ConfigError
 from pipeline.settings import Settings, required, setting
 from pipeline.stores.store import Store
 from pipeline.tables import Table
+from stages.prepare.quality import rules_of
 
 PACKINGS: Table[Any] = Table(
     {
@@ -48,6 +49,11 @@ class TextConfig(Settings):
         choices=OVERLONG,
     )
     last_turn_only: bool = setting(False, "Only the last turn of the assistant carries loss.")
+    quality: tuple[str, ...] = setting(
+        (),
+        "Drop plain texts that break rules of quality: 'gopher', 'c4', 'code', or single rules such as "
+        "gopher-repeated-lines (docs/data.md lists them). Repeatable.",
+    )
     trust_remote_code: bool = setting(
         False, "Run the code that the tokenizer's folder brings along; for those whose maker you trust."
     )
@@ -56,6 +62,7 @@ class TextConfig(Settings):
         if not self.inputs:
             raise ConfigError("no input was given; name at least one file or folder.")
         self.at_least("sequence_length", 2)
+        rules_of(self.quality)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +75,10 @@ class PrepareConfig(TextConfig):
     source_weights: tuple[str, ...] = setting(
         (), "NAME=SHARE: of a source only that share of its documents, chosen by their content; repeatable."
     )
+    near_duplicates: float | None = setting(
+        None, "Drop plain texts of which so large a share, such as 0.8, is in one before them (MinHash; datasketch)."
+    )
+    rejected: Path | None = setting(None, "List what --quality and --near-duplicates drop in this file, as JSON lines.")
     workers: int | None = setting(
         None, "Processes that share the work; none takes all cores, and one where a launcher starts the workers."
     )
@@ -86,6 +97,10 @@ class PrepareConfig(TextConfig):
             self.at_least(name, 1)
         self.shares()
         self.positive("lease_s", (self.lease_s,))
+        if self.near_duplicates is not None and not 0.5 <= self.near_duplicates <= 1:
+            raise ConfigError(f"near_duplicates is {self.near_duplicates}; it must lie in [0.5, 1].")
+        if self.rejected is not None and not self.quality and self.near_duplicates is None:
+            raise ConfigError("rejected is set, but nothing is: give --quality or --near-duplicates too.")
 
     def shares(self) -> dict[str, float]:
         """The share of each source that is not taken whole; raises ConfigError."""

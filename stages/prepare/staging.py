@@ -3,7 +3,8 @@
     CORPUS/units/
       plan.json        what is read, by which settings, and how it is divided (plan.py)
       commits/         a record a finished task: the first one wins, and it alone counts
-      staged/          tokens of a unit's documents; sorted keys of documents and rows; which of them are duplicates
+      staged/          tokens of a unit's documents, and what of it was dropped; sorted keys of documents and rows;
+                       which of them are duplicates; keys of texts that are nearly like others
       leases/ failures/ workers/ events/ run.json    as in a capture (pipeline/runs)
 
 The folder is removed when the corpus is finished.
@@ -68,6 +69,8 @@ class FinishedTask:
     documents: StagedFile | None = None
     keys: StagedFile | None = None
     duplicates: StagedFile | None = None
+    rejected: StagedFile | None = None
+    """Of a unit that was tokenised: what quality rules and nearness to other texts have dropped, if they are on."""
     partitions: tuple[CorpusPartition, ...] = ()
     """Of a unit that was packed: its files of the corpus."""
     statistics: dict[str, Count] = field(default_factory=dict)

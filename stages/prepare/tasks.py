@@ -1,11 +1,13 @@
 """What a worker does of a preparation: each task of the plan, from what earlier tasks have left to its own record."""
 
 import contextlib
+import json
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,19 +23,24 @@ from pipeline.corpus import (
     write_partition,
 )
 from pipeline.errors import CorpusError
+from pipeline.files import replacing
 from pipeline.parallel import map_in_threads
-from pipeline.progress import Reporter
+from pipeline.progress import KeptLines, Reporter
 from pipeline.runs.outline import UNITS
 from pipeline.stores.store import Store
 from pipeline.tokenizer import identify
+from stages.prepare.conversations import Refused
 from stages.prepare.documents import DocumentEncoder, is_overlong
 from stages.prepare.duplicates import Duplicates, find_duplicates
+from stages.prepare.forms import Undesirable, content_of
 from stages.prepare.inputs import Piece, describe
+from stages.prepare.near_duplicates import KEY_BYTES, near_duplicates
 from stages.prepare.packing import Packer
 from stages.prepare.plan import Plan
+from stages.prepare.quality import rules_of
 from stages.prepare.readers import BadLines, Record, read_records
 from stages.prepare.settings import PACKINGS, PrepareConfig
-from stages.prepare.staging import FinishedTask, read_documents, write_documents, write_keys, write_staged
+from stages.prepare.staging import FinishedTask, StagedFile, read_documents, write_documents, write_keys, write_staged
 from stages.prepare.tokens import ENDED_BY, Document, spoken
 
 PROGRESS_BYTES = 1 << 20
@@ -51,12 +58,24 @@ class Tasks:
         self._reporter, self._advance = reporter, advance
         self.folder: Store = config.out / UNITS
 
+    def find_near_duplicates(self, task: int) -> FinishedTask:
+        """Keys of the texts that are nearly like one before them, from a pass of its own over all inputs."""
+        threshold = self._config.near_duplicates
+        assert threshold is not None
+        self._reporter.log(f"{self._config.out}: near duplicates: reading {self._plan.num_bytes:,} bytes")
+        found = sorted(near_duplicates(self._plain_texts(), threshold, rules_of(self._config.quality)))
+        return FinishedTask(
+            keys=write_staged(self.folder, task, "near", lambda path: _write_bytes(path, b"".join(found)))
+        )
+
     def tokenise(self, unit: int) -> FinishedTask:
         """The documents of a unit as tokens, each once, and their keys."""
         pieces, config = self._plan.units[unit], self._config
         bad_lines = BadLines(config.skip_bad_lines, self._reporter)
         counting = _Counting(self._advance)
-        encoder = DocumentEncoder(config, self._tokenizer, bad_lines, self._reporter, counting.inside)
+        encoder = DocumentEncoder(
+            config, self._tokenizer, bad_lines, self._reporter, counting.inside, self._near_duplicates
+        )
         keys: dict[bytes, None] = {}
         shares = config.shares()
         counts: Counter[str] = Counter(left_out_by_weight=0, duplicate_documents=0)
@@ -94,6 +113,7 @@ class Tasks:
             pieces=[piece.identity for piece in pieces],
             documents=staged,
             keys=self._keys(unit, list(keys)),
+            rejected=self._rejected(unit, encoder.rejected),
             statistics=statistics,
             done=statistics["input_bytes"],
         )
@@ -184,12 +204,23 @@ class Tasks:
                 f"{', '.join(self._plan.resolved['inputs'])}: nothing to train on is left ({counts_of(manifest)}); "
                 "give more text, or look at the loss masks."
             )
+        if self._config.rejected is not None:
+            self._list_rejected(self._config.rejected)
         kept = {partition.file for partition in manifest.partitions}
         for name in (self._config.out / PARTITIONS).names():
             if name.endswith(".arrow") and name not in kept:  # with duplicates, or of another plan
                 (self._config.out / PARTITIONS / name).unlink(missing_ok=True)
         manifest.write(self._config.out)
         return FinishedTask()
+
+    @cached_property
+    def _near_duplicates(self) -> frozenset[bytes]:
+        """Keys of texts to drop; none unless it is asked for."""
+        content = b""
+        for task in self._read(self._plan.near_duplicates):
+            assert task.keys is not None
+            content = task.keys.on_this_machine(self.folder).read_bytes()
+        return frozenset(content[at : at + KEY_BYTES] for at in range(0, len(content), KEY_BYTES))
 
     @cached_property
     def _tokenised(self) -> list[FinishedTask]:
@@ -215,6 +246,35 @@ class Tasks:
         if not self._plan.num_buckets:
             return None
         return write_staged(self.folder, task, "keys", lambda path: write_keys(path, keys))
+
+    def _rejected(self, unit: int, rejected: Sequence[dict[str, str]]) -> StagedFile | None:
+        """On disk what of a unit was dropped, in the order of the input, if anything can be."""
+        if not self._config.quality and self._config.near_duplicates is None:
+            return None
+        lines = "".join(json.dumps(entry) + "\n" for entry in rejected)
+        return write_staged(self.folder, unit, "rejected", lambda path: _write_bytes(path, lines.encode()))
+
+    def _list_rejected(self, file: Path) -> None:
+        """One list of what all units have dropped, in the order of the input."""
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(file) as partial, partial.open("wb") as target:
+            for unit in self._tokenised:
+                assert unit.rejected is not None
+                target.write(unit.rejected.on_this_machine(self.folder).read_bytes())
+
+    def _plain_texts(self) -> Iterator[str]:
+        """All of the inputs, in their order; what cannot be read is named when it is read again."""
+        text_field, has_template = self._config.text_field, bool(self._tokenizer.chat_template)
+        bad_lines = BadLines(True, KeptLines())
+        for pieces in self._plan.units:
+            for piece in pieces:
+                with closing(read_records(piece, text_field, bad_lines)) as records:
+                    for record in records:
+                        with contextlib.suppress(Refused, Undesirable):
+                            content = content_of(record.fields, text_field, has_template)
+                            if isinstance(content, str):
+                                yield content
+            _check_unchanged(pieces)
 
     def _compare(self, task: int, tasks: range, units: Sequence[FinishedTask]) -> FinishedTask:
         keys = [unit.keys for unit in units if unit.keys is not None]
@@ -317,6 +377,10 @@ def _fraction(key: bytes) -> float:
 def counts_of(manifest: CorpusManifest) -> str:
     """What was met and dropped, as a person reads it."""
     return ", ".join(f"{count:,} {spoken(name)}" for name, count in manifest.statistics.items() if count)
+
+
+def _write_bytes(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
 
 
 def _without(items: Iterator[Any], places: np.ndarray) -> Iterator[Any]:

@@ -55,6 +55,7 @@ def work(
             stack.enter_context(drain)
         heartbeat.say("preparing")
         phases: list[tuple[Callable[[], Sequence[int]], Callable[[int], FinishedTask]]] = [
+            (lambda: plan.near_duplicates, tasks.find_near_duplicates),
             (lambda: plan.tokenising, tasks.tokenise),
             (lambda: plan.comparing_documents, tasks.compare_documents),
             (lambda: plan.packing, tasks.pack),

@@ -5,7 +5,7 @@ K stored entries.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,8 @@ from pipeline.cache.reader import Cache
 from pipeline.formats.layout import CachedSequence
 from pipeline.targets import SparseTargets, restricted
 from stages.train_student.loss_settings import LossSettings
+from stages.train_student.positions import ENTROPIES
+from stages.train_student.sources import SOURCES
 from stages.train_student.tails import DRAWN_TAILS, TAILS
 from stages.train_student.targets import DistillationTargets, TeacherTargets, require_values
 
@@ -47,6 +49,34 @@ class CacheDataset(Dataset[CachedSequence]):
         return sequence
 
 
+@dataclass(frozen=True, kw_only=True)
+class SourcedSequence(CachedSequence):
+    """A sequence of a mixture."""
+
+    source: int
+    """Number of the cache or view that it is from."""
+
+
+class MixedDataset(Dataset[CachedSequence]):
+    """Several caches as one, each behind the one before."""
+
+    def __init__(self, parts: Sequence[CacheDataset]) -> None:
+        self._parts = parts
+        self._ends = np.cumsum([len(part) for part in parts])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, index: int) -> CachedSequence:
+        if not 0 <= index < len(self):
+            raise IndexError(f"sequence {index} of a mixture of {len(self)}")
+        source = int(np.searchsorted(self._ends, index, side="right"))
+        part = self._parts[source]
+        sequence = part[index - int(self._ends[source]) + len(part)]
+        values = {field.name: getattr(sequence, field.name) for field in fields(CachedSequence)}
+        return SourcedSequence(**values, source=source)
+
+
 class Collate:
     """Makes a batch of sequences; a callable object, so that worker processes can be sent it.
 
@@ -54,8 +84,9 @@ class Collate:
     the others.
     """
 
-    def __init__(self, settings: LossSettings) -> None:
-        self._settings = settings
+    def __init__(self, settings: LossSettings, *, with_entropies: bool = False) -> None:
+        """`with_entropies` for a choice of positions by the teacher's entropy."""
+        self._settings, self._with_entropies = settings, with_entropies
 
     def __call__(self, sequences: list[CachedSequence]) -> dict[str, Any]:
         """Tensors named as the student's forward takes them; raises ValueError for targets that cannot be.
@@ -70,6 +101,8 @@ class Collate:
         teacher_coefficients     float32 [M, R], for a tail that is sketched alone
         labels                   the labels again
         keys                     hexadecimal names of the sequences
+        sources                  int64 [M], of a mixture: the number of the source of every target
+        target_entropies         float32 [M], if asked for: of the teacher's p_T over the full vocabulary, nats
 
         With a tail of draws, K counts the draws too: a repeated draw is one entry with its draws' weight,
         and the place of the others is padding, which repeats the row's first id with probability 0.
@@ -83,13 +116,18 @@ class Collate:
         batch = {"input_ids": input_ids, "position_ids": position_ids, "target_rows": _int64(rows)}
         batch |= targets.as_batch()
         batch["labels"] = targets.labels_M  # the Trainer counts target tokens only where it sees this name
+        if sourced := [each for each in sequences if isinstance(each, SourcedSequence)]:
+            batch[SOURCES] = _int64(np.concatenate([np.full(len(each.targets), each.source) for each in sourced]))
+        if self._with_entropies:
+            entropies = [sequence.targets.entropy(self._settings.temperature) for sequence in sequences]
+            batch[ENTROPIES] = torch.from_numpy(np.concatenate(entropies))
         return batch | {"keys": [sequence.key.hex() for sequence in sequences]}
 
     def targets(self, sequences: list[CachedSequence]) -> DistillationTargets:
         """What is learnt from the sequences, one after the other."""
         temperature, teachers = self._settings.temperature, [sequence.targets for sequence in sequences]
         labels = [sequence.token_ids[sequence.target_positions + 1] for sequence in sequences]
-        ids, probs = (np.concatenate(parts) for parts in zip(*map(self._entries, teachers)))
+        ids, probs = _equally_wide(list(map(self._entries, teachers)))
         entropy = None
         if self._settings.tail in DRAWN_TAILS:
             entropy = torch.from_numpy(np.concatenate([teacher.entropy(temperature) for teacher in teachers]))
@@ -117,6 +155,19 @@ class Collate:
         drawn, weights = merge_draws(targets.draws, targets.tail_mass(temperature))
         ids, probs = np.hstack([targets.ids, drawn]), np.hstack([targets.probs(temperature), weights])
         return np.where((probs > 0) | (np.arange(ids.shape[1]) < targets.top_k), ids, ids[:, :1]), probs
+
+
+def _equally_wide(parts: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and weights [N, K] of several parts, filled up to the widest with the row's first id and weight 0."""
+    width = max(ids.shape[1] for ids, _ in parts)
+    filled = []
+    for ids, probs in parts:
+        if missing := width - ids.shape[1]:
+            ids = np.hstack([ids, np.repeat(ids[:, :1], missing, axis=1)])
+            probs = np.pad(probs, ((0, 0), (0, missing)))
+        filled.append((ids, probs))
+    all_ids, all_probs = (np.concatenate(column) for column in zip(*filled))
+    return all_ids, all_probs
 
 
 def stack_rows(rows: Sequence[tuple[np.ndarray, Iterable[int]]]) -> tuple[Tensor, Tensor]:

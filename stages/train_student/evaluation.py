@@ -49,8 +49,8 @@ class Evaluation:
         self._data, self._temperatures, self._batch_size = data, temperatures, batch_size
         self._collate, self._sketch = Collate(self._settings), sketch
 
-    def run(self, trainer: Any) -> dict[str, float]:
-        """The metrics, the same on every rank. Every rank calls the model equally often, as FSDP asks."""
+    def sums(self, trainer: Any) -> dict[str, Tensor]:
+        """What `finish` makes metrics of, the same on every rank. All call the model equally often, as FSDP asks."""
         args, model = trainer.args, trainer.model
         model.eval()
         totals: dict[str, Tensor] = {}
@@ -62,8 +62,7 @@ class Evaluation:
                 totals[name] = totals.get(name, 0) + value * bool(rows)
         model.train()
         names = sorted(totals)
-        reduced = {name: trainer.accelerator.reduce(totals[name], "sum") for name in names}
-        return finish(reduced)
+        return {name: trainer.accelerator.reduce(totals[name], "sum") for name in names}
 
     def _measure(self, trainer: Any, rows: list[int]) -> dict[str, Tensor]:
         sequences = [self._data[row] for row in rows]
@@ -191,6 +190,16 @@ def _sketch_sums(
         log_q_CV = torch.log_softmax(logits_CV / temperature, 1)
         sums[f"kl_sketch_{temperature:g}"] = (log_p_CV.exp() * (log_p_CV - log_q_CV)).sum(1).double().sum()
     return sums
+
+
+def measured(sums_of: dict[str, dict[str, Tensor]]) -> dict[str, float]:
+    """Metrics over several caches together, as far as all of them have them, and `name/cache` of each alone."""
+    parts = list(sums_of.values())
+    common = [name for name in parts[0] if all(name in part for part in parts)]
+    metrics = finish({name: sum((part[name] for part in parts[1:]), parts[0][name]) for name in common})
+    if len(parts) > 1:
+        metrics |= {f"{name}/{cache}": value for cache, sums in sums_of.items() for name, value in finish(sums).items()}
+    return metrics
 
 
 def finish(sums: dict[str, Tensor]) -> dict[str, float]:

@@ -50,6 +50,8 @@ class HeadStep:
     """What the three matrix products read."""
     needs_grad: tuple[bool, ...]
     """For every factor in the order of FusedHead.apply."""
+    on_rows: Callable[[Tensor], None] | None = None
+    """Told of cross-entropy and divergence of every target token, [2, M]."""
 
     @property
     def row_weights(self) -> tuple[float, float] | None:
@@ -141,6 +143,8 @@ def _loss_and_gradients(
             continue
         for pair, hidden_CH in zip(pairs, hiddens):
             _accumulate_gradients(pair, grad_logits_CV, hidden_CH, chunk, step.settings)
+    if step.on_rows is not None:
+        step.on_rows(row_losses_2M)
     cross_entropy = row_losses_2M[0].sum() / step.denominator
     has_targets = targets is not None
     kl = row_losses_2M[1].sum() / step.denominator if has_targets else torch.full_like(cross_entropy, math.nan)

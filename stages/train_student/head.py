@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
@@ -22,6 +23,8 @@ from stages.train_student.loss import DistillationLoss, distillation_loss
 from stages.train_student.loss_settings import LossSettings
 from stages.train_student.routers import RouterLoss
 from stages.train_student.sketch import SketchHead
+from stages.train_student.sources import SUMMED
+from stages.train_student.student_entropy import least_sure_rows
 from stages.train_student.targets import LABELS, TEACHER_COLUMNS, DistillationTargets
 
 OTHER_COLUMNS = ("labels",)
@@ -39,6 +42,8 @@ class DistillationOutput(ModelOutput):
     kl: Tensor | None = None
     router_loss: Tensor | None = None
     """Of a mixture of experts, its share of the step; in `loss` times its weight. None if nothing balances routers."""
+    by_source: Tensor | None = None
+    """[sources, SUMMED]: sums of a mixture of caches; None of one cache."""
 
 
 def attach_fused_loss(
@@ -46,12 +51,16 @@ def attach_fused_loss(
     settings: LossSettings,
     router: RouterLoss | None = None,
     sketch: SketchHead | None = None,
+    num_sources: int = 1,
 ) -> None:
     """Make `model(**batch)` of a batch by `dataset.Collate` return a DistillationOutput.
 
     `num_items_in_batch` is the number of target tokens of the whole step, over all micro-batches
     and ranks; without it the mean is over the batch. With `measure`, a HeadFunction, what it makes of the target rows
-    is returned instead. With the model's attribute `one_by_one` set, every document is computed as a row of its own.
+    is returned instead. With `kept_of_sequences`, how many targets every sequence has and how many of them are kept,
+    the loss is that of the kept ones, where the student is least sure. With `sources`, the number of every target's
+    source, the output has sums for each of `num_sources`. With the model's attribute `one_by_one` set,
+    every document is computed as a row of its own.
     The sketch, which a tail that is sketched needs, goes to the device of the hidden states; it is no part of the
     model's state. Raises ConfigError for a head with a bias.
     """
@@ -60,7 +69,7 @@ def attach_fused_loss(
         raise ConfigError(f"{type(model).__name__}: its head has a bias, which the fused loss does not know.")
     model.one_by_one = False
     head.forward = types.MethodType(_hooked_head(head.forward), head)
-    model.forward = types.MethodType(_hooked_model(model.forward, settings, router, sketch), model)
+    model.forward = types.MethodType(_hooked_model(model.forward, settings, router, sketch, num_sources), model)
 
 
 def token_loss(
@@ -68,15 +77,47 @@ def token_loss(
     settings: LossSettings,
     alpha: float | None = None,
     num_target_tokens: float | None = None,
+    kept: list[tuple[int, int]] | None = None,
+    by_source: "SourceSums | None" = None,
 ) -> HeadFunction:
-    """The loss of the target tokens, to be computed in the head's forward."""
+    """The loss of the target tokens, or of those that are `kept`, to be computed in the head's forward."""
 
     def loss(hidden_MH: Tensor, weight_VH: Tensor, *, adapter: tuple[Tensor, Tensor] | None) -> DistillationLoss:
+        chosen, on_rows = targets, None if by_source is None else by_source.add
+        if kept is not None:
+            rows = least_sure_rows(hidden_MH, weight_VH, adapter, settings, kept)
+            hidden_MH, chosen = hidden_MH[rows], targets.rows(rows)
+            adapter = None if adapter is None else (adapter[0][rows], adapter[1])
+            if by_source is not None:
+                by_source.sources_M = by_source.sources_M[rows]
         return distillation_loss(
-            hidden_MH, weight_VH, targets, settings, alpha=alpha, num_target_tokens=num_target_tokens, adapter=adapter
+            hidden_MH,
+            weight_VH,
+            chosen,
+            settings,
+            alpha=alpha,
+            num_target_tokens=num_target_tokens,
+            adapter=adapter,
+            on_rows=on_rows,
         )
 
     return loss
+
+
+class SourceSums:
+    """What is summed over the target tokens of each source of a mixture: `sources.SUMMED`."""
+
+    def __init__(self, sources_M: Tensor, num_sources: int, alpha: float, temperature: float) -> None:
+        self.sources_M = sources_M
+        self._weights = 1 - alpha, alpha * temperature**2
+        self.sums = torch.zeros(num_sources, len(SUMMED), device=sources_M.device)
+
+    def add(self, row_losses_2M: Tensor) -> None:
+        """Add cross-entropy and divergence of every token."""
+        cross_entropy_M, kl_M = row_losses_2M.float()
+        loss_M = self._weights[0] * cross_entropy_M + self._weights[1] * kl_M
+        columns = torch.stack([torch.ones_like(loss_M), loss_M, cross_entropy_M, kl_M], dim=1)
+        self.sums.index_add_(0, self.sources_M, columns)
 
 
 def _hooked_head(head_forward: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
@@ -90,7 +131,11 @@ def _hooked_head(head_forward: Callable[[Tensor], Tensor]) -> Callable[..., Any]
 
 
 def _hooked_model(
-    model_forward: Callable[..., Any], settings: LossSettings, router: RouterLoss | None, sketch: SketchHead | None
+    model_forward: Callable[..., Any],
+    settings: LossSettings,
+    router: RouterLoss | None,
+    sketch: SketchHead | None,
+    num_sources: int,
 ) -> Callable[..., Any]:
     sketch_on = functools.cache(lambda device: None if sketch is None else sketch.to(device))
 
@@ -102,6 +147,8 @@ def _hooked_model(
         alpha: float | None = None,
         num_items_in_batch: float | None = None,
         measure: HeadFunction | None = None,
+        kept_of_sequences: list[tuple[int, int]] | None = None,
+        sources: Tensor | None = None,
         **columns: Any,
     ) -> Any:
         if target_rows is None:
@@ -114,9 +161,16 @@ def _hooked_model(
         if measure is not None:
             return head(body.hidden_MH, measure)
         targets = DistillationTargets.of_batch(columns, sketch_on(body.hidden_MH.device))
-        out = DistillationOutput(*head(body.hidden_MH, token_loss(targets, settings, alpha, num_items_in_batch)))
+        by_source = None
+        if sources is not None:
+            weight = settings.alpha if alpha is None else alpha
+            by_source = SourceSums(sources, num_sources, weight, settings.temperature)
+        loss = token_loss(targets, settings, alpha, num_items_in_batch, kept_of_sequences, by_source)
+        out = DistillationOutput(*head(body.hidden_MH, loss))
+        out.by_source = None if by_source is None else by_source.sums
         if balanced is not None:
-            share = 1.0 if num_items_in_batch is None else len(target_rows) / num_items_in_batch
+            num_kept = len(targets) if kept_of_sequences is None else sum(kept for _, kept in kept_of_sequences)
+            share = 1.0 if num_items_in_batch is None else num_kept / num_items_in_batch
             _add_balance(out, balanced, body.router_logits, share)
         return out
 

@@ -11,9 +11,8 @@ from torch.utils.data import DataLoader
 from pipeline.handover import Handover
 from pipeline.progress import Reporter
 from pipeline.stores.patience import patience_s
-from pipeline.stores.store import Store
 from pipeline.watchdog import Watchdog, end_process
-from stages.train_student.dataset import CacheDataset, Collate
+from stages.train_student.dataset import CacheDataset, Collate, MixedDataset
 from stages.train_student.sampler import StreamSampler
 
 AHEAD = 4
@@ -50,7 +49,7 @@ class BatchLoader:
 
     def __init__(
         self,
-        dataset: CacheDataset,
+        dataset: CacheDataset | MixedDataset,
         collate: Collate,
         sampler: StreamSampler,
         *,
@@ -88,14 +87,15 @@ class BatchLoader:
         return self._watchdog.watching("reading a batch of the cache") if self._watchdog else nullcontext()
 
 
-def watch_reading(cache: Store, stall_s: float, reporter: Reporter) -> Watchdog:
-    """What ends this rank once `cache` cannot be read for so long, or as long as a silent store is waited for.
+def watch_reading(caches: str, stall_s: float, reporter: Reporter) -> Watchdog:
+    """What ends this rank once caches of these names cannot be read for so long, or as long as a silent store is waited
+    for.
 
     The other ranks and the launcher see its end.
     """
 
     def give_up(line: str) -> None:
-        reporter.note(f"error: {cache}: {line}")
+        reporter.note(f"error: {caches}: {line}")
         end_process()
 
     return Watchdog(max(stall_s, patience_s()), give_up)

@@ -9,6 +9,7 @@ H hidden size.
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -147,10 +148,12 @@ def distillation_loss(
     num_target_tokens: float | None = None,
     chunk_bytes: int | None = None,
     adapter: tuple[Tensor, Tensor] | None = None,
+    on_rows: Callable[[Tensor], None] | None = None,
 ) -> DistillationLoss:
     """`fused_distillation_loss` of target tokens alone, which never waits for the device.
 
-    `targets.require_values` has looked at what they hold. `alpha` is that of the settings unless it is given.
+    `targets.require_values` has looked at what they hold. `alpha` is that of the settings unless it is given. `on_rows`
+    is told of the cross-entropy and the divergence of every target token, [2, M].
     """
     alpha = settings.alpha if alpha is None else alpha
     require_alpha(alpha)
@@ -170,6 +173,7 @@ def distillation_loss(
         chunk_bytes=chunk_bytes or DEFAULT_CHUNK_BYTES[hidden_MH.device.type],
         product_dtype=product_dtype(hidden_MH),
         needs_grad=tuple(torch.is_grad_enabled() and factor.requires_grad for factor in factors),
+        on_rows=on_rows,
     )
     teacher = targets.teacher
     rows = None if teacher is None else make_row_targets(teacher, settings, loss_dtype(hidden_MH))

@@ -5,10 +5,13 @@ import os
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
 
 from stages.train_student.compat import accelerate_hooks
+
+Value = TypeVar("Value")
 
 
 def world_size() -> int:
@@ -42,10 +45,15 @@ def own_process_group() -> Iterator[None]:
             accelerate_hooks.forget()
 
 
+def from_all_ranks(value: Value) -> list[Value]:
+    """What every rank gives, in their order; a collective."""
+    if not torch.distributed.is_initialized():
+        return [value]
+    values: list[Any] = [None] * world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
 def on_any_rank(flag: bool) -> bool:
     """Whether the flag is set on any rank; a collective."""
-    if not torch.distributed.is_initialized():
-        return flag
-    flags: list[bool | None] = [None] * world_size()
-    torch.distributed.all_gather_object(flags, flag)
-    return any(flags)
+    return any(from_all_ranks(flag))

@@ -17,15 +17,20 @@ from stages.train_student.settings import TrainConfig
 REPORT = "report.html"
 BODY = """<h1>{{ name }}</h1><p class=verdict>{{ summary }}</p>
 {% if bad_steps %}<h2>Bad steps</h2>{{ table(bad_steps) }}{% endif %}{{ grid(figures) }}
-<h2>Results</h2>{{ table(results) }}<h2>Settings</h2>{{ table(settings) }}
+<h2>Results</h2>{{ table(results) }}{% for rows in by_source %}{{ table(rows) }}{% endfor %}
+<h2>Settings</h2>{{ table(settings) }}
 """
 NATS = "nats a token"
 CURVES = (
     ("loss", "Loss, (1 - alpha) CE + alpha T² D", NATS),
+    ("loss/", "Loss by source", NATS),
     ("cross_entropy", "Cross-entropy, training", NATS),
+    ("cross_entropy/", "Cross-entropy by source, training", NATS),
     ("kl", "Divergence of teacher and student at T, training", NATS),
+    ("kl/", "Divergence by source, training", NATS),
     ("router_loss", "Balancing loss of the routers, not weighted", ""),
     ("eval_cross_entropy", "Cross-entropy, held out", NATS),
+    ("eval_cross_entropy/", "Cross-entropy by held-out cache", NATS),
     ("eval_kl_", "KL to the teacher, held out (ghost tail; with a sketch, the whole vocabulary)", NATS),
     ("eval_top1_agreement", "Top-1 agreement with the teacher, held out", "share of tokens"),
     ("eval_acceptance_", "Speculative acceptance: lower and upper bound", "rate"),
@@ -53,14 +58,15 @@ def write_report(config: TrainConfig, log: list[dict[str, Any]], metrics: dict[s
         summary=_summary(metrics),
         bad_steps=_bad_steps(config.out),
         figures=[figure for figure in figures if figure is not None],
-        results=_results(metrics),
+        results=_results({name: value for name, value in metrics.items() if "/" not in name}),
+        by_source=_by_source(metrics),
         settings=[["setting", "value"], *([key, str(value)] for key, value in resolved(config).items())],
     )
 
 
 def _curve(log: list[dict[str, Any]], key: str, title: str, unit: str) -> Markup | None:
     names = sorted(
-        {name for entry in log for name in entry if name == key or (key[-1] == "_" and name.startswith(key))}
+        {name for entry in log for name in entry if name == key or (key[-1] in "_/" and name.startswith(key))}
     )
     if not names:
         return None
@@ -88,6 +94,24 @@ def _results(metrics: dict[str, Any]) -> Table:
     return [["metric", "value"]] + [
         [name, f"{value:,.4f}" if isinstance(value, float) else str(value)] for name, value in metrics.items()
     ]
+
+
+def _by_source(metrics: dict[str, Any]) -> list[Table]:
+    """A table of what the training took from its sources, and one of held-out caches, if there are several."""
+    tables = []
+    for is_held_out in (False, True):
+        names = [name for name in metrics if "/" in name and name.startswith("eval_") == is_held_out]
+        sources = list(dict.fromkeys(name.partition("/")[2] for name in names))
+        if not sources:
+            continue
+        rows = list(dict.fromkeys(name.partition("/")[0] for name in names))
+        cells = [[row, *(_cell(metrics.get(f"{row}/{source}")) for source in sources)] for row in rows]
+        tables.append([["held out" if is_held_out else "trained on", *sources], *cells])
+    return tables
+
+
+def _cell(value: float | int | None) -> str:
+    return "" if value is None else f"{value:,.4f}" if isinstance(value, float) else f"{value:,}"
 
 
 def _bad_steps(folder: Path) -> Table:

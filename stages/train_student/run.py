@@ -6,13 +6,11 @@ from contextlib import ExitStack, closing, nullcontext
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
 from transformers import TrainingArguments, set_seed
 
 from pipeline.cache.manifest import TOKENIZER
-from pipeline.cache.reader import Cache, open_cache
 from pipeline.cpu import slow_products
 from pipeline.documents import document_of
 from pipeline.drain import Drain
@@ -32,16 +30,7 @@ from stages.train_student.checkpoints import (
     remove_torn_checkpoints,
     unpickling_problem,
 )
-from stages.train_student.checks import (
-    alone_in,
-    approximation_note,
-    open_folder,
-    require_room,
-    require_same_targets,
-    require_sketch,
-    require_targets,
-    sketch_of,
-)
+from stages.train_student.checks import alone_in, approximation_note, open_folder, sketch_of
 from stages.train_student.compat import accelerate_hooks, transformers_hooks
 from stages.train_student.compat.torch_hooks import weights_only
 from stages.train_student.coverage import coverage_notes
@@ -55,15 +44,17 @@ from stages.train_student.isolation import Documents, isolate_documents, probe
 from stages.train_student.loader import BatchLoader, watch_reading
 from stages.train_student.lora import add_adapters
 from stages.train_student.loss_settings import LossSettings
+from stages.train_student.opened import Sources
+from stages.train_student.positions import PositionRule
 from stages.train_student.progress import ReportProgress, tensorboard_callbacks
 from stages.train_student.ranks import on_any_rank, own_process_group, rank, world_size
 from stages.train_student.report import write_report
 from stages.train_student.routers import router_loss
-from stages.train_student.sampler import StepShape, StreamSampler
+from stages.train_student.sampler import StepShape
 from stages.train_student.schedules import AlphaSchedule
 from stages.train_student.settings import TrainConfig
-from stages.train_student.sketch import SketchHead
-from stages.train_student.student import Student, read_student, special_token_notes
+from stages.train_student.step_positions import StepPositions
+from stages.train_student.student import Student, special_token_notes
 from stages.train_student.trainer import DistillationTrainer
 
 METRICS = "metrics.json"
@@ -85,44 +76,40 @@ def train_student(config: TrainConfig, reporter: Reporter | None = None) -> dict
 
 def _train_student(config: TrainConfig, reporter: Reporter, until_the_end: ExitStack) -> dict[str, Any]:
     config = located(config, "student", reporter)
-    cache = open_cache(config.cache)
-    require_targets(config, cache.manifest)
-    sketch = require_sketch(config, cache)
-    held_out = open_cache(config.eval_cache) if config.eval_cache is not None else None
-    if held_out is not None:
-        require_same_targets(config, cache.manifest, held_out.manifest)
-    student = read_student(config.student, cache, trust_remote_code=config.trust_remote_code)
-    if held_out is not None:
-        require_room(config, student.model.context_length, held_out.manifest)
-    tokenizer = load_tokenizer(config.cache / TOKENIZER, trust_remote_code=config.trust_remote_code)
+    sources = Sources.open(config)
+    cache = sources.caches[0]
+    student = sources.read_student(config)
+    tokenizer = load_tokenizer(cache.folder / TOKENIZER, trust_remote_code=config.trust_remote_code)
     shape = StepShape(
         batch_size=config.batch_size,
         accumulation=config.gradient_accumulation,
         rank=rank(),
         world_size=world_size(),
     )
-    open_folder(config, cache.manifest, held_out.manifest if held_out is not None else None, shape)
+    manifests = [[cache.manifest for cache in caches] for caches in (sources.caches, sources.held_out.values())]
+    open_folder(config, manifests[0], manifests[1], shape)
     if (config.out / METRICS).is_file():
         reporter.log(f"{config.out}: finished before; nothing to do.")
         return read_metrics(config.out)
     until_the_end.enter_context(alone_in(config.out))
-    watchdog = until_the_end.enter_context(closing(watch_reading(config.cache, config.stall_s, reporter)))
+    places = ", ".join(str(cache.place) for cache in sources.caches)
+    watchdog = until_the_end.enter_context(closing(watch_reading(places, config.stall_s, reporter)))
     with Drain() as drain:
         with reporter.waiting("loading the student") if rank() == 0 else nullcontext():
-            trainer = _trainer(config, student, cache, sketch, held_out, shape, drain, watchdog, reporter)
-        train_seconds = _train(trainer, config, cache, student, tokenizer, reporter)
-    caches = [cache] if held_out is None else [cache, held_out]
+            trainer = _trainer(config, student, sources, shape, drain, watchdog, reporter)
+        train_seconds = _train(trainer, config, sources, student, tokenizer, reporter)
+    caches = [*sources.caches, *sources.held_out.values()]
     metrics: dict[str, float | None] = {
         "train_seconds": train_seconds,
         "steps": trainer.state.global_step,
-        "tokens_seen": _tokens_seen(trainer, shape, cache),
+        **sources.taken(trainer.state.global_step * shape.global_batch),
     }
     if any(config.temperature not in known.manifest.temperatures for known in caches):
         metrics["approximate_temperature"] = config.temperature
-    if held_out is not None:
+    if sources.held_out:
         metrics |= trainer.evaluate()
-        metrics["eval_teacher_cross_entropy"] = _teacher_cross_entropy(held_out)
-    ends = cache.manifest.end_token_ids
+        metrics |= sources.teacher_cross_entropy()
+    ends = tuple(sorted({token for cache in sources.caches for token in cache.manifest.end_token_ids}))
     write_student(trainer, config, tokenizer, ends, lambda: _load(config, student), reporter)
     if trainer.is_world_process_zero():
         write_report(config, trainer.state.log_history, metrics, reporter)
@@ -139,7 +126,7 @@ def read_metrics(out: Path) -> dict[str, Any]:
 def _train(
     trainer: DistillationTrainer,
     config: TrainConfig,
-    cache: Cache,
+    sources: Sources,
     student: Student,
     tokenizer: Any,
     reporter: Reporter,
@@ -150,7 +137,7 @@ def _train(
         trainer.restore(read_mark(checkpoint))
     if trainer.is_world_process_zero():
         remove_torn_checkpoints(config.out / CHECKPOINTS)
-        reporter.log(_announcement(config, trainer, cache, checkpoint))
+        reporter.log(_announcement(config, trainer, sources, checkpoint))
         slow = [] if torch.cuda.is_available() else slow_products(config.dtype, "--dtype float32 is faster")
         for note in (*student.notes, *special_token_notes(student, tokenizer), *slow):
             reporter.note(note)
@@ -183,16 +170,14 @@ def _load(config: TrainConfig, student: Student) -> Any:
 def _trainer(
     config: TrainConfig,
     student: Student,
-    cache: Cache,
-    sketch: SketchHead | None,
-    held_out: Cache | None,
+    sources: Sources,
     shape: StepShape,
     drain: Drain,
     watchdog: Watchdog,
     reporter: Reporter,
 ) -> DistillationTrainer:
-    steps = num_steps(config, len(cache), shape)
-    arguments = training_arguments(config, steps, evaluates=held_out is not None)
+    steps = num_steps(config, len(sources), shape)
+    arguments = training_arguments(config, steps, evaluates=bool(sources.held_out))
     settings = LossSettings(
         vocab_size=student.vocab_size,
         alpha=config.alpha,
@@ -202,30 +187,26 @@ def _trainer(
         logit_scale=student.model.logit_scale,
         logit_softcap=student.model.logit_softcap,
     )
-    collate = Collate(settings)
+    rule = None if config.positions is None else PositionRule.parse(config.positions)
+    collate = Collate(settings, with_entropies=rule is not None and rule.by == "entropy")
     approximate = config.temperature if config.approximate_temperature else None
-    dataset = CacheDataset(cache, student.vocab_size, approximate)
-    held_out_data = None if held_out is None else CacheDataset(held_out, student.vocab_size, approximate)
+    dataset = sources.dataset(student.vocab_size, approximate)
     batch = collate([next(sequence for sequence in dataset if len(sequence.targets))])
-    model, check = _ready_student(config, student, cache, sketch, held_out, batch, settings, arguments, reporter)
-    evaluation = None
-    if held_out is not None and held_out_data is not None:
-        temperatures = tuple(sorted({config.temperature, *({1.0} & set(held_out.manifest.temperatures))}))
-        evaluation = Evaluation(
-            held_out_data,
-            settings,
-            temperatures,
-            config.batch_size,
-            None if sketch is None else sketch_of(held_out),
-        )
+    model, check = _ready_student(config, student, sources, batch, settings, arguments, reporter)
+    held_out = {name: CacheDataset(cache, student.vocab_size, approximate) for name, cache in sources.held_out.items()}
+    evaluations = {}
+    for name, data in held_out.items():
+        temperatures = tuple(sorted({config.temperature, *({1.0} & set(data.cache.manifest.temperatures))}))
+        sketch = None if sources.sketch is None else sketch_of(data.cache)
+        evaluations[name] = Evaluation(data, settings, temperatures, config.batch_size, sketch)
     on_gpu = torch.cuda.is_available()
     workers = config.loader_workers if config.loader_workers is not None else 2 if on_gpu else 0
-    sampler = StreamSampler(len(cache), config.seed, shape, steps)
+    sampler = sources.sampler(config.seed, shape, steps)
     trainer = DistillationTrainer(
         model=model,
         args=arguments,
         train_dataset=dataset,
-        eval_dataset=held_out_data,
+        eval_dataset=next(iter(held_out.values()), None),
         batches=BatchLoader(dataset, collate, sampler, num_workers=workers, pin=on_gpu, watchdog=watchdog),
         alpha=AlphaSchedule(
             shape=config.alpha_schedule,
@@ -234,12 +215,14 @@ def _trainer(
             warmup_ratio=config.warmup_ratio,
             decay_ratio=config.decay_ratio,
         ),
-        evaluation=evaluation,
+        evaluations=evaluations,
         drain=drain,
         on_bad_step=_on_bad_step(config, reporter),
-        epochs_per_step=shape.global_batch / len(cache),
+        epochs_per_step=shape.global_batch / len(sources),
         log_note=reporter.note,
         has_router_loss=check.router is not None,
+        positions=None if rule is None else StepPositions(rule, config.seed),
+        sources=sources.names if len(sources.names) > 1 else (),
         before_training=check.where_it_is_sharded,
     )
     trainer.add_callback(MarkWhole(config.keep_checkpoints, trainer.progress))
@@ -252,9 +235,7 @@ def _trainer(
 def _ready_student(
     config: TrainConfig,
     student: Student,
-    cache: Cache,
-    sketch: SketchHead | None,
-    held_out: Cache | None,
+    sources: Sources,
     batch: dict[str, Any],
     settings: LossSettings,
     arguments: TrainingArguments,
@@ -264,12 +245,12 @@ def _ready_student(
     model = _load(config, student)
     base = model.get_base_model() if config.lora_rank else model
     router, router_note = router_loss(base, config.router_aux_loss)
-    attach_fused_loss(base, settings, router, sketch)
+    attach_fused_loss(base, settings, router, sources.sketch, len(sources.caches))
     if config.sharding == "none":
         model.to(arguments.device)
-    caches = [cache] if held_out is None else [cache, held_out]
+    caches = [*sources.caches, *sources.held_out.values()]
     probes = [probe(known, known.manifest.packing, few_tokens=config.sharding != "none") for known in caches]
-    check = LossCheck(base, batch, settings, router, sketch)
+    check = LossCheck(base, batch, settings, router, sources.sketch)
     notes = _try_out(model, check, functools.partial(computation, arguments), probes)
     if world_size() > 1 and config.sharding == "none":
         arguments.ddp_find_unused_parameters = on_any_rank(not _reaches_all(model, batch))
@@ -315,23 +296,13 @@ def _on_bad_step(config: TrainConfig, reporter: Reporter) -> Any:
     return act
 
 
-def _announcement(config: TrainConfig, trainer: DistillationTrainer, cache: Cache, checkpoint: Path | None) -> str:
+def _announcement(config: TrainConfig, trainer: DistillationTrainer, sources: Sources, checkpoint: Path | None) -> str:
     trained = [parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad]
     start = f"from {checkpoint.name}" if checkpoint else "from the start"
+    targets = sum(cache.manifest.num_targets for cache in sources.caches)
+    positions = "" if config.positions is None else f"positions {config.positions}, "
     return (
-        f"{config.out}: training {sum(trained) / 1e6:,.1f}M parameters on {len(cache):,} sequences "
-        f"({cache.manifest.num_targets:,} targets), alpha {config.alpha:g}, T {config.temperature:g}, "
-        f"{config.tail} tail, {start}"
+        f"{config.out}: training {sum(trained) / 1e6:,.1f}M parameters on {len(sources):,} sequences "
+        f"({targets:,} targets{sources.described()}), alpha {config.alpha:g}, T {config.temperature:g}, "
+        f"{config.tail} tail, {positions}{start}"
     )
-
-
-def _teacher_cross_entropy(cache: Cache) -> float | None:
-    """Mean negative log-probability that the teacher gives to the labels; None if T = 1 was not captured."""
-    if 1.0 not in cache.manifest.temperatures:
-        return None
-    total = sum(float(-sequence.targets.label_logprobs(1.0).sum(dtype=np.float64)) for sequence in cache)
-    return total / cache.manifest.num_targets
-
-
-def _tokens_seen(trainer: DistillationTrainer, shape: StepShape, cache: Cache) -> int:
-    return int(trainer.state.global_step * shape.global_batch * cache.manifest.num_tokens / len(cache))

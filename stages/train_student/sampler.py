@@ -3,10 +3,13 @@
 The samples of a run form one endless stream; position p is sample p % n of epoch p // n, under that epoch's
 permutation. An optimizer step takes the next `global_batch` positions, micro-batch by micro-batch, and every rank its
 slice of each: the sequences of a step do not depend on how many ranks, micro-batches or worker processes share them.
+Several sources make one stream (`Mixture`), in which each has a stream of its own.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 from torch.utils.data import Sampler
 
@@ -94,3 +97,60 @@ class StreamSampler(Sampler[list[int]]):
         """The sequence at a position of the stream."""
         epoch, index = divmod(position, self._num_sequences)
         return Permutation(self._num_sequences, (self._seed, epoch))[index]
+
+
+class Mixture:
+    """Which source every position of a stream takes from: each at its share, evenly, from the first position on.
+
+    The item k of a source with share w is due at (k + 1/2) / w; positions go to the items as they are due, of equals to
+    the first source: Webster's apportionment. Of n sources none is ever further than 1/2 + w (n - 2) / 2 items from its
+    share of the positions before: of two, any window has the exact number to within 1. A position costs microseconds.
+    """
+
+    def __init__(self, shares: Sequence[Fraction]) -> None:
+        """Shares above 0 that add up to 1."""
+        assert sum(shares) == 1
+        assert min(shares) > 0
+        self._total = math.lcm(*(share.denominator for share in shares))
+        self._weights = [int(share * self._total) for share in shares]
+
+    def counts(self, position: int) -> list[int]:
+        """How many items of each source the positions before this one have."""
+        return self._from(position)
+
+    def item(self, position: int) -> tuple[int, int]:
+        """The source at a position, and how many of its items come before."""
+        counts = self._from(position)
+        source = self._next(counts)
+        return source, counts[source]
+
+    def _from(self, position: int) -> list[int]:
+        """What is due by a time before which fewer than `position` items are, and the next ones one by one."""
+        time = max(0, position - len(self._weights))
+        counts = [(2 * weight * time + self._total) // (2 * self._total) for weight in self._weights]
+        for _ in range(position - sum(counts)):
+            counts[self._next(counts)] += 1
+        return counts
+
+    def _next(self, counts: list[int]) -> int:
+        best = 0
+        for source in range(1, len(counts)):  # (2 k + 1) / weight, compared without division
+            if (2 * counts[source] + 1) * self._weights[best] < (2 * counts[best] + 1) * self._weights[source]:
+                best = source
+        return best
+
+
+class MixedSampler(StreamSampler):
+    """Micro-batches of a mixture: numbers of sequences, those of the second source behind those of the first."""
+
+    def __init__(
+        self, sizes: Sequence[int], shares: Sequence[Fraction], seed: int, shape: StepShape, num_steps: int
+    ) -> None:
+        super().__init__(sum(sizes), seed, shape, num_steps)
+        self._sizes, self._mixture = sizes, Mixture(shares)
+
+    def sequence_at(self, position: int) -> int:
+        """The sequence at a position of the stream: that of its source's own stream, which has its own permutations."""
+        source, index = self._mixture.item(position)
+        epoch, place = divmod(index, self._sizes[source])
+        return sum(self._sizes[:source]) + Permutation(self._sizes[source], (self._seed, epoch, source))[place]

@@ -8,8 +8,10 @@ from pipeline.settings import COMPUTED_IN, Settings, required, setting
 from pipeline.stores.store import Store
 from stages.train_student.divergences import DIVERGENCES
 from stages.train_student.guards import BAD_LOSS_ACTIONS
+from stages.train_student.positions import PositionRule
 from stages.train_student.schedules import ALPHA_SCHEDULES, SCHEDULES
 from stages.train_student.shardings import SHARDINGS
+from stages.train_student.sources import sources_of
 from stages.train_student.tails import DIVERGING_TAILS, TAILS
 
 
@@ -20,7 +22,10 @@ class TrainConfig(Settings):
     student: Path = required(
         "Folder of the student, its name on a model hub, or a config.json for one that starts from random weights."
     )
-    cache: Store = required("Folder or URL that `pipeline cache-logits` wrote to.")
+    cache: tuple[Store, ...] = required(
+        "Folder or URL that `pipeline cache-logits` wrote to, or a view of one; several are mixed: PLACE=SHARE gives "
+        "one a share of the sequences, the others share the rest by size."
+    )
     out: Path = required("Folder for checkpoints, logs and the finished student.")
     alpha: float = setting(0.5, "Weight of the distillation term; 0 trains from the labels alone.")
     temperature: float = setting(2.0, "Temperature T of the distillation term; the cache must hold it.")
@@ -47,8 +52,13 @@ class TrainConfig(Settings):
         "Forward KL, reverse KL or Jensen-Shannon; the last two with the tails ghost and sketch.",
         choices=DIVERGENCES,
     )
-    eval_cache: Store | None = setting(None, "A held-out cache to evaluate on.")
-    epochs: float = setting(1.0, "Passes over the cache; --max-steps takes precedence.")
+    positions: str | None = setting(
+        None,
+        "Keep the loss on a share of the target positions: 'entropy:0.2' where the teacher's entropy at T is largest, "
+        "'student-entropy:0.2' the student's, 'random:0.2' by chance; none keeps all.",
+    )
+    eval_cache: tuple[Store, ...] = setting((), "A held-out cache to evaluate on; of several, each by itself as well.")
+    epochs: float = setting(1.0, "Passes over the caches together; --max-steps takes precedence.")
     max_steps: int | None = setting(None, "Optimizer steps to train for.")
     batch_size: int = setting(8, "Sequences in a micro-batch, for each device.")
     gradient_accumulation: int = setting(1, "Micro-batches in an optimizer step.")
@@ -115,7 +125,12 @@ class TrainConfig(Settings):
         self.at_least("loader_workers", 0)
         self.at_least("lora_rank", 1)
         self.positive("lora_alpha", (self.lora_alpha,))
-        if self.eval_steps is not None and self.eval_cache is None:
+        if self.positions is not None:
+            PositionRule.parse(self.positions)
+        sources_of(self.cache)
+        if any(source.share is not None for source in sources_of(self.eval_cache)):
+            raise ConfigError("eval_cache has a share after =; held-out caches are measured whole.")
+        if self.eval_steps is not None and not self.eval_cache:
             raise ConfigError(
                 f"eval_steps is {self.eval_steps} without eval_cache: there is nothing to evaluate on; give "
                 "--eval-cache, or leave --eval-steps out."

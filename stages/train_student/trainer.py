@@ -1,6 +1,6 @@
 """transformers.Trainer with the fused loss: its data, what it judges of every step, and what it logs."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,14 @@ from pipeline.errors import PipelineError
 from stages.train_student.checkpoints import Mark, whole_or_gone
 from stages.train_student.compat import accelerate_hooks, transformers_hooks
 from stages.train_student.compat.transformers_hooks import not_called
-from stages.train_student.evaluation import Evaluation
+from stages.train_student.evaluation import Evaluation, measured
 from stages.train_student.gradients import GradientWatch
 from stages.train_student.guards import StepGuard
 from stages.train_student.loader import BatchLoader
+from stages.train_student.ranks import from_all_ranks
 from stages.train_student.schedules import AlphaSchedule
+from stages.train_student.sources import SUMMED
+from stages.train_student.step_positions import StepPositions
 
 TERMS = ("loss", "cross_entropy", "kl")
 
@@ -37,12 +40,14 @@ class DistillationTrainer(Trainer):
         *,
         batches: BatchLoader,
         alpha: AlphaSchedule,
-        evaluation: Evaluation | None,
+        evaluations: dict[str, Evaluation],
         drain: Drain,
         on_bad_step: Any,
         epochs_per_step: float,
         log_note: Callable[[str], None],
         has_router_loss: bool = False,
+        positions: StepPositions | None = None,
+        sources: Sequence[str] = (),
         before_training: Callable[["DistillationTrainer"], None] = lambda trainer: None,
         **kwargs: Any,
     ) -> None:
@@ -54,8 +59,8 @@ class DistillationTrainer(Trainer):
         self._before_training = before_training
         self.drained = False
         self.guard = StepGuard()
-        self._batches, self._alpha, self._evaluation = batches, alpha, evaluation
-        self._drain, self._on_bad_step = drain, on_bad_step
+        self._batches, self._alpha, self._evaluations = batches, alpha, evaluations
+        self._drain, self._on_bad_step, self._positions = drain, on_bad_step, positions
         self.epochs_per_step = epochs_per_step
         self._tokens = 0
         self._grad_norm: float | None = None
@@ -64,7 +69,8 @@ class DistillationTrainer(Trainer):
         self._step_terms: Tensor | None = None
         self._step_keys: list[str] = []
         self.terms = TERMS + (("router_loss",) if has_router_loss else ())
-        self.sums, self.good_steps = [0.0] * len(self.terms), 0
+        self._sources = sources
+        self.sums, self.good_steps = self._no_sums(), 0
         self._gradients, self._log_note = GradientWatch(), log_note
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
@@ -83,9 +89,14 @@ class DistillationTrainer(Trainer):
         return self._batches
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
-        """The micro-batches of a step and the number of their targets on all ranks, which no loss then waits for."""
+        """The micro-batches of a step and the number of their targets on all ranks, which no loss then waits for.
+
+        Of targets that `positions` does not keep there is neither loss nor count.
+        """
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._tokens += sum(batch["input_ids"].numel() for batch in batches)
+        if self._positions is not None:
+            num_items = self._positions.keep(batches, self.state.global_step)
         return batches, None if num_items is None else int(num_items)
 
     def compute_loss(
@@ -102,6 +113,8 @@ class DistillationTrainer(Trainer):
         with self.accelerator.autocast():  # of sharded models accelerate does not see to it
             outputs = model(**inputs, num_items_in_batch=num_items_in_batch, alpha=self.alpha)
         terms = torch.stack([getattr(outputs, name).detach() for name in self.terms])
+        if outputs.by_source is not None:
+            terms = torch.cat([terms, outputs.by_source.flatten().to(terms.dtype)])
         self._step_terms = terms if self._step_terms is None else self._step_terms + terms
         loss = outputs.loss * self.accelerator.num_processes  # gradients are averaged over ranks
         return (loss, outputs) if return_outputs else loss
@@ -138,11 +151,7 @@ class DistillationTrainer(Trainer):
         self._step_terms, self._step_keys, self._grad_norm = None, [], None
 
     def _all_keys(self) -> list[str]:
-        if self.args.world_size == 1:
-            return self._step_keys
-        gathered: list[list[str] | None] = [None] * self.args.world_size
-        torch.distributed.all_gather_object(gathered, self._step_keys)
-        return [key for keys in gathered for key in keys or []]
+        return [key for keys in from_all_ranks(self._step_keys) for key in keys]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Means over the good steps since the last line, in the place of the Trainer's own loss; and the speed."""
@@ -153,9 +162,25 @@ class DistillationTrainer(Trainer):
             logs["alpha"] = self._alpha.at(max(self.state.global_step - 1, 0), self.state.max_steps)
             logs["tokens_per_second"] = round(self._tokens * self.args.world_size / seconds, 1)
             logs["data_wait_share"] = round(waiting, 5)
+            logs |= self._means_by_source()
             self._tokens = 0
-            self.sums, self.good_steps = [0.0] * len(self.terms), 0
+            self.sums, self.good_steps = self._no_sums(), 0
         super().log(logs, start_time)
+
+    def _no_sums(self) -> list[float]:
+        """Of the terms, and behind them of what is summed by source."""
+        return [0.0] * (len(self.terms) + len(SUMMED) * len(self._sources))
+
+    def _means_by_source(self) -> dict[str, float]:
+        """Over the targets of each source that had any since the last line; and how many it had."""
+        found = {}
+        for number, source in enumerate(self._sources):
+            start = len(self.terms) + number * len(SUMMED)
+            values = dict(zip(SUMMED, self.sums[start : start + len(SUMMED)]))
+            found[f"{SUMMED[0]}/{source}"] = values[SUMMED[0]]
+            if values[SUMMED[0]]:
+                found |= {f"{name}/{source}": values[name] / values[SUMMED[0]] for name in SUMMED[1:]}
+        return found
 
     def progress(self) -> dict[str, Any]:
         """What a checkpoint has to hold beside the Trainer's own state, for a log that continues to the bit."""
@@ -172,9 +197,9 @@ class DistillationTrainer(Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Metrics of `evaluation.Evaluation` on the held-out cache."""
-        assert self._evaluation is not None
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in self._evaluation.run(self).items()}
+        """Metrics of `evaluation.Evaluation` on the held-out caches: over all of them, and of several each alone."""
+        found = measured({name: evaluation.sums(self) for name, evaluation in self._evaluations.items()})
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         self.start_clock()

@@ -33,11 +33,20 @@ from tests.support.small import llama_config, make_cache, make_corpus, random_se
 SURE = 0.3
 
 
-@pytest.fixture(scope="module", params=["arrow-lossless", "arrow", "zarr-lossless", "zarr"])
+SETTINGS = {
+    "": {},
+    "lossless": {"max_kl_error": 0.0},
+    "top_p": {"top_p": 0.6, "top_p_temperature": 1.0, "min_k": 2},
+    "lossless_top_p": {"max_kl_error": 0.0, "top_p": 0.6, "top_p_temperature": 1.0, "min_k": 1},
+}
+
+
+@pytest.fixture(scope="module", params=[f"{c}-{kind}" for c in ("arrow", "zarr") for kind in [*SETTINGS, "sketched"]])
 def folder(request, tmp_path_factory, corpus):
-    container, _, lossless = request.param.partition("-")
-    error = 0.0 if lossless else 1e-4
-    return make_cache(tmp_path_factory.mktemp("cache"), corpus, container=container, max_kl_error=error)
+    container, _, kind = request.param.partition("-")
+    if kind == "sketched":
+        return request.getfixturevalue("sketched")[container].out
+    return make_cache(tmp_path_factory.mktemp("cache"), corpus, container=container, **SETTINGS[kind])
 
 
 @pytest.fixture(scope="module")
@@ -189,7 +198,10 @@ def test_merge_and_export_take_a_view(folder, tmp_path, by):
     ]
     assert [row["target_positions"] for row in rows] == [sequence.target_positions.tolist() for sequence in view]
     for row, sequence in zip(rows, view, strict=True):
-        np.testing.assert_array_equal(np.array(row["target_logprobs"], np.float32), sequence.targets.logprobs(2.0))
+        logprobs = sequence.targets.logprobs(2.0)
+        assert [len(entries) for entries in row["target_logprobs"]] == np.isfinite(logprobs).sum(1).tolist()
+        found = np.concatenate([np.float32(entries) for entries in row["target_logprobs"]])
+        np.testing.assert_array_equal(found, logprobs[np.isfinite(logprobs)])
 
 
 def test_a_view_of_a_cache_is_merged_with_another_cache_once(arrow, tmp_path):

@@ -139,7 +139,7 @@ def test_faults_of_a_part_do_not_harm_a_large_upload(server, tmp_path, url, kind
 
 def test_urls_are_settings_only_where_they_can_be(tmp_path):
     config = load_config(TrainConfig, None, {"student": "s", "cache": "s3://bucket/a/b/", "out": "o"})
-    assert config.cache == ObjectStore("s3://bucket/a/b")
+    assert config.cache == (ObjectStore("s3://bucket/a/b"),)
     with pytest.raises(ConfigError, match=r"out is s3://bucket/o; this must be a path on this machine"):
         load_config(TrainConfig, None, {"student": "s", "cache": "c", "out": "s3://bucket/o"})
     with pytest.raises(ConfigError, match=r"ftp://host/a: not the URL of an object store; expected s3://"):

@@ -212,5 +212,5 @@ def test_walk_from_raw_text_to_the_student_parses() -> None:
     captured = load_config(CacheConfig, ROOT / capturing[capturing.index("--cache-logits") + 1])
     trained = load_config(TrainConfig, ROOT / capturing[capturing.index("--train-student") + 1])
     assert str(prepared.inputs[0]).startswith("s3://")
-    assert (prepared.out, captured.out) == (captured.corpus, trained.cache)
+    assert (prepared.out, (captured.out,)) == (captured.corpus, trained.cache)
     assert [command[2] for command in (commands[1], commands[3])] == [str(prepared.out), str(captured.out)]

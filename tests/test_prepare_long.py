@@ -90,7 +90,7 @@ def test_progress_inside_a_document_adds_up_to_the_file(monkeypatch, tmp_path, r
     monkeypatch.setattr("stages.prepare.tokens.OVERLAP", 128)
     monkeypatch.setattr("stages.prepare.documents.BATCH_CHARACTERS", 2000)
     monkeypatch.setattr("stages.prepare.readers.READ_BYTES", 64)
-    monkeypatch.setattr("stages.prepare.run.PROGRESS_BYTES", 16)
+    monkeypatch.setattr("stages.prepare.tasks.PROGRESS_BYTES", 16)
     tiny_tokenizer(tmp_path / "tokenizer")
     path = tmp_path / "a.jsonl"
     path.write_text(

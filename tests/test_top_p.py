@@ -559,7 +559,7 @@ def test_estimate_and_announcement_say_that_they_are_bounds(tmp_path, teacher, c
         ({"min_k": None}, "min_k must lie between 1 and top_k"),
         ({"tail_samples": 2, "draw_temperature": 1.0}, "top_p leaves no draws"),
         ({"top_p": None}, "without top_p there is no min_k"),
-        ({"format_version": 2}, "format_version is 2, but top_p is of 3"),
+        ({"format_version": 2}, "format_version is 2, but what it declares is of 3"),
     ],
 )
 def test_manifest_that_contradicts_itself_is_refused(tmp_path, caches, changes, said):

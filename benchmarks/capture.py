@@ -41,10 +41,11 @@ SHAPES = {
     "67b": {"hidden": 8192, "ffn": 22_016, "layers": 95, "heads": 64, "kv_heads": 8, "dtype": "bfloat16"},
     "7b": {"hidden": 4096, "ffn": 11_008, "layers": 30, "heads": 32, "kv_heads": 32, "dtype": "bfloat16"},
     "wide": {"hidden": 4096, "ffn": 4096, "layers": 1, "heads": 32, "kv_heads": 32, "dtype": "float32"},
+    "smollm2": {"hidden": 576, "ffn": 1536, "layers": 30, "heads": 9, "kv_heads": 3, "dtype": "float32"},
     "small": {"hidden": 1024, "ffn": 2816, "layers": 2, "heads": 16, "kv_heads": 16, "dtype": "float32"},
     "tiny": {"hidden": 256, "ffn": 768, "layers": 2, "heads": 4, "kv_heads": 4, "dtype": "float32"},
 }
-"""deepseek-llm-67b-base, deepseek-llm-7b-base, the head of the latter, and what a CPU can do in less time."""
+"""deepseek-llm-67b-base, deepseek-llm-7b-base, the head of the latter, SmolLM2-135M (V = 49,152), and smaller."""
 COLUMNS = "{:<10}{:>9}{:>14}{:>11}{:>12}{:>12}{:>10}{:>13}{:>11}"
 HEADINGS = ("case", "tokens/s", "front-end CPU", "engine CPU", "outside CPU")
 RATIOS = ("speed/head", "CPU/head", "speed/stock", "CPU/stock")

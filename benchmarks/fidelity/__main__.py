@@ -12,6 +12,7 @@ import argparse
 import dataclasses
 import os
 import platform
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,11 @@ def _run(arguments: argparse.Namespace, scale: Scale) -> None:
     study = Study(arguments.work, scale, reporter)
     students = tuple(arguments.student or ("pruned",))
     reporter.log(describe(study))
-    parts = {"ends": measure_ends} | ({"gradients": compare_gradients} if arguments.gradients else {})
+    parts = {"ends": measure_ends}
+    if arguments.gradients:
+        parts["gradients"] = partial(compare_gradients, only=arguments.only or ())
+        {"gradients": partial(compare_gradients, only=arguments.only or ())} if arguments.gradients else {}
+    )
     for student in students:
         for name, measure in parts.items():
             path = arguments.results / scale.name / f"{name}-{student}.json"

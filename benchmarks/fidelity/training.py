@@ -9,7 +9,7 @@ Shapes: M target tokens of a batch, V vocabulary, H hidden size.
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -206,10 +206,11 @@ def _int64(values: np.ndarray) -> Tensor:
     return torch.from_numpy(values.astype(np.int64))
 
 
-def compare_gradients(study: Study, student: str, seed: int = 0) -> dict[str, Any]:
+def compare_gradients(study: Study, student: str, seed: int = 0, only: Sequence[str] = ()) -> dict[str, Any]:
     """Directions of the head's gradient at the start, alpha 1, to that of live KD on the same tokens.
 
-    By temperature, recipe and target tokens of the batch; the hidden states are the student's own, in float32.
+    By temperature, recipe and target tokens of the batch; the hidden states are the student's own, in float32. `only`
+    are labels of recipes; none takes all.
     """
     model, cache, settings = start_model(
         study, Cell(student=student, recipe=INPUTS, temperature=1.0, alpha=1.0, seed=seed)
@@ -224,7 +225,7 @@ def compare_gradients(study: Study, student: str, seed: int = 0) -> dict[str, An
     for temperature in (1.0, 2.0):
         references: dict[int, Tensor] = {}
         for recipe in RECIPES:
-            if recipe.name == HARD:
+            if recipe.name == HARD or (only and recipe.label not in (LIVE, *only)):
                 continue
             cell = Cell(student=student, recipe=recipe, temperature=temperature, alpha=1.0, seed=seed)
             cache = study.cache_of(cell)

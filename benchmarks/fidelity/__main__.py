@@ -57,8 +57,6 @@ def _run(arguments: argparse.Namespace, scale: Scale) -> None:
     parts = {"ends": measure_ends}
     if arguments.gradients:
         parts["gradients"] = partial(compare_gradients, only=arguments.only or ())
-        {"gradients": partial(compare_gradients, only=arguments.only or ())} if arguments.gradients else {}
-    )
     for student in students:
         for name, measure in parts.items():
             path = arguments.results / scale.name / f"{name}-{student}.json"

@@ -332,6 +332,15 @@ def test_second_worker_takes_the_sketch_of_the_first(sketched, tmp_path, monkeyp
     assert manifest.sketch == checksum_of(CacheFolder(config.out).sketch_contents()) != checksum_of(contents)
 
 
+@pytest.mark.parametrize("before", [{"shard_tokens": 700}, {"tail_rank": 0}, {"top_k": 12}])
+def test_folder_with_another_plan_is_refused_before_a_sketch_is_fitted(sketched, tmp_path, monkeypatch, before):
+    config = dataclasses.replace(sketched["arrow"], out=tmp_path / "cache")
+    cache_logits(dataclasses.replace(config, **before))
+    monkeypatch.setattr("stages.cache_logits.run.sketch_of_run", lambda *_: pytest.fail("a teacher is loaded"))
+    with pytest.raises(CacheMismatchError, match="choose another --out"):
+        cache_logits(config)
+
+
 def slower_once(function):
     """The function the first time, the real one inside of it."""
     from stages.cache_logits.sketch_making import sketch_of_run

@@ -58,7 +58,7 @@ def plan_cache(
     check(teacher)
     partitions = planned.partitions if planned else plan_partitions(corpus.lengths()[0], config.shard_tokens)
     largest = recorded if planned else largest_id()
-    sketch = _sketch_of(config, teacher, corpus, planned, make_sketch)
+    sketch = _sketch_of(config, teacher, corpus, make_sketch)
     manifest = _manifest(config, corpus, teacher, partitions, largest, sketch)
     known = KnownTargets(config.reuse, manifest) if config.reuse else None
     num_known_tokens = known.num_tokens_of(corpus) if known is not None else 0
@@ -78,19 +78,27 @@ def _sketch_of(
     config: CacheConfig,
     teacher: Teacher,
     corpus: Corpus,
-    planned: CacheManifest | None,
     make_sketch: Callable[[Teacher, Corpus], bytes] | None,
 ) -> bytes | None:
-    """The file of the sketch that the plan names, or of a new one; None if none is wanted."""
+    """The file of the sketch of the cache that is there, whatever its plan, or of a new one; None if none is wanted."""
     if not config.tail_rank:
         return None
-    if planned is not None and planned.sketch is not None:
-        return CacheFolder(config.out).sketch_contents()
+    if (there := _sketch_there(config)) is not None:
+        return there
     if make_sketch is None:
         raise ConfigError(f"tail_rank is {config.tail_rank}; nothing here can fit a sketch.")
     made = make_sketch(teacher, corpus)
-    there = _planned(config, corpus)
-    return made if there is None or there.sketch is None else CacheFolder(config.out).sketch_contents()
+    return _sketch_there(config) or made  # another worker may have been faster
+
+
+def _sketch_there(config: CacheConfig) -> bytes | None:
+    """The file of the sketch of the cache in the folder, None if no cache is there; refuses one without a sketch."""
+    if not (config.out / MANIFEST).is_file():
+        return None
+    contents = CacheFolder(config.out).sketch_contents()
+    if contents is None:
+        raise CacheMismatchError(f"{config.out}: holds a cache without a tail sketch; choose another --out.")
+    return contents
 
 
 def announcement(config: CacheConfig, manifest: CacheManifest, num_todo: int) -> str:
